@@ -169,16 +169,16 @@ def _use_kernels(settings: SolverSettings, unembedding: Tensor) -> bool:
 def memory_bound(
     neurons: int, vocabulary: int, size: int, settings: SolverSettings, *, claimed: int = 0, width: int = 4
 ) -> int:
-    """Bytes the circle solver takes on the CPU beside its arguments, at most, for so many neurons, tokens and d.
+    """Bytes the circle solver takes on the CPU beside its arguments, at most.
 
-    `width · [V d + r (2 V + 8 d) + 10 max(2¹⁸, V) + N (2 + C) d] + 24 N C k + 48 r · claimed`, with r =
-    settings.rows rows at once (no more than the neurons have starts), C channels, k top tokens, and `claimed` the
-    tokens a neuron has lost to its channels so far: one copy of the vocabulary matrix, two projections and a few
-    vectors a row, the temporaries of one chunk, and the results. width: bytes of a number.
+    `width · [3/2 V d + r (2 V + 8 d) + 10 max(2¹⁸, V) + N (1 + C) d] + 24 N C k + 48 r · claimed`, with r = settings.rows
+    rows at once (no more than the neurons have starts), C channels, k top tokens, and `claimed` the tokens a neuron has
+    lost to its channels so far: one copy of the vocabulary matrix and half of one for what the matrix library packs,
+    two projections and a few vectors a row, the temporaries of one chunk, and the results. width: bytes of a number.
     """
     rows = min(settings.rows, STARTS * neurons)
-    numbers = vocabulary * size + rows * (2 * vocabulary + 8 * size) + 10 * max(batch.CPU_CHUNK, vocabulary)
-    numbers += neurons * (2 + settings.channels) * size
+    numbers = vocabulary * size * 3 // 2 + rows * (2 * vocabulary + 8 * size) + 10 * max(batch.CPU_CHUNK, vocabulary)
+    numbers += neurons * (1 + settings.channels) * size
     return width * numbers + 24 * neurons * settings.channels * settings.top_tokens + 48 * rows * claimed
 
 

@@ -28,7 +28,7 @@ def main() -> None:
     """Time a sample with the default solver and some steps of the AdamW procedure; print the whole model's time."""
     options = parser(__doc__.splitlines()[0])
     options.add_argument("--shape", choices=SHAPES, action="append", help="model shape; several may be named")
-    options.add_argument("--neurons", type=int, help="sample size (default: 1024 on a GPU, 16 on a CPU)")
+    options.add_argument("--neurons", type=int, help="sample size (default: 1024 on a GPU, 64 on a CPU)")
     options.add_argument("--channels", type=int, default=10, help="channels a neuron of the whole model")
     options.add_argument("--sample-channels", type=int, help="channels a neuron of the sample (default: 1 on a CPU)")
     options.add_argument("--adamw-steps", type=int, default=20, help="steps of the AdamW procedure that are timed")
@@ -38,7 +38,7 @@ def main() -> None:
     if choice.threads:
         torch.set_num_threads(choice.threads)
     small = choice.device == "cpu"
-    neurons = choice.neurons or (16 if small else 1024)
+    neurons = choice.neurons or (64 if small else 1024)
     channels = choice.sample_channels or (1 if small else choice.channels)
     rows, figures = [], {"machine": machine(choice.device), "neurons": neurons, "channels": channels}
     for shape in choice.shape or ["gemma-2-2b", "llama-3.1-8b"]:
@@ -82,10 +82,12 @@ def measure_shape(shape: str, neurons: int, channels: int, choice) -> dict[str, 
     preparation = seconds(lambda: decompose(warm_up, vectors[:1]), choice.device)
     preparation = min(preparation, seconds(lambda: decompose(warm_up, vectors[:1]), choice.device))
     taken = seconds(lambda: decompose(settings, vectors), choice.device)
-    circle = max(taken - preparation, 0.0) / (neurons * channels)
+    circle = (taken - preparation) / (neurons * channels)
     timed = replace(settings, solver="adamw", channels=1, steps=choice.adamw_steps)
     taken = seconds(lambda: decompose(timed, vectors), choice.device)
-    adamw = max(taken - preparation, 0.0) / (neurons * choice.adamw_steps) * choice.adamw_total
+    adamw = (taken - preparation) / (neurons * choice.adamw_steps) * choice.adamw_total
+    if min(circle, adamw) <= 0:
+        raise SystemExit("the sample takes no longer than the preparation of the vocabulary; name more --neurons.")
     whole = layers * width * matrices * choice.channels / 3600
     return {
         "preparation": preparation,
