@@ -97,11 +97,14 @@ class Checkpoint:
         return tied and read_equal(self, head.name, self.place("embedding").name)
 
     @property
-    def unembedding_from(self) -> int:
-        """The first layer whose vectors are better projected with the unembedding; earlier ones take the embedding."""
+    def published_switch(self) -> int | None:
+        """The first layer that a study of this very model projects with the unembedding; None when there is no study.
+
+        0 for a tied head, whose two tables are one.
+        """
         if self.tied:
             return 0
-        return next((row.layer for row in PUBLISHED_SWITCHES if row.describes(self.text_config)), 0)
+        return next((row.layer for row in PUBLISHED_SWITCHES if row.describes(self.text_config)), None)
 
     @property
     def matrices(self) -> tuple[str, ...]:

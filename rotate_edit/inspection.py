@@ -42,7 +42,7 @@ def inspect_model(checkpoint: Checkpoint) -> dict:
         "MLP bias": checkpoint.has("out_bias", 0),
         "head bias": architecture.head_bias in checkpoint.stored,
         "scales": scales,
-        "unembedding from layer": checkpoint.unembedding_from,
+        "unembedding from layer": checkpoint.published_switch,
         "dtypes": sorted({stored.dtype for stored in checkpoint.stored.values()}),
         "parameters": sum(stored.elements for stored in checkpoint.stored.values()),
         "bytes": checkpoint.size,

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rotate_edit import curves, measures
+from rotate_edit import __version__, curves, measures
 from rotate_edit.adapter import write_adapter
 from rotate_edit.channels import save_channels
 from rotate_edit.checkpoint import Checkpoint, identity, load_model, load_tokenizer, open_checkpoint
@@ -399,7 +399,7 @@ def _describe(opened: Opened, found: Sequence[Located], seconds: dict[str, float
             "tied": checkpoint.tied,
         },
         "provenance": {
-            "rotate_edit": importlib.metadata.version("rotate-edit"),
+            "rotate_edit": __version__,
             "versions": {name: importlib.metadata.version(name) for name in REPORTED_VERSIONS},
             "python": platform.python_version(),
             "base": identity(checkpoint),

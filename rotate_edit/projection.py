@@ -6,7 +6,7 @@ Reads the tables of a checkpoint and applies the formulas of `vocabulary`.
 import base64
 import hashlib
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from rotate_edit import vocabulary
 from rotate_edit.checkpoint import Checkpoint, load_tokenizer, read_embedding, read_norm, read_unembedding
 from rotate_edit.concept import token_texts
 from rotate_edit.errors import BadInput
+from rotate_edit.projection_switch import measured_switch
 
 RULES = ("auto", "unembedding", "embedding")
 
@@ -24,15 +25,16 @@ RULES = ("auto", "unembedding", "embedding")
 class VocabularyRules:
     """How a checkpoint's vocabulary is used; the defaults are the recommended ones.
 
-    projection: "unembedding" or "embedding" for every layer, or "auto", the family's rule (the early layers of some
-    untied models use the embedding); words_only: only tokens that begin a word and are made of letters count;
-    ignore_undertrained: under-trained tokens get weight 0; level_rarity: the axis on which rare tokens differ from the
-    rest is taken out of the tables (`vocabulary.rarity_axis`); percentile: of the row norms, above which a token
-    weighs 1e-4; fold_norm: multiply by the gain of the norm between the vector and the vocabulary; centred: subtract
-    the mean token. Special tokens and rows beyond the tokenizer never count.
+    projection: "unembedding" or "embedding" for every layer, the first layer that takes the unembedding, or "auto"
+    (`first_unembedding_layer`: early layers of an untied model may use the embedding); words_only: only tokens that
+    begin a word and are made of letters count; ignore_undertrained: under-trained tokens get weight 0; level_rarity:
+    the axis on which rare tokens differ from the rest is taken out of the tables (`vocabulary.rarity_axis`);
+    percentile: of the row norms, above which a token weighs 1e-4; fold_norm: multiply by the gain of the norm between
+    the vector and the vocabulary; centred: subtract the mean token. Special tokens and rows beyond the tokenizer never
+    count.
     """
 
-    projection: str = "auto"
+    projection: str | int = "auto"
     words_only: bool = True
     ignore_undertrained: bool = True
     level_rarity: bool = True
@@ -45,8 +47,9 @@ class VocabularyRules:
 class Vocabulary:
     """A checkpoint's vocabulary under some rules.
 
-    texts: of the V tokens ("" where there is none); ignored: bool [V], tokens that do not count in the search;
-    untrained: bool [V], tokens that no training text held, so that means over the vocabulary leave them out.
+    rules: with "auto" settled; texts: of the V tokens ("" where there is none); ignored: bool [V], tokens that do not
+    count in the search; untrained: bool [V], tokens that no training text held, so that means over the vocabulary
+    leave them out.
     """
 
     rules: VocabularyRules
@@ -83,19 +86,34 @@ class Projections:
         return folded, vocabulary.token_weights(folded, ignored=self.ignored, percentile=self.rules.percentile)
 
 
-def projection_names(checkpoint: Checkpoint, rule: str) -> tuple[str, ...]:
-    """What each layer's vectors are projected on, "unembedding" or "embedding". Raises BadInput for another rule."""
-    if rule not in RULES:
-        raise BadInput(f"projection {rule!r} is unknown; choose one of {', '.join(RULES)}.")
-    switch = {"auto": checkpoint.unembedding_from, "unembedding": 0, "embedding": checkpoint.layers}[rule]
+def first_unembedding_layer(checkpoint: Checkpoint, rule: str | int) -> int:
+    """The first layer whose vectors the unembedding projects; those before it take the embedding.
+
+    rule: a layer, "unembedding" (0), "embedding" (as many as there are layers), or "auto": the published layer of a
+    model that was studied, else what the weights say (`projection_switch.measured_switch`). Always 0 for a tied head.
+    Raises BadInput for another rule.
+    """
+    named = {"unembedding": 0, "embedding": checkpoint.layers, "auto": checkpoint.published_switch}
+    if isinstance(rule, str) and rule not in named:
+        raise BadInput(f"projection {rule!r} is unknown; choose one of {', '.join(RULES)}, or a layer.")
+    if isinstance(rule, int) and not 0 <= rule <= checkpoint.layers:
+        raise BadInput(f"projection {rule} is no layer of {checkpoint.source}, which has {checkpoint.layers} layers.")
     if checkpoint.tied:
-        switch = 0
-    return tuple("embedding" if layer < switch else "unembedding" for layer in range(checkpoint.layers))
+        return 0
+    layer = named[rule] if isinstance(rule, str) else rule
+    return measured_switch(checkpoint) if layer is None else layer
+
+
+def projection_names(checkpoint: Checkpoint, rule: str | int) -> tuple[str, ...]:
+    """What each layer's vectors are projected on, "unembedding" or "embedding". Raises BadInput for an unknown rule."""
+    first = first_unembedding_layer(checkpoint, rule)
+    return tuple("embedding" if layer < first else "unembedding" for layer in range(checkpoint.layers))
 
 
 def read_vocabulary(checkpoint: Checkpoint, rules: VocabularyRules, tokenizer: Any = None) -> Vocabulary:
     """The token texts of a checkpoint and which tokens are ignored under the rules; reads its tokenizer if not given.
 
+    A projection of "auto" is settled here, once, so that whatever is done with the vocabulary agrees on it.
     Raises BadInput when no token is left.
     """
     tokenizer = tokenizer if tokenizer is not None else load_tokenizer(checkpoint)
@@ -120,6 +138,8 @@ def read_vocabulary(checkpoint: Checkpoint, rules: VocabularyRules, tokenizer: A
             f"no token of {checkpoint.source} counts under these rules; its vocabulary marks no beginnings of words, "
             "so try it without words_only."
         )
+    if rules.projection == "auto":
+        rules = replace(rules, projection=first_unembedding_layer(checkpoint, "auto"))
     return Vocabulary(rules, tuple(known) + ("",) * (size - len(known)), ignored, untrained)
 
 

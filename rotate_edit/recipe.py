@@ -75,8 +75,10 @@ class LocateRecipe(_Section):
         description="Cosine distance at which a concept's tokens fall into groups with a direction of their own; 2 "
         "keeps one group; auto does too, unless groups halve the damage on the texts for choosing.",
     )
-    projection: Literal["auto", "unembedding", "embedding"] = Field(
-        "auto", description="What projects a vector on the vocabulary; auto follows the model family's rule."
+    projection: Literal["auto", "unembedding", "embedding"] | Annotated[int, Field(ge=0, strict=True)] = Field(
+        "auto",
+        description="What projects a vector on the vocabulary: one table for all layers, or the first layer that takes "
+        "the unembedding; auto finds that layer from the weights of a model with two tables.",
     )
 
 
@@ -279,7 +281,9 @@ def reference() -> str:
 
 
 def _explain(error: Any) -> tuple[str, str]:
-    key = ".".join(str(part) for part in error["loc"] if part not in ("float", "literal['auto']", "function-after"))
+    # Which alternative of a union it was tells a person nothing.
+    alternatives = ("float", "int", "function-after", "literal[", "constrained-int")
+    key = ".".join(str(part) for part in error["loc"] if not str(part).startswith(alternatives))
     message = error["msg"].removeprefix("Value error, ")
     if error["type"] == "extra_forbidden":
         guess = _closest_key(error["loc"])

@@ -8,7 +8,7 @@ is missing and trusts nothing that was cut short.
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +25,7 @@ from rotate_edit.projection import (
     Projections,
     Vocabulary,
     VocabularyRules,
+    first_unembedding_layer,
     mask_from_json,
     mask_to_json,
     projection_names,
@@ -99,7 +100,9 @@ def make_job(
         for matrix in targets.matrices
         for expert in _experts(checkpoint, layer)
     ]
-    names = projection_names(checkpoint, vocabulary.rules.projection)
+    # Settled here, since every machine that works on the job has to take the same tables.
+    rules = replace(vocabulary.rules, projection=first_unembedding_layer(checkpoint, vocabulary.rules.projection))
+    names = projection_names(checkpoint, rules.projection)
     tables = [checkpoint.place(name) for name in set(names)]
     return {
         "format": FORMAT,
@@ -109,7 +112,7 @@ def make_job(
         "matrices": list(dict.fromkeys(targets.matrices)),
         "layers": layers,
         "solver": asdict(settings),
-        "vocabulary": asdict(vocabulary.rules),
+        "vocabulary": asdict(rules),
         "projection": {name: [layer for layer in layers if names[layer] == name] for name in sorted(set(names))},
         "ignored": mask_to_json(vocabulary.ignored),
         "untrained": mask_to_json(vocabulary.untrained),

@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from rotate_edit.checkpoint import Checkpoint, open_checkpoint, read_embedding, 
 from rotate_edit.decompose import claim_threshold, decompose, decompose_neurons
 from rotate_edit.errors import BadInput, Failure
 from rotate_edit.projection import (
+    Projections,
     Vocabulary,
     VocabularyRules,
     mask_from_json,
@@ -30,7 +32,7 @@ from rotate_edit.projection import (
     read_vocabulary,
 )
 from rotate_edit.rotate import SolverSettings, find_channels
-from rotate_edit.shards import Targets, finished_shards, job_shards, work_shard
+from rotate_edit.shards import Targets, finished_shards, job_shards, make_job, work_shard
 from rotate_edit.vocabulary import token_weights
 
 SHARED = Path(__file__).parents[2] / "shared"
@@ -235,24 +237,38 @@ def test_a_tilt_asks_for_its_own_direction(checkpoint: Checkpoint) -> None:
 
 def test_projections_follow_the_rules(tmp_path: Path) -> None:
     checkpoint = open_checkpoint(write_checkpoint(tmp_path / "untied", tied=False))
-    ignored = vocabulary().ignored
     embedding, unembedding = read_embedding(checkpoint), read_unembedding(checkpoint)
-    chosen = read_projections(
-        checkpoint, Vocabulary(replace(RULES, projection="embedding"), (), ignored, torch.zeros_like(ignored))
-    )
-    assert torch.equal(chosen.of(0, "out")[0], embedding)
-    chosen = read_projections(checkpoint, Vocabulary(RULES, (), ignored, torch.zeros_like(ignored)))
+
+    def projected(**rules: Any) -> Projections:
+        return read_projections(checkpoint, vocabulary(replace(RULES, **rules)))
+
+    # The neurons of this checkpoint are made of embedding rows, and that is what is found in the weights.
+    for rule in ("embedding", "auto"):
+        assert torch.equal(projected(projection=rule, level_rarity=False).of(0, "out")[0], embedding)
+    assert projected(projection=1).names == ("embedding", "unembedding")
+    chosen = projected(projection="unembedding")
+    ignored = vocabulary().ignored
     table, weights = chosen.of(1, "gate")
     assert torch.equal(table, unembedding)
     assert torch.equal(weights, token_weights(unembedding, ignored=ignored))
-    folded = read_projections(
-        checkpoint, Vocabulary(replace(RULES, fold_norm=True, centred=True), (), ignored, torch.zeros_like(ignored))
-    )
+    folded = projected(projection="unembedding", fold_norm=True, centred=True)
     gain = read_norm(checkpoint, ("mlp", 1))
     assert gain is not None
     table, weights = folded.of(1, "in")
     assert torch.allclose(table, unembedding * gain - (unembedding * gain).mean(0), atol=1e-5)
     assert torch.equal(weights == 0, ignored)
+    for rule in ("both", 3, -1):
+        with pytest.raises(BadInput, match="projection"):
+            projected(projection=rule)
+
+
+def test_a_job_says_which_tables_auto_stands_for(tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(write_checkpoint(tmp_path / "untied", tied=False))
+    job = make_job(
+        checkpoint, Targets(("out",)), vocabulary(), SETTINGS, block=8, threads=1, device="cpu", vectors=None
+    )
+    assert job["vocabulary"]["projection"] == 2
+    assert job["projection"] == {"embedding": [0, 1]}
 
 
 def test_a_folded_norm_is_each_layers_own(tmp_path: Path) -> None:
@@ -326,6 +342,7 @@ def test_a_real_vocabulary_is_read_with_its_masks() -> None:
 KILLED_RUN = """
 import sys, torch
 from pathlib import Path
+from typing import Any
 sys.path.insert(0, sys.argv[3])
 from test_decompose import RULES, SETTINGS, run
 from rotate_edit.checkpoint import open_checkpoint

@@ -7,8 +7,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_models import save_tiny
 
-from rotate_edit.checkpoint import open_checkpoint, read_embedding, read_unembedding
-from rotate_edit.projection_switch import best_switch, mean_sharpness, measured_switch
+from rotate_edit.checkpoint import open_checkpoint
+from rotate_edit.projection_switch import best_switch, measured_switch, sharpness
+
+
+def mean_sharpness(vectors: torch.Tensor, table: torch.Tensor) -> float:
+    return float(sharpness(vectors, table).mean())
 
 
 def test_sharpness_is_that_of_the_tokens_a_vector_is_made_of() -> None:
@@ -42,10 +46,9 @@ def test_planted_switch_is_found(tmp_path: Path, switch: int) -> None:
         tensors[f"model.layers.{layer}.mlp.down_proj.weight"] = (table[:48] - table.mean(0)).T.contiguous()
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     checkpoint = open_checkpoint(folder)
-    assert measured_switch(checkpoint, read_unembedding(checkpoint), read_embedding(checkpoint)) == switch
+    assert measured_switch(checkpoint) == switch
 
 
 def test_a_tied_head_has_no_switch(tmp_path: Path) -> None:
     checkpoint = open_checkpoint(save_tiny("llama", tmp_path / "m", tied=True, dtype=torch.float32))
-    table = read_unembedding(checkpoint)
-    assert measured_switch(checkpoint, table, table) == 0
+    assert measured_switch(checkpoint) == 0
