@@ -1,41 +1,20 @@
-"""The report's figures: plain data in, a matplotlib figure out, and from it SVG text or PNG bytes.
+"""The report's figures: plain data in, a matplotlib figure out (`drawing` turns it into SVG or PNG).
 
-An SVG for a page carries no colour of its own: each is a CSS variable (`--ink`, `--blue`, ...) with the light one as
-its fallback, so that the page decides between light and dark. Every size is in pixels.
+Every size is in pixels; every figure has a wide form for a page and a narrow one for a phone.
 """
 
-import io
 import itertools
 import math
-import re
-import warnings
-import xml.etree.ElementTree as ElementTree
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from rotate_edit.console import plain
+from rotate_edit.drawing import LIGHT, NARROW, WIDE, axes_at, canvas, style
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-# Every colour has at least 4.5 to 1 against the page, in both columns: light page, dark page.
-COLOURS = {
-    "paper": ("#ffffff", "#15181c"),
-    "ink": ("#1b1f24", "#e8eaed"),
-    "muted": ("#59616a", "#a3abb5"),
-    "rule": ("#d5d9de", "#3a4048"),
-    "blue": ("#0b5cad", "#6cb2ff"),
-    "green": ("#0a7558", "#4fc9a0"),
-    "red": ("#b23c0c", "#ff9568"),
-    "ochre": ("#855800", "#e0b04c"),
-    "purple": ("#8a3c78", "#e08fcb"),
-    "teal": ("#35667a", "#7fbdd4"),
-    "grey": ("#676d75", "#9aa2ab"),
-}
-LIGHT = {name: light for name, (light, _) in COLOURS.items()}
 
 # Colour, dash pattern and marker of each edit method, the same in every report, so that no method is told by hue alone.
 STYLES: dict[str, tuple[str, Any, str]] = {
@@ -52,7 +31,6 @@ OTHER_STYLE: tuple[str, Any, str] = ("muted", (0, (4, 2, 1, 2)), "*")
 MATRIX_COLOURS = {"gate": "ochre", "in": "green", "out": "blue"}
 GROUP_COLOURS = {"concept": "blue", "neighbour": "ochre", "general": "grey"}
 
-WIDE, NARROW = 800, 352
 LEAST_MASS = 1e-4
 
 
@@ -83,104 +61,6 @@ class ForestRow:
     high: float
     values: str
     clear: bool
-
-
-@contextmanager
-def _style() -> Iterator[None]:
-    import matplotlib
-
-    settings: Any = {
-        "svg.fonttype": "none",
-        "svg.hashsalt": "rotate-edit",
-        "text.parse_math": False,
-        "font.size": 13,
-        "font.family": ["DejaVu Sans"],
-        "text.color": LIGHT["ink"],
-        "axes.edgecolor": LIGHT["muted"],
-        "axes.labelcolor": LIGHT["muted"],
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "xtick.color": LIGHT["muted"],
-        "ytick.color": LIGHT["muted"],
-        "xtick.labelsize": 12,
-        "ytick.labelsize": 12,
-        "lines.solid_capstyle": "round",
-    }
-    with matplotlib.rc_context(settings), warnings.catch_warnings():
-        # A token may be in any script; a page brings its own fonts, so a missing glyph here is no news.
-        warnings.filterwarnings("ignore", message="Glyph .* missing")
-        yield
-
-
-def _canvas(width: float, height: float) -> "Figure":
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width / 72, height / 72), dpi=72)
-    FigureCanvasAgg(figure)
-    return figure
-
-
-def _axes(figure: "Figure", left: float, top: float, width: float, height: float) -> "Axes":
-    """Axes by pixels from the figure's upper left corner."""
-    whole_width, whole_height = figure.get_size_inches() * 72
-    box = (left / whole_width, 1 - (top + height) / whole_height, width / whole_width, height / whole_height)
-    return figure.add_axes(box)
-
-
-def svg(figure: "Figure", name: str, title: str, description: str) -> str:
-    """The figure as an SVG element for a page: coloured by CSS variables, its ids prefixed by `name`.
-
-    title and description are read out by screen readers; hostile text in them and in the figure stays text.
-    """
-    stream = io.StringIO()
-    with _style():
-        figure.savefig(stream, format="svg", metadata={"Date": None, "Creator": None}, transparent=True)
-    root = ElementTree.fromstring(stream.getvalue().encode())
-    for parent in list(root.iter()):
-        for child in list(parent):
-            if child.tag.endswith(("}metadata", "}style", "}title")):
-                parent.remove(child)
-    for element in root.iter():
-        _for_page(element, name)
-    width, height = figure.get_size_inches() * 72
-    root.attrib = {
-        "xmlns": "http://www.w3.org/2000/svg",
-        "viewBox": f"0 0 {width:g} {height:g}",
-        "role": "img",
-        "aria-labelledby": f"{name}-title {name}-description",
-        "stroke-linejoin": "round",
-    }
-    for place, (tag, text) in enumerate((("title", title), ("desc", description))):
-        element = ElementTree.Element(tag, {"id": f"{name}-{'title' if tag == 'title' else 'description'}"})
-        element.text = plain(text)
-        root.insert(place, element)
-    return ElementTree.tostring(root, encoding="unicode")
-
-
-def _for_page(element: ElementTree.Element, name: str) -> None:
-    """Drop namespaces, keep ids apart from those of other figures, turn colours and fonts into CSS variables."""
-    element.tag = element.tag.rsplit("}", 1)[-1]
-    attributes = {key.rsplit("}", 1)[-1]: value for key, value in element.attrib.items()}
-    if "id" in attributes:
-        attributes["id"] = f"{name}-{attributes['id']}"
-    for key in ("href", "clip-path"):
-        if key in attributes:
-            attributes[key] = attributes[key].replace("#", f"#{name}-", 1)
-    for key, value in attributes.items():
-        if key in ("style", "fill", "stroke"):
-            for colour, light in LIGHT.items():
-                value = value.replace(light, f"var(--{colour}, {light})")
-            attributes[key] = re.sub(r"font-family: [^;]*", "font-family: var(--font, system-ui, sans-serif)", value)
-    element.attrib = attributes
-
-
-def png(figure: "Figure", *, pixels_per_unit: float = 2.0) -> bytes:
-    """The figure as a PNG on a white page, for places that show no SVG."""
-    stream = io.BytesIO()
-    with _style():
-        figure.savefig(stream, format="png", dpi=72 * pixels_per_unit, facecolor="white", metadata={"Software": None})
-    return stream.getvalue()
 
 
 # Removal against damage.
@@ -237,9 +117,9 @@ def removal_damage(
     drawn = {method: list(points) for method, points in curves.items() if points}
     amplified = any(point.strength < 0 for point in drawn.get(chosen_method, ()))
     sign = 1 if amplified else -1
-    with _style():
-        figure = _canvas(NARROW if narrow else WIDE, 400 if narrow else 440)
-        axes = _axes(figure, 54, 26, 284, 318) if narrow else _axes(figure, 66, 26, 586, 358)
+    with style():
+        figure = canvas(NARROW if narrow else WIDE, 400 if narrow else 440)
+        axes = axes_at(figure, 54, 26, 270, 318) if narrow else axes_at(figure, 66, 26, 586, 358)
         axes.set_yscale("log")
         lines: dict[str, list[tuple[float, float]]] = {}
         order = sorted(drawn, key=lambda method: method == chosen_method)
@@ -299,14 +179,19 @@ def _removal_axis(
         axes.set_xlabel("the concept's probability mass, times the base model's")
         right = max(0.8, furthest)
     else:
-        shares = (0, 0.5, 0.9, 0.99, 0.999, 0.9999) if narrow else (0, 0.5, 0.8, 0.9, 0.95, 0.99, 0.999, 0.9999)
+        # The first that has room is shown.
+        shares = (0, 0.9, 0.99, 0.999, 0.9999, 0.5, 0.8, 0.95)
         ticks = {-math.log10(1 - share): f"{100 * share:g} %" for share in shares}
         axes.set_xlabel(
             "share of the concept's mass removed" if narrow else "share of the concept's mass removed (log)"
         )
         right = max(1.2, furthest)
     axes.set_xlim(-0.08, right * 1.03)
-    shown = {place: text for place, text in ticks.items() if place <= right * 1.03}
+    apart = 46 * right / axes.get_window_extent().width
+    shown: dict[float, str] = {}
+    for place, text in ticks.items():
+        if place <= right * 1.03 and all(abs(place - other) >= apart for other in shown):
+            shown[place] = text
     axes.set_xticks(list(shown), list(shown.values()))
     axes.minorticks_off()
 
@@ -390,3 +275,141 @@ def _along(places: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
 
 def _overlap(one: Sequence[float], other: Sequence[float]) -> bool:
     return one[0] < other[2] and other[0] < one[2] and one[1] < other[3] and other[1] < one[3]
+
+
+# Which neurons were edited.
+
+
+@dataclass(frozen=True)
+class EditedNeuron:
+    """Where one edited vector stands: layer, place among the layer's neurons (experts one after another), matrix."""
+
+    layer: int
+    place: int
+    matrix: str
+
+
+def layer_strip(neurons: Sequence[EditedNeuron], layers: int, width: int, *, narrow: bool = False) -> "Figure":
+    """A strip of the model: one row a layer, one tick an edited neuron, and how many there are on the right.
+
+    layers: of the model; width: neurons of a layer. Matrices have a colour and a lane of their own in each row.
+    """
+    row = min(24.0, max(6.0, 420 / layers))
+    height = row * layers
+    matrices = [matrix for matrix in MATRIX_COLOURS if any(neuron.matrix == matrix for neuron in neurons)]
+    counts = [sum(neuron.layer == layer for neuron in neurons) for layer in range(layers)]
+    with style():
+        whole = NARROW if narrow else WIDE
+        figure = canvas(whole, height + 84)
+        left, right = 44, 64 if narrow else 190
+        axes = axes_at(figure, left, 28, whole - left - right, height)
+        for lane, matrix in enumerate(matrices):
+            _draw_ticks(axes, [n for n in neurons if n.matrix == matrix], MATRIX_COLOURS[matrix], lane, len(matrices))
+        axes.set_xlim(-0.004 * width, 1.004 * width)
+        axes.set_ylim(layers, 0)
+        step = max(1, math.ceil(14 / row))
+        shown = range(0, layers, step)
+        axes.set_yticks([layer + 0.5 for layer in shown], [str(layer) for layer in shown])
+        axes.hlines(range(layers + 1), 0, width, color=LIGHT["rule"], linewidth=0.8 if step == 1 else 0.3, zorder=0)
+        axes.tick_params(length=0)
+        axes.set_xticks([0, width // 2, width - 1])
+        axes.set_xlabel("neuron")
+        axes.spines[["left", "bottom"]].set_visible(False)
+        axes.annotate("layer", (0, 1), (-40, 12), "axes fraction", "offset pixels", color=LIGHT["muted"], fontsize=12)
+        _draw_counts(figure, counts, left=whole - right + 10, row=row, step=step, narrow=narrow)
+        if len(matrices) > 1:
+            for place, matrix in enumerate(matrices):
+                text: Any = {"color": LIGHT[MATRIX_COLOURS[matrix]], "fontsize": 12, "fontweight": "bold"}
+                axes.annotate(matrix, (0, 1), (30 + 48 * place, 12), "axes fraction", "offset pixels", **text)
+    return figure
+
+
+def _draw_ticks(axes: "Axes", neurons: Sequence[EditedNeuron], colour: str, lane: int, lanes: int) -> None:
+    """All ticks of one matrix as one path, so that ten thousand neurons are still a small file."""
+    top, share = 0.1 + 0.8 * lane / lanes, 0.8 / lanes
+    horizontal = [value for neuron in neurons for value in (neuron.place + 0.5, neuron.place + 0.5, math.nan)]
+    vertical = [value for neuron in neurons for value in (neuron.layer + top, neuron.layer + top + share, math.nan)]
+    axes.plot(horizontal, vertical, color=LIGHT[colour], linewidth=1.6, solid_capstyle="butt", zorder=3)
+
+
+def _draw_counts(figure: "Figure", counts: Sequence[int], *, left: float, row: float, step: int, narrow: bool) -> None:
+    width = 14 if narrow else 120
+    axes = axes_at(figure, left, 28, width, row * len(counts))
+    largest = max([1, *counts])
+    if not narrow:
+        axes.barh([layer + 0.5 for layer in range(len(counts))], counts, height=0.62, color=LIGHT["grey"], alpha=0.55)
+    axes.set_xlim(0, largest)
+    axes.set_ylim(len(counts), 0)
+    axes.set_axis_off()
+    for layer, count in enumerate(counts):
+        if count and (step == 1 or count == max(counts[layer : layer + step])):
+            place = 0 if narrow else count
+            axes.annotate(
+                str(count), (place, layer + 0.5), (5, 0), "data", "offset pixels", va="center", fontsize=12,
+                color=LIGHT["ink"], annotation_clip=False,
+            )  # fmt: skip
+    title = "count" if narrow else "edited in the layer"
+    axes.annotate(title, (0, 1), (0, 12), "axes fraction", "offset pixels", color=LIGHT["muted"], fontsize=12)
+
+
+# Differences with their intervals.
+
+
+def forest(rows: Sequence[ForestRow], *, narrow: bool = False) -> "Figure":
+    """Every difference with its 95 % interval, a panel with its own scale for each unit, zero marked.
+
+    A filled point is a difference that chance does not explain (after correction), an open one is not.
+    """
+    panels: dict[str, list[ForestRow]] = {}
+    for row in rows:
+        panels.setdefault(row.panel, []).append(row)
+    line, above, below = (46, 34, 42) if narrow else (30, 34, 42)
+    height = sum(above + line * len(found) + below for found in panels.values())
+    with style():
+        whole = NARROW if narrow else WIDE
+        figure = canvas(whole, max(height, 60))
+        top = 0.0
+        for title, found in panels.items():
+            left, width = (14, whole - 34) if narrow else (262, 350)
+            axes = axes_at(figure, left, top + above, width, line * len(found))
+            _forest_panel(axes, title, found, narrow=narrow, left=left)
+            top += above + line * len(found) + below
+    return figure
+
+
+def _forest_panel(axes: "Axes", title: str, rows: Sequence[ForestRow], *, narrow: bool, left: int) -> None:
+    reach = [0.0, *(value for row in rows for value in (row.low, row.high))]
+    margin = (max(reach) - min(reach)) * 0.06 or 1.0
+    axes.set_xlim(min(reach) - margin, max(reach) + margin)
+    axes.set_ylim(len(rows), 0)
+    for place, row in enumerate(rows):
+        height = place + (0.68 if narrow else 0.5)
+        axes.vlines(0, place + (0.42 if narrow else 0), place + 1, color=LIGHT["ink"], linewidth=1.2, zorder=1)
+        colour = LIGHT[GROUP_COLOURS.get(row.group, "grey")]
+        axes.plot([row.low, row.high], [height, height], color=colour, linewidth=2.2, zorder=3)
+        face = colour if row.clear else LIGHT["paper"]
+        axes.plot(
+            row.value, height, "o", markersize=8, markerfacecolor=face, markeredgecolor=colour, markeredgewidth=1.8,
+            zorder=4,
+        )  # fmt: skip
+        level = place + (0.24 if narrow else 0.5)
+        label = plain(row.label)
+        longest = 32 if narrow else 36
+        label = label if len(label) <= longest else label[: longest - 1] + "…"
+        behind = {"facecolor": LIGHT["paper"], "edgecolor": "none", "pad": 1}
+        text: Any = {"va": "center", "fontsize": 12, "annotation_clip": False, "bbox": behind, "zorder": 5}
+        edge = ("axes fraction", "data")
+        axes.annotate(label, (0, level), (0 if narrow else 8 - left, 0), edge, "offset pixels", **text)
+        axes.annotate(
+            row.values, (1, level), (0 if narrow else 182, 0), edge, "offset pixels", ha="right",
+            color=LIGHT["muted"], **text,
+        )  # fmt: skip
+    axes.set_yticks([])
+    axes.spines["left"].set_visible(False)
+    axes.grid(axis="x", color=LIGHT["rule"], linewidth=0.8, zorder=0)
+    axes.set_axisbelow(True)
+    axes.locator_params(axis="x", nbins=5 if narrow else 7)
+    axes.annotate(
+        title, (0, 1), (0 if narrow else 8 - left, 14), "axes fraction", "offset pixels", color=LIGHT["muted"],
+        fontsize=12, fontweight="bold",
+    )  # fmt: skip
