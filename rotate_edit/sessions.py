@@ -99,7 +99,7 @@ def measure_faithfulness(
 
     output: a path without its ending; the trials go to .json and the figure to .png. Raises BadInput.
     """
-    from rotate_edit import faithfulness, figures
+    from rotate_edit import drawing, faithfulness
     from rotate_edit.channels import load_channels
     from rotate_edit.text_items import read_documents
 
@@ -114,5 +114,5 @@ def measure_faithfulness(
     if output is not None:
         content = plain({"rows": rows, "trials": faithfulness.plain_trials(trials)})
         write_atomically(output.with_suffix(".json"), json.dumps(content, indent=1, allow_nan=False))
-        write_atomically(output.with_suffix(".png"), figures.png(faithfulness.figure(rows)))
+        write_atomically(output.with_suffix(".png"), drawing.png(faithfulness.figure(rows)))
     return rows
