@@ -402,10 +402,10 @@ def revert(folder: Path, output: Path | None, edit_folder: Path | None, overwrit
 @click.option("--new-tokens", default=40, show_default=True)
 @click.option("--seed", type=int, help="Sample with this seed instead of taking the likeliest token.")
 def compare(base: str, edited: tuple[str, ...], prompts: tuple[str, ...], new_tokens: int, seed: int | None) -> None:
-    """Continue the same prompts with BASE and each EDITED (an edit folder or a checkpoint), side by side."""
-    from rotate_edit import pipeline
+    """Continue the same prompts with BASE and each EDITED (a run, edit, adapter or checkpoint), side by side."""
+    from rotate_edit.sessions import continue_prompts
 
-    for prompt, texts in pipeline.side_by_side(base, edited, prompts, new_tokens=new_tokens, seed=seed):
+    for prompt, texts in continue_prompts(base, edited, prompts, new_tokens=new_tokens, seed=seed):
         print_table(prompt, ["model", "continuation"], [[name, text] for name, text in texts.items()])
 
 

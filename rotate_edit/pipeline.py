@@ -28,13 +28,11 @@ from rotate_edit.comparison import Plan
 from rotate_edit.concept import TokenSet, find_tokens
 from rotate_edit.console import Report, silent
 from rotate_edit.edit import Edit
-from rotate_edit.edit_file import load_edit, save_edit
+from rotate_edit.edit_file import save_edit
 from rotate_edit.engines import pick_device
 from rotate_edit.errors import BadInput, Failure
 from rotate_edit.evaluate import Variant, evaluate, texts_about
 from rotate_edit.files import check_output_free, whole_folder, write_atomically
-from rotate_edit.generations import generate
-from rotate_edit.live import applied
 from rotate_edit.locate import Located, build_edits, locate_concept, sites, solver_settings
 from rotate_edit.patch import write_checkpoint
 from rotate_edit.projection import Vocabulary, VocabularyRules, read_projections, read_vocabulary
@@ -42,6 +40,7 @@ from rotate_edit.recipe import ConceptRecipe, Recipe, recipe_text
 from rotate_edit.report import write_report
 from rotate_edit.scoring import Settings
 from rotate_edit.tasks import Items, open_items
+from rotate_edit.text_items import items_from_text, save_items
 
 FORMAT = 1
 # Divisions of a concept into groups that `group_distance: auto` tries; the first keeps it whole.
@@ -96,8 +95,6 @@ def _open_items(recipe: Recipe, tokenizer: Any, checkpoint: Checkpoint) -> Items
     if recipe.evaluate.items is not None:
         return open_items(recipe.evaluate.items)
     if recipe.evaluate.text is not None:
-        from rotate_edit.text_items import items_from_text
-
         return items_from_text(
             recipe.evaluate.text,
             {concept.name: concept.words for concept in recipe.concepts},
@@ -193,6 +190,8 @@ def run(recipe: Recipe, output: Path, *, overwrite: bool = False, report: Report
             found = locate(opened, model, report)
         result = _describe(opened, found, seconds)
         _save_channels(opened, found, folder)
+        if opened.items is not None and recipe.evaluate.text is not None:
+            save_items(opened.items, folder / "items")
         failure = _why_nothing(found) if _is_missing(recipe, found) else None
         if failure is None:
             _edit_and_measure(opened, found, model, folder, result, seconds, report)
@@ -285,8 +284,10 @@ def _edit_and_measure(
             concepts=tuple(concept.name for concept in recipe.concepts),
             neighbours=tuple(name for concept in recipe.concepts for name in concept.neighbours),
             tasks=tuple(recipe.evaluate.tasks),
+            items=recipe.evaluate.limit or 240,
             settings=Settings(batch_size=recipe.evaluate.batch_size, limit=recipe.evaluate.limit),
             amplified=all(strength < 0 for strength in strengths.values()),
+            words=tuple(word for concept in recipe.concepts for word in concept.words),
             seed=recipe.seed,
         )
         ids = torch.cat([tokens.ids for tokens in opened.tokens]).unique()
@@ -345,28 +346,6 @@ def at_strengths(found: Sequence[Located], strengths: dict[str, float]) -> list[
     return [
         replace(located, concept=located.concept.model_copy(update={"strength": strengths[located.concept.name]}))
         for located in found
-    ]
-
-
-def side_by_side(
-    base: str, edited: Sequence[str], prompts: Sequence[str], *, new_tokens: int = 40, seed: int | None = None
-) -> list[tuple[str, dict[str, str]]]:
-    """Continue prompts with the base and each edited model (an edit folder, a run folder or a checkpoint).
-
-    Returns for each prompt the continuations by model name.
-    """
-    checkpoint = open_checkpoint(base)
-    tokenizer, model = load_tokenizer(checkpoint), load_model(checkpoint)
-    texts = {"base": generate(model, tokenizer, prompts, new_tokens=new_tokens, seed=seed)}
-    for name in edited:
-        folder = Path(name) / "edit" if (Path(name) / "edit").is_dir() else Path(name)
-        if (folder / "edit.json").is_file():
-            with applied(model, load_edit(folder)):
-                texts[name] = generate(model, tokenizer, prompts, new_tokens=new_tokens, seed=seed)
-        else:
-            texts[name] = generate(load_model(name), tokenizer, prompts, new_tokens=new_tokens, seed=seed)
-    return [
-        (prompt, {name: written[place][0] for name, written in texts.items()}) for place, prompt in enumerate(prompts)
     ]
 
 

@@ -16,9 +16,10 @@ from rotate_edit.engines import pick_device
 from rotate_edit.errors import BadInput
 from rotate_edit.evaluate import evaluate
 from rotate_edit.files import check_output_free, write_atomically
+from rotate_edit.generations import generate
 from rotate_edit.pipeline import cache_folder, plain, weights_hash
 from rotate_edit.tasks import Items, open_items
-from rotate_edit.variants import Variant, read_variants
+from rotate_edit.variants import Variant, opened, read_variants
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -72,6 +73,27 @@ def evaluate_models(
     if output is not None:
         write_atomically(output, json.dumps(result, indent=1, allow_nan=False))
     return result
+
+
+def continue_prompts(
+    base: str, edited: Sequence[str], prompts: Sequence[str], *, new_tokens: int = 40, seed: int | None = None
+) -> list[tuple[str, dict[str, str]]]:
+    """Continue prompts with the base and each edited model: a run folder, an edit, an adapter or a checkpoint.
+
+    Greedy without a seed. Returns for each prompt the continuations by model name. Raises BadInput.
+    """
+    checkpoint = open_checkpoint(base)
+    tokenizer, model = load_tokenizer(checkpoint), load_model(checkpoint)
+    texts = {"base": generate(model, tokenizer, prompts, new_tokens=new_tokens, seed=seed)}
+    for name in edited:
+        if Path(name).is_dir():
+            with opened(model, read_variants([Path(name)])[0]) as changed:
+                texts[name] = generate(changed, tokenizer, prompts, new_tokens=new_tokens, seed=seed)
+        else:
+            texts[name] = generate(load_model(name), tokenizer, prompts, new_tokens=new_tokens, seed=seed)
+    return [
+        (prompt, {name: written[place][0] for name, written in texts.items()}) for place, prompt in enumerate(prompts)
+    ]
 
 
 def relearn_models(

@@ -18,6 +18,7 @@ from rotate_edit.demo.world import concepts
 from rotate_edit.errors import BadInput, Failure
 from rotate_edit.patch import revert
 from rotate_edit.recipe import Recipe, parse_recipe
+from rotate_edit.tasks import open_items
 
 SHARED = Path(__file__).parents[2] / "shared"
 
@@ -78,6 +79,15 @@ def test_the_demo_meets_its_promise(result: dict[str, Any]) -> None:
     assert summary["specificity"]["value"] >= 0.95
     assert summary["first_token_kl"]["value"] <= 0.02
     assert all(summary[name].keys() >= {"value", "low", "high", "n"} for name in summary)
+
+
+def test_sampled_text_says_how_often_the_concept_leaks(result: dict[str, Any]) -> None:
+    asked, neutral = (result["variants"]["edited"]["measures"][f"leak_rate_{about}"] for about in ("asked", "neutral"))
+    prompts = [row["about"] for row in result["generations"]]
+    assert asked["n"] == 20 * sum(about == "dogs" for about in prompts)
+    assert neutral["n"] == 20 * sum(about is None for about in prompts)
+    assert asked["value"] < asked["baseline"]
+    assert 0 <= asked["low"] <= asked["value"] <= asked["high"] <= 1
 
 
 def test_every_control_is_on_the_curve(result: dict[str, Any]) -> None:
@@ -219,3 +229,10 @@ def test_real_checkpoints_run_with_plain_text(tmp_path: Path, name: str) -> None
     assert any("first token" in warning for warning in result["concepts"][0]["warnings"])
     assert (tmp_path / "run" / "model" / "model.safetensors").is_file()
     assert result["curves"]["things"]["channel-located"][0]["mass"]["value"] > 0
+    # The items made from the text lie beside the numbers, in a folder that an evaluation can be given.
+    items = open_items(tmp_path / "run" / "items")
+    cloze = next(task for task in items.tasks if task.name == "text_cloze")
+    asked = next(row for row in result["tasks"] if row["task"] == "text_cloze")
+    assert asked["n"] == len(cloze.rows) > 20
+    assert {row["concept"] for row in cloze.rows} == {"things"}
+    assert not {row["text"] for row in items.texts["choose"]} & {row["text"] for row in items.texts["report"]}
