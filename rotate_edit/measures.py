@@ -20,6 +20,7 @@ from rotate_edit.statistics import Measure
 # A batch's logits hold at most this many numbers (128 MiB of float32), or one text when that is longer.
 CELLS_IN_A_BATCH = 2**25
 TOKENS_IN_A_BATCH = 4096
+CELLS_IN_CACHE = 2**19
 # The base model's log-probabilities that are kept hold at most this many numbers (1 GiB of float32).
 CELLS_KEPT = 2**28
 CURVE_DRAWS = 1000
@@ -90,15 +91,20 @@ def _batched(rows: list[list[int]], vocabulary_size: int) -> Passages:
 
 def log_probabilities(model: Any, passages: Passages) -> Iterator[Tensor]:
     """Next-token log-probabilities of every batch: float32 [rows, length, vocabulary], padding included."""
+    for logits in _logits(model, passages):
+        yield torch.log_softmax(logits.float(), dim=-1)
+
+
+def _logits(model: Any, passages: Passages) -> Iterator[Tensor]:
     device = next(model.parameters()).device
     for batch in passages.batches:
         with torch.no_grad():
             # No attention mask: with the padding on the right a causal model's other positions do not see it.
-            logits = model(input_ids=batch.to(device), use_cache=False).logits
-        yield torch.log_softmax(logits.float(), dim=-1)
+            yield model(input_ids=batch.to(device), use_cache=False).logits
 
 
-def _real(batch: Tensor, lengths: Tensor) -> Tensor:
+def real_positions(batch: Tensor, lengths: Tensor) -> Tensor:
+    """Which positions of a batch [rows, length] are no padding: bool [rows, length]."""
     return torch.arange(batch.shape[1])[None, :] < lengths[:, None]
 
 
@@ -119,7 +125,7 @@ def every_position(model: Any, passages: Passages) -> tuple[Tensor, ...]:
     """What `kl_by_text` compares with: log-probabilities at all real positions, float32 [positions, V] a batch."""
     kept = []
     for index, values in enumerate(log_probabilities(model, passages)):
-        kept.append(values[_real(passages.batches[index], passages.lengths[index]).to(values.device)])
+        kept.append(values[real_positions(passages.batches[index], passages.lengths[index]).to(values.device)])
     return tuple(kept)
 
 
@@ -128,13 +134,32 @@ def kl_by_text(model: Any, passages: Passages, base: Sequence[Tensor]) -> tuple[
 
     base: from `every_position` of the base model on the same passages. Both results are float64 [texts].
     """
+    return damage_by_text(model, passages, base)[:2]
+
+
+def damage_by_text(model: Any, passages: Passages, base: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`kl_by_text` and `log_likelihood_by_text` in one forward pass: the sums and counts of both, float64 [texts]."""
+    likelihoods: list[tuple[Tensor, Tensor]] = []
 
     def pieces() -> Iterator[tuple[Tensor, Tensor]]:
-        for index, values in enumerate(log_probabilities(model, passages)):
-            real = _real(passages.batches[index], passages.lengths[index])
-            yield real, kl_divergence(base[index], values[real.to(values.device)])
+        for index, logits in enumerate(_logits(model, passages)):
+            batch = passages.batches[index]
+            real = real_positions(batch, passages.lengths[index])
+            following = torch.nn.functional.pad(batch[:, 1:], (0, 1))[real].to(logits.device)
+            rows = logits[real.to(logits.device)]
+            divergence, likelihood = [], []
+            # A few rows at a time: what fits in a processor's cache is read once and not five times.
+            for first in range(0, len(rows), step := max(1, CELLS_IN_CACHE // rows.shape[1])):
+                part = slice(first, first + step)
+                values = torch.log_softmax(rows[part].float(), dim=-1)
+                divergence.append(kl_divergence(base[index][part], values))
+                likelihood.append(values.gather(1, following[part, None])[:, 0])
+            predicted = torch.nn.functional.pad(real[:, 1:], (0, 1))
+            likelihoods.append((predicted, torch.cat(likelihood)[predicted[real].to(logits.device)]))
+            yield real, torch.cat(divergence)
 
-    return _by_text(passages, pieces())
+    divergence = _by_text(passages, pieces())
+    return *divergence, *_by_text(passages, likelihoods)
 
 
 def kl_divergence(base: Tensor, other: Tensor) -> Tensor:
@@ -179,12 +204,12 @@ def mass_by_text(model: Any, passages: Passages, concept_ids: Tensor) -> tuple[T
     """
 
     def pieces() -> Iterator[tuple[Tensor, Tensor]]:
-        for index, values in enumerate(log_probabilities(model, passages)):
+        for index, logits in enumerate(_logits(model, passages)):
             batch = passages.batches[index]
             # Padding is no token of the text, also where a concept's token has the padding's number.
-            wanted = torch.isin(batch, concept_ids.cpu())[:, 1:] & _real(batch, passages.lengths[index])[:, 1:]
-            chosen = values[:, :-1][wanted.to(values.device)]
-            yield wanted, chosen[:, concept_ids.to(values.device)].exp().sum(dim=-1)
+            wanted = torch.isin(batch, concept_ids.cpu())[:, 1:] & real_positions(batch, passages.lengths[index])[:, 1:]
+            chosen = torch.log_softmax(logits[:, :-1][wanted.to(logits.device)].float(), dim=-1)
+            yield wanted, chosen[:, concept_ids.to(logits.device)].exp().sum(dim=-1)
 
     return _by_text(passages, pieces())
 
@@ -214,7 +239,7 @@ def log_likelihood_by_text(model: Any, passages: Passages) -> tuple[Tensor, Tens
     def pieces() -> Iterator[tuple[Tensor, Tensor]]:
         for index, values in enumerate(log_probabilities(model, passages)):
             batch = passages.batches[index].to(values.device)
-            real = _real(passages.batches[index], passages.lengths[index])[:, 1:]
+            real = real_positions(passages.batches[index], passages.lengths[index])[:, 1:]
             yield real, values[:, :-1].gather(2, batch[:, 1:, None])[:, :, 0][real.to(values.device)]
 
     return _by_text(passages, pieces())

@@ -233,7 +233,7 @@ def passages(documents: Sequence[str]) -> dict[str, list[str]]:
     splits: dict[str, list[str]] = {split: [] for split in SPLITS}
     for document in sorted(set(documents), key=_digest):
         split = SPLITS[_digest(document)[0] % 2]
-        splits[split] += _sentences_together(document)
+        splits[split] += sentences_together(document)
     if documents and not all(splits.values()):
         raise BadInput("the text has too few documents to be divided into two halves; give more text.")
     # By digest again: otherwise the first document alone would fill every list.
@@ -244,7 +244,8 @@ def _digest(text: str) -> bytes:
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
 
 
-def _sentences_together(document: str) -> list[str]:
+def sentences_together(document: str) -> list[str]:
+    """Passages of whole sentences of one paragraph (line) each, of about 360 characters, in the text's order."""
     found: list[str] = []
     for paragraph in document.splitlines():
         passage = ""

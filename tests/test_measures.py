@@ -104,6 +104,14 @@ def test_padding_is_never_taken_for_a_concept_token(base, tokenizer):
     assert counts.sum() == 0
 
 
+def test_damage_is_both_measures_in_one_pass(base, edited, tokenizer):
+    passages = tokenised(tokenizer)
+    known = measures.every_position(base, passages)
+    both = measures.damage_by_text(edited, passages, known)
+    apart = [*measures.kl_by_text(edited, passages, known), *measures.log_likelihood_by_text(edited, passages)]
+    assert all(torch.equal(one, other) for one, other in zip(both, apart, strict=True))
+
+
 def test_perplexity_equals_the_sum_over_single_texts(base, tokenizer):
     total, count = 0.0, 0
     for text in TEXTS:
