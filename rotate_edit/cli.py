@@ -13,6 +13,8 @@ from rotate_edit.errors import BadInput, Failure
 
 OUTPUT = click.option("--output", type=click.Path(path_type=Path), help="Where to write; it must not exist yet.")
 OVERWRITE = click.option("--overwrite", is_flag=True, help="Replace an output that exists.")
+ESTIMATE = click.option("--estimate", is_flag=True, help="Print time, memory and disk of the job here, and stop.")
+FULL_HASH = click.option("--full-hash", is_flag=True, help="Take the SHA-256 of every byte of a large base as well.")
 FOLDER = click.Path(path_type=Path)
 
 
@@ -45,20 +47,39 @@ def main() -> None:
 @cli.command()
 @click.argument("recipe")
 @click.option("--output", type=FOLDER, help="The run folder (default runs/<recipe>-<n>).")
+@ESTIMATE
+@FULL_HASH
 @OVERWRITE
-def run(recipe: str, output: Path | None, overwrite: bool) -> None:
+def run(recipe: str, output: Path | None, estimate: bool, full_hash: bool, overwrite: bool) -> None:
     """Locate, edit, save, evaluate and report, as RECIPE says."""
     from rotate_edit import pipeline
-    from rotate_edit import recipe as recipes
 
-    read = recipes.read_recipe(recipe)
+    read = _recipe(recipe, full_hash)
     where = output or _next_run(Path(recipe).stem)
+    if estimate:
+        _print_estimate(f"a run of {Path(recipe).name}", *pipeline.estimate(read), where)
+        return
     with progress_bars() as report:
         result = pipeline.run(read, where, overwrite=overwrite, report=report)
     for warning in (text for concept in result["concepts"] for text in concept["warnings"]):
         print_line(f"Warning: {warning}", error=True)
     _print_summary(result)
     print_line(f"Report: {where / 'report.html'}")
+
+
+def _recipe(path: str, full_hash: bool) -> Any:
+    from rotate_edit.recipe import read_recipe
+
+    read = read_recipe(path)
+    return read.model_copy(update={"save": read.save.model_copy(update={"full_hash": True})}) if full_hash else read
+
+
+def _print_estimate(job: str, cost: Any, device: str, output: Path) -> None:
+    """Print what a job takes here, then refuse it in one sentence when it does not fit."""
+    from rotate_edit.estimate import check_cost, described
+
+    print_table(f"{job} takes", ["", "the job", "this machine"], described(cost, output, device))
+    check_cost(cost, output)
 
 
 def _next_run(stem: str) -> Path:
@@ -180,6 +201,7 @@ def scan(
 @click.option("--device", default="auto", show_default=True)
 @click.option("--engine", default="local", show_default=True, type=click.Choice(["local", "ray"]))
 @click.option("--address", default="auto", show_default=True, help="Ray cluster (it must be a trusted network).")
+@ESTIMATE
 def decompose(
     model: str,
     revision: str | None,
@@ -191,20 +213,32 @@ def decompose(
     solver: str,
     all_tokens: bool,
     no_vectors: bool,
+    estimate: bool,
     **how: Any,
 ) -> None:
     """Split neurons of MODEL into vocabulary channels; a killed run goes on where it stopped."""
     from rotate_edit import decompose as room
     from rotate_edit import projection
     from rotate_edit.checkpoint import open_checkpoint
+    from rotate_edit.engines import pick_device
+    from rotate_edit.estimate import decompose_cost
     from rotate_edit.rotate import SolverSettings
     from rotate_edit.shards import Targets
 
     checkpoint = open_checkpoint(model, revision)
-    vocabulary = projection.read_vocabulary(checkpoint, projection.VocabularyRules(words_only=not all_tokens))
     settings = SolverSettings(solver=solver, channels=channels, claim_threshold=room.claim_threshold(checkpoint))
     chosen = checkpoint.matrices if everything else (matrices or ("out",))
     target = output or Path(f"{checkpoint.source.replace('/', '--')}-channels")
+    vectors = None if no_vectors else "bfloat16"
+    if estimate:
+        device = pick_device(how["device"])
+        cost = decompose_cost(
+            checkpoint, settings, matrices=tuple(chosen), layers=tuple(layers) or None, words_only=not all_tokens,
+            vectors=vectors, block=how["block"], threads=how["threads"], workers=how["workers"], device=device,
+        )  # fmt: skip
+        _print_estimate(f"decomposing {checkpoint.source}", cost, device, target)
+        return
+    vocabulary = projection.read_vocabulary(checkpoint, projection.VocabularyRules(words_only=not all_tokens))
     with progress_bars() as report:
         found = room.decompose(
             checkpoint,
@@ -212,7 +246,7 @@ def decompose(
             targets=Targets(tuple(chosen), tuple(layers) or None),
             vocabulary=vocabulary,
             settings=settings,
-            vectors=None if no_vectors else "bfloat16",
+            vectors=vectors,
             progress=report,
             **how,
         )
@@ -256,16 +290,31 @@ def _print_channels(found: Any, as_json: bool) -> None:
 @OUTPUT
 @click.option("--no-checkpoint", is_flag=True, help="Write the edit alone.")
 @click.option("--adapter", is_flag=True, help="Also write the LoRA adapter.")
+@ESTIMATE
+@FULL_HASH
 @OVERWRITE
-def edit(recipe: str, output: Path | None, no_checkpoint: bool, adapter: bool, overwrite: bool) -> None:
+def edit(
+    recipe: str,
+    output: Path | None,
+    no_checkpoint: bool,
+    adapter: bool,
+    estimate: bool,
+    full_hash: bool,
+    overwrite: bool,
+) -> None:
     """Build RECIPE's edit and write it (edit/, model/, adapter/), without evaluating it."""
     from rotate_edit import pipeline
-    from rotate_edit import recipe as recipes
 
+    read = _recipe(recipe, full_hash)
     where = output or _next_run(f"{Path(recipe).stem}-edit")
+    if estimate:
+        kept = read.save.model_copy(update={"checkpoint": not no_checkpoint})
+        read = read.model_copy(update={"save": kept})
+        _print_estimate(f"the edit of {Path(recipe).name}", *pipeline.estimate(read, measured=False), where)
+        return
     with progress_bars() as report:
         made = pipeline.edit_only(
-            recipes.read_recipe(recipe),
+            read,
             where,
             checkpoint=not no_checkpoint,
             adapter=adapter,
@@ -281,6 +330,7 @@ def edit(recipe: str, output: Path | None, no_checkpoint: bool, adapter: bool, o
 @OUTPUT
 @click.option("--revision", help="Hub revision.")
 @click.option("--adapter", is_flag=True, help="Write a LoRA adapter instead of a checkpoint.")
+@click.option("--uniform-rank", is_flag=True, help="Pad all ranks of the adapter to one, for serving engines.")
 @click.option("--link", is_flag=True, help="Hard-link untouched shards: an in-place write to one changes the other.")
 @click.option("--no-undo", is_flag=True, help="Leave out what an exact undo needs.")
 @click.option("--force-base", is_flag=True, help="Apply to a base with other hashes.")
@@ -291,6 +341,7 @@ def apply(
     output: Path | None,
     revision: str | None,
     adapter: bool,
+    uniform_rank: bool,
     link: bool,
     no_undo: bool,
     force_base: bool,
@@ -306,8 +357,12 @@ def apply(
     base = open_checkpoint(model, revision)
     loaded = load_edit(folder)
     target = output or Path(f"{base.source.replace('/', '--')}-edited")
+    if (adapter and link) or (uniform_rank and not adapter):
+        raise BadInput("--uniform-rank is for an --adapter, and --link for a checkpoint.")
     if adapter:
-        warnings = write_adapter(base, loaded, target, force_base=force_base, overwrite=overwrite).warnings
+        warnings = write_adapter(
+            base, loaded, target, uniform_rank=uniform_rank, force_base=force_base, overwrite=overwrite
+        ).warnings
     else:
         warnings = write_checkpoint(
             base, loaded, target, edit_folder=folder, undo=not no_undo, link=link, force_base=force_base,

@@ -127,19 +127,17 @@ def _cell(value: Any) -> str:
 @click.command()
 @click.argument("model")
 @click.option("--revision", help="Hub revision.")
-@click.option("--json", "as_json", is_flag=True)
+@click.option("--json", "as_json", is_flag=True, help="Print all of it as JSON.")
 def inspect(model: str, revision: str | None, as_json: bool) -> None:
     """Show what is recognised of MODEL and what an edit could reach."""
     from rotate_edit.checkpoint import open_checkpoint
-    from rotate_edit.inspection import inspect_model
+    from rotate_edit.inspection import described, inspect_model
 
     found = inspect_model(open_checkpoint(model, revision))
     if as_json:
         click.echo(json.dumps(found, indent=1))
         return
-    rows = [[name, ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else str(value)]
-            for name, value in found.items()]  # fmt: skip
-    print_table(str(found.get("source", model)), ["", ""], rows)
+    print_table(str(found["source"]), ["", ""], described(found))
 
 
 COMMANDS = (evaluate, check, relearn, faithfulness, inspect)

@@ -40,13 +40,18 @@ def print_line(text: str, *, error: bool = False) -> None:
 
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print a table; every cell is hostile text."""
-    table = Table(title=shown(title), title_justify="left")
+    """Print a table; every cell is hostile text. Columns of numbers stand flush right, all others left."""
+    table = Table(title=shown(title), title_justify="left", show_header=any(columns))
     for place, column in enumerate(columns):
-        table.add_column(shown(column), justify="left" if place == 0 else "right", overflow="fold")
+        numbers = place > 0 and all(_is_number(row[place]) for row in rows)
+        table.add_column(shown(column), justify="right" if numbers else "left", overflow="fold")
     for row in rows:
         table.add_row(*[shown(cell) for cell in row])
     Console().print(table)
+
+
+def _is_number(cell: str) -> bool:
+    return cell in ("", "never") or cell.lstrip("-<")[:1].isdigit()
 
 
 @contextmanager

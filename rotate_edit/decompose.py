@@ -1,7 +1,6 @@
 """Many neurons into vocabulary channels: a few in memory for an edit, or whole models in resumable shards."""
 
 import json
-import os
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,9 +14,10 @@ from rotate_edit.architectures import Neuron
 from rotate_edit.channels import MANIFEST, Channel, ChannelSet, open_channels, write_channel_set
 from rotate_edit.checkpoint import Checkpoint, read_matrix
 from rotate_edit.errors import BadInput
+from rotate_edit.estimate import check_cost, decompose_cost, shard_memory, shard_workers
 from rotate_edit.files import check_output_free, write_atomically
 from rotate_edit.projection import Projections, Vocabulary
-from rotate_edit.rotate import SolverSettings, memory_bound
+from rotate_edit.rotate import SolverSettings
 from rotate_edit.shards import (
     JOB,
     Shard,
@@ -164,6 +164,16 @@ def decompose(
         if (done.base, done.settings) == (base, how):
             return done
     check_output_free(output)
+    if engine == "local":
+        # What a cluster has is not known here.
+        check_cost(
+            decompose_cost(
+                checkpoint, settings, matrices=targets.matrices, layers=targets.layers, vectors=vectors,
+                words_only=vocabulary.rules.words_only, block=block, threads=threads, workers=workers,
+                device=job["device"],
+            ),
+            output,
+        )  # fmt: skip
     folder = output.with_name(f"{output.name}.shards")
     _begin(folder, job)
     shards = job_shards(checkpoint, job)
@@ -209,7 +219,8 @@ def _finish(
     try:
         if missing:
             tasks = [(model, revision, text, str(folder), shard) for shard in missing]
-            engine(tasks, receive, job=job, memory=shard_memory(checkpoint, job), **where)
+            memory = shard_memory(checkpoint, SolverSettings(**job["solver"]), job["block"])
+            engine(tasks, receive, job=job, memory=memory, **where)
     except BadInput:
         # The solver refused the settings; nothing was done that a later run could use.
         if not ready:
@@ -250,15 +261,6 @@ def _reopening(checkpoint: Checkpoint) -> tuple[str, str | None]:
     return str(checkpoint.folder.resolve()), None
 
 
-def shard_memory(checkpoint: Checkpoint, job: dict) -> int:
-    """Bytes that one shard needs at most while it is searched, beside the tables that all shards share."""
-    settings = SolverSettings(**job["solver"])
-    vocabulary = checkpoint.vocabulary_size
-    needed = memory_bound(job["block"], vocabulary, checkpoint.hidden_size, settings)
-    # The AdamW procedure keeps its projections for the backward pass, about eight of them a row.
-    return needed + (32 * settings.rows * vocabulary if settings.solver == "adamw" else 0)
-
-
 def _local(tasks: list[tuple], receive: Callable, *, job: dict, memory: int, address: str, workers: int | None) -> None:
     """Threads on the CPU, as many as cores and free memory allow; on GPUs one process each."""
     devices = torch.cuda.device_count() if job["device"] == "cuda" else 1
@@ -272,9 +274,7 @@ def _local(tasks: list[tuple], receive: Callable, *, job: dict, memory: int, add
         if job["device"] != "cpu":
             workers = 1
         elif workers is None:
-            free = engines.free_memory()
-            fits = len(tasks) if free is None else free // memory
-            workers = max(1, min(len(tasks), fits, (os.cpu_count() or 1) // job["threads"]))
+            workers = shard_workers(len(tasks), memory, job["threads"])
         engines.run_threads(work_shard, tasks, receive, workers=workers)
     finally:
         torch.set_num_threads(before)

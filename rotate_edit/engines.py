@@ -113,14 +113,6 @@ def _take_device(queue: Any) -> None:
     os.environ["CUDA_VISIBLE_DEVICES"] = queue.get()
 
 
-def free_memory() -> int | None:
-    """Bytes of memory that this machine has free; None where the system does not say."""
-    try:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (ValueError, OSError):
-        return None
-
-
 def pick_device(device: str) -> str:
     """ "auto" as what this machine has best: cuda, mps or cpu. Raises BadInput for a device that is not there."""
     there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}

@@ -221,12 +221,17 @@ def check_output_free(output: Path, *, overwrite: bool = False) -> None:
         raise BadInput(f"the output {output} exists already; name another one or pass --overwrite.")
 
 
-def check_free_space(output: Path, needed: int) -> None:
-    """Refuse to begin when the disk of `output` has fewer than `needed` bytes free. Raises BadInput."""
+def free_space(output: Path) -> int:
+    """Bytes that are free on the disk on which `output` would lie."""
     parent = output.absolute().parent
     while not parent.exists():
         parent = parent.parent
-    free = shutil.disk_usage(parent).free
+    return shutil.disk_usage(parent).free
+
+
+def check_free_space(output: Path, needed: int) -> None:
+    """Refuse to begin when the disk of `output` has fewer than `needed` bytes free. Raises BadInput."""
+    free = free_space(output)
     if free < needed:
         raise BadInput(
             f"{output} needs {needed / 1e9:.1f} GB and its disk has {free / 1e9:.1f} GB free; name an output elsewhere."

@@ -3,6 +3,12 @@
 from rotate_edit.architectures import NEURON_MATRICES
 from rotate_edit.checkpoint import Checkpoint
 
+REACH_WORDS = {
+    "embedding": "rows of the embedding",
+    "unembedding": "rows of the unembedding",
+    "out_bias": "biases of the MLP's output",
+}
+
 
 def inspect_model(checkpoint: Checkpoint) -> dict:
     """Family, sizes, tables, norms, scales and reach of a checkpoint as JSON values; no weight is read.
@@ -63,3 +69,42 @@ def reach(checkpoint: Checkpoint) -> dict[str, int]:
         tables = dict.fromkeys(("embedding", "unembedding"), checkpoint.vocabulary_size)
     biases = sum(checkpoint.has("out_bias", layer) for layer in range(checkpoint.layers))
     return {name: count for name, count in (counts | tables | {"out_bias": biases}).items() if count}
+
+
+def described(found: dict) -> list[list[str]]:
+    """The same for a person: rows of a name and a text."""
+    rows = [["family", f"{found['family']} (model_type {found['model_type']})"]]
+    if found["revision"]:
+        rows.append(["revision", found["revision"]])
+    sizes = f"{found['parameters']:,} parameters in {', '.join(found['dtypes'])}"
+    shards = f"{found['shards']} shard" + ("s" if found["shards"] != 1 else "")
+    rows.append(["size", f"{sizes}, {found['bytes'] / 1e6:,.1f} MB in {shards}"])
+    rows.append(["layers", f"{found['layers']} of width {found['d_model']}"])
+    experts = f" in each of {found['experts']} experts" if found["experts"] else ""
+    rows.append(["neurons a layer", f"{found['neurons']}{experts}; matrices {', '.join(found['matrices'])}"])
+    rows.append(["vocabulary", f"{found['vocabulary']} tokens; embedding and head {_tables(found)}"])
+    rows.append(["projected on", _projected(found)])
+    norms = f"{found['norm']} norm" + (", another one after the MLP" if found["norm after the MLP"] else "")
+    rows.append(["block", f"{norms}; attention and MLP {'side by side' if found['parallel'] else 'in turn'}"])
+    biases = [name for name in ("MLP bias", "head bias") if found[name]]
+    rows.append(["biases", ", ".join(biases) or "none in the MLP or the head"])
+    scales = [f"{name} {value:g}" for name, value in found["scales"].items() if value is not None]
+    if scales:
+        rows.append(["scales", ", ".join(scales)])
+    rows.append(["edits in it", ", ".join(found["edits"]) or "none by this package"])
+    reach = [f"{count:,} {REACH_WORDS.get(name, f'{name} vectors')}" for name, count in found["reach"].items()]
+    rows.append(["an edit can reach", ", ".join(reach)])
+    return rows
+
+
+def _tables(found: dict) -> str:
+    return "are one table (tied)" if found["tied"] else "are two tables (untied)"
+
+
+def _projected(found: dict) -> str:
+    switch = found["unembedding from layer"]
+    if found["tied"]:
+        return "the one table, in every layer"
+    if switch is None:
+        return "embedding or unembedding by layer, found from the weights when a job needs it"
+    return f"the unembedding from layer {switch} on, the embedding before it (published)"

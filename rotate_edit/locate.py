@@ -319,7 +319,8 @@ def build_edits(
             "select.lm_head_z, or raise locate.candidates."
         )
     settings = recipe.edit.model_dump() | {"select": recipe.select.model_dump(), "seed": recipe.seed}
-    base = identity(checkpoint)
+    own = {checkpoint.place(made.matrix, made.layer, made.expert).name for made in changes[recipe.edit.method]}
+    base = identity(checkpoint, own, full=recipe.save.full_hash or None)
     return {method: Edit(method, tuple(changes[method]), tuple(vectors[method]), base, settings) for method in methods}
 
 

@@ -16,6 +16,7 @@ from rotate_edit.companions import EDIT_RECORD
 from rotate_edit.edit import Edit
 from rotate_edit.edit_file import EDIT_JSON, EDIT_TENSORS, edit_identity
 from rotate_edit.errors import BadInput, Failure, quoted
+from rotate_edit.estimate import check_cost, estimate_patch
 from rotate_edit.files import (
     check_free_space,
     check_output_free,
@@ -126,6 +127,7 @@ def write_checkpoint(
     touched = plan_edit(checkpoint, edit)
     complete(checkpoint)
     shards = {checkpoint.stored[name].file for name in touched}
+    check_cost(estimate_patch(checkpoint, edit, link=link), output)
     check_free_space(output, _needed_bytes(checkpoint, set(checkpoint.headers) if not link else shards))
     with whole_folder(output, overwrite=overwrite) as folder:
         linked, tensors = _write_shards(checkpoint, touched, folder, link, progress)

@@ -3,24 +3,19 @@
 No formula stands here and nothing is computed twice: every step is one call of the room that knows it.
 """
 
-import importlib.metadata
 import json
 import math
-import platform
-import resource
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from rotate_edit import __version__, curves, measures
+from rotate_edit import curves, measures
 from rotate_edit.adapter import write_adapter
 from rotate_edit.channels import save_channels
 from rotate_edit.checkpoint import Checkpoint, identity, load_model, load_tokenizer, open_checkpoint
@@ -31,11 +26,14 @@ from rotate_edit.edit import Edit
 from rotate_edit.edit_file import save_edit
 from rotate_edit.engines import pick_device
 from rotate_edit.errors import BadInput, Failure
+from rotate_edit.estimate import Cost, check_cost
 from rotate_edit.evaluate import Variant, evaluate, texts_about
 from rotate_edit.files import check_output_free, whole_folder, write_atomically
+from rotate_edit.forecast import recipe_cost
 from rotate_edit.locate import Located, build_edits, locate_concept, sites, solver_settings
 from rotate_edit.patch import write_checkpoint
 from rotate_edit.projection import Vocabulary, VocabularyRules, read_projections, read_vocabulary
+from rotate_edit.provenance import cache_folder, peak_memory, plain, provenance, weights_hash
 from rotate_edit.recipe import ConceptRecipe, Recipe, recipe_text
 from rotate_edit.report import write_report
 from rotate_edit.scoring import Settings
@@ -47,7 +45,6 @@ FORMAT = 1
 GROUP_DISTANCES = (2.0, 0.7, 0.5)
 # These methods have nothing to do for a concept that no channel carries.
 LOCATED_METHODS = ("channel-located", "project-channel", "zero-neurons", "random-neurons")
-REPORTED_VERSIONS = ("torch", "transformers", "lm_eval", "peft", "safetensors", "datasets", "numpy")
 
 
 @dataclass(frozen=True)
@@ -70,10 +67,16 @@ class Opened:
         return [warning for tokens in self.tokens for warning in tokens.warnings]
 
 
-def open_recipe(recipe: Recipe) -> Opened:
-    """Open everything a recipe names. Raises BadInput for whatever cannot work, before anything is written."""
+def open_recipe(recipe: Recipe, output: Path | None = None, *, measured: bool = True) -> Opened:
+    """Open everything a recipe names. Raises BadInput for whatever cannot work, before anything is written.
+
+    output: where a run will write; then a run that does not fit this machine's memory or disk is refused first.
+    """
     checkpoint = open_checkpoint(recipe.model, recipe.revision)
     sites(checkpoint, recipe)
+    device = pick_device(recipe.decompose.device)
+    if output is not None:
+        check_cost(recipe_cost(recipe, checkpoint, None, device=device, measured=measured), output)
     tokenizer = load_tokenizer(checkpoint)
     rules = VocabularyRules(
         projection=recipe.locate.projection,
@@ -87,11 +90,20 @@ def open_recipe(recipe: Recipe) -> Opened:
         find_tokens(concept.name, concept.words, tokenizer, texts, plurals=concept.plurals)
         for concept in recipe.concepts
     )
-    items = _open_items(recipe, tokenizer, checkpoint)
-    return Opened(recipe, checkpoint, tokenizer, vocabulary, tokens, items, pick_device(recipe.decompose.device))
+    items = _open_items(recipe, tokenizer)
+    return Opened(recipe, checkpoint, tokenizer, vocabulary, tokens, items, device)
 
 
-def _open_items(recipe: Recipe, tokenizer: Any, checkpoint: Checkpoint) -> Items | None:
+def estimate(recipe: Recipe, *, measured: bool = True) -> tuple[Cost, str]:
+    """What a run of a recipe (or, not `measured`, its edit alone) takes, and on which device; no weight is read."""
+    checkpoint = open_checkpoint(recipe.model, recipe.revision)
+    device = pick_device(recipe.decompose.device)
+    needs_tokenizer = recipe.evaluate.text is not None
+    items = _open_items(recipe, load_tokenizer(checkpoint) if needs_tokenizer else None)
+    return recipe_cost(recipe, checkpoint, items, device=device, measured=measured), device
+
+
+def _open_items(recipe: Recipe, tokenizer: Any) -> Items | None:
     if recipe.evaluate.items is not None:
         return open_items(recipe.evaluate.items)
     if recipe.evaluate.text is not None:
@@ -180,7 +192,7 @@ def run(recipe: Recipe, output: Path, *, overwrite: bool = False, report: Report
     recipe, the channels and a report that says why, and no checkpoint.
     """
     check_output_free(output, overwrite=overwrite)
-    opened = open_recipe(recipe)
+    opened = open_recipe(recipe, output)
     seconds: dict[str, float] = {}
     with whole_folder(output, overwrite=overwrite) as folder:
         write_atomically(folder / "recipe.yaml", recipe_text(recipe))
@@ -219,7 +231,7 @@ def edit_only(
     Raises BadInput before anything is written, and Failure when nothing was located.
     """
     check_output_free(output, overwrite=overwrite)
-    opened = open_recipe(recipe)
+    opened = open_recipe(recipe, output, measured=False)
     model = load_model(opened.checkpoint, device=opened.device) if opened.items else None
     found = locate(opened, model, report)
     if _is_missing(recipe, found):
@@ -377,16 +389,7 @@ def _describe(opened: Opened, found: Sequence[Located], seconds: dict[str, float
             "vocabulary_size": checkpoint.vocabulary_size,
             "tied": checkpoint.tied,
         },
-        "provenance": {
-            "rotate_edit": __version__,
-            "versions": {name: importlib.metadata.version(name) for name in REPORTED_VERSIONS},
-            "python": platform.python_version(),
-            "base": identity(checkpoint),
-            "seed": opened.recipe.seed,
-            "device": opened.device,
-            "threads": torch.get_num_threads(),
-            "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        },
+        "provenance": provenance(checkpoint, opened.recipe.seed, opened.device),
     }
 
 
@@ -433,41 +436,6 @@ def _why_nothing(found: Sequence[Located]) -> str:
                 f"(strongest LM-head z-score {strongest:.2f})."
             )
     return " ".join(parts) + " Lower select.share or select.support, raise locate.candidates, or name more words."
-
-
-def plain(value: Any) -> Any:
-    """JSON values with not-a-number and infinity as null."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    if isinstance(value, dict):
-        return {str(key): plain(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(entry) for entry in value]
-    return value
-
-
-def weights_hash(checkpoint: Checkpoint) -> str | None:
-    """One hash of all weights, or None when they are too many to be hashed as a matter of course."""
-    import hashlib
-
-    tensors = identity(checkpoint)["tensors"]
-    if set(tensors) != set(checkpoint.stored):
-        return None
-    return hashlib.sha256(json.dumps(tensors, sort_keys=True).encode()).hexdigest()
-
-
-def cache_folder() -> Path:
-    """Where baselines are kept between runs: the user's cache folder."""
-    import os
-
-    root = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    return Path(root) / "rotate-edit"
-
-
-def peak_memory() -> float:
-    """The largest memory this process has used, in megabytes."""
-    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return used / (1024 if sys.platform != "darwin" else 1024**2)
 
 
 @contextmanager

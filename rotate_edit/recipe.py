@@ -141,6 +141,9 @@ class SaveRecipe(_Section):
     checkpoint: bool = Field(True, description="Write the patched checkpoint to model/.")
     adapter: bool = Field(True, description="Write the same edit as a LoRA adapter to adapter/.")
     undo: bool = Field(True, description="Write what an exact undo needs beside the edit.")
+    full_hash: bool = Field(
+        False, description="Take the SHA-256 of every tensor of a base above a gigabyte, not of the changed ones alone."
+    )
 
 
 class EvaluateRecipe(_Section):

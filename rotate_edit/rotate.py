@@ -171,10 +171,11 @@ def memory_bound(
 ) -> int:
     """Bytes the circle solver takes on the CPU beside its arguments, at most.
 
-    `width · [3/2 V d + r (2 V + 8 d) + 10 max(2¹⁸, V) + N (1 + C) d] + 24 N C k + 48 r · claimed`, with r = settings.rows
-    rows at once (no more than the neurons have starts), C channels, k top tokens, and `claimed` the tokens a neuron has
-    lost to its channels so far: one copy of the vocabulary matrix and half of one for what the matrix library packs,
-    two projections and a few vectors a row, the temporaries of one chunk, and the results. width: bytes of a number.
+    `width · [3/2 V d + r (2 V + 8 d) + 10 max(2¹⁸, V) + N (1 + C) d] + 24 N C k + 48 r · claimed`, with
+    r = settings.rows rows at once (no more than the neurons have starts), C channels, k top tokens, and `claimed` the
+    tokens a neuron has lost to its channels so far: one copy of the vocabulary matrix and half of one for what the
+    matrix library packs, two projections and a few vectors a row, the temporaries of one chunk, and the results.
+    width: bytes of a number.
     """
     rows = min(settings.rows, STARTS * neurons)
     numbers = vocabulary * size * 3 // 2 + rows * (2 * vocabulary + 8 * size) + 10 * max(batch.CPU_CHUNK, vocabulary)

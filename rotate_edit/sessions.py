@@ -14,10 +14,11 @@ from rotate_edit.concept import find_tokens, token_texts
 from rotate_edit.console import Report, silent
 from rotate_edit.engines import pick_device
 from rotate_edit.errors import BadInput
+from rotate_edit.estimate import check_cost, estimate_live
 from rotate_edit.evaluate import evaluate
 from rotate_edit.files import check_output_free, write_atomically
 from rotate_edit.generations import generate
-from rotate_edit.pipeline import cache_folder, plain, weights_hash
+from rotate_edit.provenance import cache_folder, plain, weights_hash
 from rotate_edit.tasks import Items, open_items
 from rotate_edit.variants import Variant, opened, read_variants
 
@@ -57,12 +58,14 @@ def evaluate_models(
     variants = read_variants(list(edited))
     plan = replace(plan, concepts=edited_concepts(variants, plan.concepts))
     checkpoint = open_checkpoint(base)
+    chosen = pick_device(device)
+    check_cost(estimate_live(checkpoint, DTYPES[dtype].itemsize, gpu=chosen != "cpu"), output or Path("evaluation"))
     tokenizer = load_tokenizer(checkpoint)
     ids = None
     if words:
         ids = find_tokens(", ".join(plan.concepts), list(words), tokenizer, token_texts(tokenizer), plurals=True).ids
     found = open_items(items, data=data, allow_code=allow_code) if items else None
-    model = load_model(checkpoint, device=pick_device(device), dtype=DTYPES[dtype])
+    model = load_model(checkpoint, device=chosen, dtype=DTYPES[dtype])
     known = weights_hash(checkpoint)
     result = plain(
         evaluate(

@@ -56,6 +56,7 @@ def test_a_disk_that_fills_up_on_the_way(
 ) -> None:
     write_checkpoint(base, edit, tmp_path / "out", edit_folder=tmp_path / "edit")
     monkeypatch.setattr("rotate_edit.patch.check_free_space", lambda output, needed: None)
+    monkeypatch.setattr("rotate_edit.patch.check_cost", lambda cost, output: None)
     (small_disk / "ballast").write_bytes(b"0" * (SMALL_DISK - 60_000))
     before = {file.name: file.read_bytes() for file in base.folder.iterdir()}
     with pytest.raises(Failure, match="No space left"):

@@ -1,0 +1,140 @@
+"""What a recipe will take, counted from its settings before any weight is read.
+
+Counts that only the work itself would tell (iterations of a search, groups of a concept's tokens) are those measured
+on the demo model and `bookworm`; where a step may end early it is taken to go on to its end.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rotate_edit.checkpoint import Checkpoint
+from rotate_edit.comparison import Plan
+from rotate_edit.estimate import (
+    CHANNEL_BYTES,
+    PROCESS_WITH_TRANSFORMERS,
+    PRODUCTS,
+    START_WITH_TRANSFORMERS,
+    Cost,
+    estimate_live,
+    estimate_patch,
+    parameters,
+    search_operations,
+    shard_memory,
+    table_memory,
+)
+from rotate_edit.evaluate import divide, texts_about
+from rotate_edit.recipe import Recipe
+from rotate_edit.rotate import SolverSettings
+from rotate_edit.tasks import Items
+
+# Products with the vocabulary matrix of a search that asks for one concept: 24 to 30 measured.
+PRODUCTS_ASKING = 30
+# Seconds of the demo model's forward passes over the seconds of their products alone: 1.3 to 1.7 measured.
+FORWARD_OVERHEAD = 1.6
+# `group_distance: auto` tries three divisions of a concept; together they search about so many times the candidates.
+SEARCHES, GROUPS = 3, 6
+# Forward passes over a concept's texts to find a strength, three times while divisions are tried and once at the end.
+SOLVING_PASSES = 10
+CHARACTERS_OF_A_TOKEN = 4
+NEW_TOKENS = 40
+LONGEST_WORD = 12
+
+
+def recipe_cost(
+    recipe: Recipe, checkpoint: Checkpoint, items: Items | None, *, device: str = "cpu", measured: bool = True
+) -> Cost:
+    """What a recipe takes: locating, solving for the strength, writing and, when `measured`, curves and evaluation.
+
+    items: what is measured on; lm-eval tasks known by name alone are not counted, since their size is not known.
+    """
+    live = measured or items is not None
+    on_gpu = device != "cpu"
+    settings = SolverSettings(solver=recipe.decompose.solver, channels=recipe.decompose.channels)
+    candidates = recipe.locate.candidates * len(recipe.locate.matrices)
+    tables = table_memory(checkpoint)
+    searched = shard_memory(checkpoint, settings, candidates)
+    cost = Cost(
+        operations=len(recipe.concepts) * _locating(recipe, checkpoint, settings, candidates, grouped=live),
+        start=START_WITH_TRANSFORMERS,
+        read=(len(recipe.concepts) + 1) * checkpoint.size,
+        memory=PROCESS_WITH_TRANSFORMERS + tables + searched,
+        gpu_memory=tables + searched if on_gpu else 0,
+        disk=candidates * SEARCHES * settings.channels * (4 * checkpoint.hidden_size + CHANNEL_BYTES),
+    )
+    if live:
+        model = estimate_live(checkpoint, 2 if on_gpu else 4, gpu=on_gpu)
+        kept = _reference_memory(recipe, checkpoint)
+        cost += Cost(
+            operations=_forward(checkpoint) * sum(tokens_read(recipe, items, measured=measured).values()),
+            start=model.start,
+            read=model.read,
+            memory=model.memory + tables + searched + (0 if on_gpu else kept),
+            gpu_memory=model.gpu_memory + tables + searched + kept if on_gpu else 0,
+        )
+    if recipe.save.checkpoint:
+        written = estimate_patch(checkpoint)
+        cost += Cost(read=written.read, memory=written.memory, disk=written.disk)
+        if recipe.save.undo:
+            cost += Cost(disk=candidates * SEARCHES * checkpoint.hidden_size * 4)
+    return cost
+
+
+def tokens_read(recipe: Recipe, items: Items | None, *, measured: bool = True) -> dict[str, int]:
+    """About how many tokens the live model reads, by step."""
+    steps = dict.fromkeys(("groups", "strengths", "curves", "items", "generations"), 0)
+    if items is None:
+        return steps
+    evaluation = recipe.evaluate
+    methods, points = 1 + len(set(evaluation.controls)), len(set(evaluation.strengths)) + 1
+    for concept in recipe.concepts:
+        own, others = (min(evaluation.tokens, _length(texts)) for texts in texts_about(items, [concept.name]))
+        if recipe.locate.group_distance == "auto":
+            steps["groups"] += SEARCHES * (SOLVING_PASSES * own + others)
+        if concept.strength == "auto":
+            steps["strengths"] += SOLVING_PASSES * own
+        if measured:
+            steps["curves"] += (methods * points + 1) * (own + others)
+    if measured:
+        names = tuple(concept.name for concept in recipe.concepts)
+        close = tuple(name for concept in recipe.concepts for name in concept.neighbours)
+        asked, _ = divide(items.tasks, Plan(names, close))
+        steps["items"] = 2 * sum(_tokens(row) for task in asked for row in task.rows[: evaluation.limit])
+        steps["generations"] = 2 * len(items.generation) * NEW_TOKENS
+    return steps
+
+
+def _locating(
+    recipe: Recipe, checkpoint: Checkpoint, settings: SolverSettings, candidates: int, *, grouped: bool
+) -> float:
+    searches = GROUPS if grouped and recipe.locate.group_distance == "auto" else 1
+    channels = searches * candidates * settings.channels
+    asked = searches * candidates * PRODUCTS_ASKING / PRODUCTS[settings.solver] if recipe.decompose.tilted_start else 0
+    return search_operations(checkpoint, settings, channels + asked, recipe.decompose.words_only)
+
+
+def _forward(checkpoint: Checkpoint) -> float:
+    """Operations of one token's forward pass: two a parameter."""
+    return FORWARD_OVERHEAD * 2 * parameters(checkpoint)
+
+
+def _reference_memory(recipe: Recipe, checkpoint: Checkpoint) -> int:
+    """The base model's log-probabilities that are kept, and the logits of one batch with two copies."""
+    from rotate_edit.measures import CELLS_IN_A_BATCH, CELLS_KEPT
+
+    cells = min(CELLS_KEPT, recipe.evaluate.tokens * checkpoint.vocabulary_size)
+    return 4 * (cells + 3 * CELLS_IN_A_BATCH)
+
+
+def _length(texts: Sequence[str]) -> int:
+    return sum(map(len, texts)) // CHARACTERS_OF_A_TOKEN
+
+
+def _tokens(row: Mapping[str, Any]) -> int:
+    """About how many tokens are read for an item: its longest text, again for each of its choices when they are long.
+
+    Choices of one token are read off one pass.
+    """
+    longest = max((len(value) for value in row.values() if isinstance(value, str)), default=0)
+    choices = next((value for value in row.values() if isinstance(value, list)), [])
+    again = len(choices) if any(len(str(choice)) > LONGEST_WORD for choice in choices) else 1
+    return longest * again // CHARACTERS_OF_A_TOKEN

@@ -1,0 +1,63 @@
+"""What a result was made with, so that it can be told from another and made again; nothing here names a person."""
+
+import hashlib
+import importlib.metadata
+import json
+import math
+import os
+import platform
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rotate_edit import __version__
+from rotate_edit.checkpoint import Checkpoint, identity
+from rotate_edit.estimate import held_memory
+
+REPORTED_VERSIONS = ("torch", "transformers", "lm_eval", "peft", "safetensors", "datasets", "numpy")
+
+
+def provenance(checkpoint: Checkpoint, seed: int, device: str) -> dict[str, Any]:
+    """Versions, the base's identity, seed, device and time, as plain JSON."""
+    return {
+        "rotate_edit": __version__,
+        "versions": {name: importlib.metadata.version(name) for name in REPORTED_VERSIONS},
+        "python": platform.python_version(),
+        "base": identity(checkpoint),
+        "seed": seed,
+        "device": device,
+        "threads": torch.get_num_threads(),
+        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def plain(value: Any) -> Any:
+    """JSON values with not-a-number and infinity as null."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, dict):
+        return {str(key): plain(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(entry) for entry in value]
+    return value
+
+
+def weights_hash(checkpoint: Checkpoint) -> str | None:
+    """One hash of all weights, or None when they are too many to be hashed as a matter of course."""
+    tensors = identity(checkpoint)["tensors"]
+    if set(tensors) != set(checkpoint.stored):
+        return None
+    return hashlib.sha256(json.dumps(tensors, sort_keys=True).encode()).hexdigest()
+
+
+def cache_folder() -> Path:
+    """Where baselines are kept between runs: the user's cache folder."""
+    root = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    return Path(root) / "rotate-edit"
+
+
+def peak_memory() -> float:
+    """The largest memory this process has used, in megabytes."""
+    return held_memory() / 1024**2

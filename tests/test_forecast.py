@@ -1,0 +1,71 @@
+"""What a recipe will take grows with what it asks for, and is refused where this machine is too small."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rotate_edit import pipeline
+from rotate_edit.checkpoint import open_checkpoint
+from rotate_edit.errors import BadInput
+from rotate_edit.forecast import recipe_cost, tokens_read
+from rotate_edit.recipe import Recipe, parse_recipe
+from rotate_edit.tasks import open_items
+
+ITEMS = open_items("demo")
+
+
+def recipe(**changes: Any) -> Recipe:
+    concept = {"name": "dogs", "words": ["dog"], "strength": changes.pop("strength", "auto")}
+    return parse_recipe({"model": "demo", "concepts": [concept], "evaluate": {"items": "demo"}} | changes)
+
+
+def test_steps_are_counted_from_the_settings() -> None:
+    steps = tokens_read(recipe(), ITEMS)
+    assert all(count > 0 for count in steps.values())
+    assert tokens_read(recipe(strength=2), ITEMS) == steps | {"strengths": 0}
+    assert tokens_read(recipe(locate={"group_distance": 2.0}), ITEMS) == steps | {"groups": 0}
+    alone = tokens_read(recipe(evaluate={"items": "demo", "controls": []}), ITEMS)
+    # Seven methods at six strengths and the base, against one method.
+    assert steps["curves"] / alone["curves"] == pytest.approx(43 / 7)
+    assert alone | {"curves": steps["curves"]} == steps
+    unmeasured = tokens_read(recipe(), ITEMS, measured=False)
+    assert unmeasured == steps | dict.fromkeys(("curves", "items", "generations"), 0)
+    assert set(tokens_read(recipe(), None).values()) == {0}
+
+
+def test_costs_follow_the_recipe() -> None:
+    demo = open_checkpoint("demo")
+    whole = recipe_cost(recipe(), demo, ITEMS)
+    edit = recipe_cost(recipe(), demo, ITEMS, measured=False)
+    assert edit.operations < whole.operations
+    assert edit.disk == whole.disk > demo.size
+    unsaved = recipe_cost(recipe(save={"checkpoint": False}), demo, ITEMS)
+    assert unsaved.disk < whole.disk - demo.size
+    more = recipe_cost(recipe(locate={"candidates": 600}), demo, ITEMS)
+    assert more.operations > whole.operations
+    assert more.memory > whole.memory
+    on_gpu = recipe_cost(recipe(), demo, ITEMS, device="cuda")
+    assert on_gpu.gpu_memory > 2 * demo.size > whole.gpu_memory == 0
+
+
+def test_a_run_that_does_not_fit_is_refused_before_anything_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rotate_edit.estimate.available_memory", lambda: 1_000_000)
+    for call in (pipeline.run, pipeline.edit_only):
+        with pytest.raises(BadInput, match="GB of memory"):
+            call(recipe(), tmp_path / "run")
+    monkeypatch.undo()
+    monkeypatch.setattr("rotate_edit.files.free_space", lambda output: 1000)
+    with pytest.raises(BadInput, match="GB free"):
+        pipeline.run(recipe(), tmp_path / "run")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_estimate_opens_no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rotate_edit.checkpoint.read_tensor", None)
+    monkeypatch.setattr("rotate_edit.checkpoint.read_place", None)
+    cost, device = pipeline.estimate(recipe())
+    assert cost.operations > 0
+    assert device in ("cpu", "cuda", "mps")
