@@ -358,7 +358,7 @@ def apply(
     loaded = load_edit(folder)
     target = output or Path(f"{base.source.replace('/', '--')}-edited")
     if (adapter and link) or (uniform_rank and not adapter):
-        raise BadInput("--uniform-rank is for an --adapter, and --link for a checkpoint.")
+        raise BadInput("--uniform-rank is for an --adapter, and --link is for a checkpoint.")
     if adapter:
         warnings = write_adapter(
             base, loaded, target, uniform_rank=uniform_rank, force_base=force_base, overwrite=overwrite
@@ -428,7 +428,8 @@ def verify(folder: Path, edit_folder: Path | None, base: str | None) -> None:
     for problem in checked.problems:
         print_line(problem)
     if checked.problems:
-        raise Failure(f"{folder} is not what its edit says: {len(checked.problems)} differences.")
+        count = len(checked.problems)
+        raise Failure(f"{folder} is not what its edit says: {count} difference{'s' if count > 1 else ''}.")
     unknown = f"; {len(checked.not_compared)} could not be compared" if checked.not_compared else ""
     print_line(f"{checked.compared} tensors are as they should be{unknown}.")
 

@@ -91,7 +91,8 @@ def described(found: dict) -> list[list[str]]:
     scales = [f"{name} {value:g}" for name, value in found["scales"].items() if value is not None]
     if scales:
         rows.append(["scales", ", ".join(scales)])
-    rows.append(["edits in it", ", ".join(found["edits"]) or "none by this package"])
+    edits = [edit[:12] for edit in found["edits"]]
+    rows.append(["edits in it", f"{len(edits)} by this package, oldest first: {', '.join(edits)}" if edits else "none"])
     reach = [f"{count:,} {REACH_WORDS.get(name, f'{name} vectors')}" for name, count in found["reach"].items()]
     rows.append(["an edit can reach", ", ".join(reach)])
     return rows
