@@ -11,6 +11,7 @@ from rotate_edit.errors import BadInput, Failure
 
 FOLDER = click.Path(path_type=Path)
 MODELS = click.argument("edited", nargs=-1, required=True, type=FOLDER)
+MOST = {"max_kl": "first_token_kl", "max_collateral_kl": "collateral_kl", "max_leak_rate": "leak_rate_asked"}
 CONCEPTS = click.option("--concept", "concepts", multiple=True, help="Edited concepts (default: as the edits say).")
 
 
@@ -21,14 +22,16 @@ CONCEPTS = click.option("--concept", "concepts", multiple=True, help="Edited con
 @click.option("--neighbour", "neighbours", multiple=True, help="Concepts close to them.")
 @click.option("--word", "words", multiple=True, help="Words of the concept, to measure its probability mass.")
 @click.option("--items", help="A folder of items, or the name of a bundled one (demo, local).")
-@click.option("--data", type=FOLDER, help="Where the items' data lie, when not in their folder.")
+@click.option("--data", type=FOLDER, help="Where the items' data lie, for --items local (then the default).")
 @click.option("--task", "tasks", multiple=True, help="lm-eval tasks by name (they need a network).")
-@click.option("--limit", type=int, help="At most so many items of each lm-eval task.")
+@click.option("--limit", type=click.IntRange(min=1), help="At most so many items of each part and each lm-eval task.")
 @click.option("--batch-size", default="64", show_default=True, help="Sequences at once, or auto.")
-@click.option("--num-fewshot", type=int)
+@click.option("--num-fewshot", type=click.IntRange(min=0), help="Examples before each item (default: the task's own).")
 @click.option("--chat-template", is_flag=True, help="Put every item in the tokenizer's chat template.")
-@click.option("--device", default="auto", show_default=True)
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or mps.")
 @click.option("--dtype", default="float32", show_default=True, type=click.Choice(["float32", "bfloat16", "float16"]))
+@click.option("--backend", default="hf", show_default=True, help="One of lm-eval's; vllm takes checkpoints only.")
+@click.option("--backend-option", "options", multiple=True, metavar="KEY=VALUE", help="For another backend than hf.")
 @click.option("--output", type=FOLDER, help="Write the result as JSON here.")
 @click.option("--allow-code", is_flag=True, help="Dangerous: run code that task definitions bring along.")
 def evaluate(
@@ -41,6 +44,7 @@ def evaluate(
     batch_size: str,
     num_fewshot: int | None,
     chat_template: bool,
+    options: tuple[str, ...],
     **how: Any,
 ) -> None:
     """Evaluate EDITED models (runs, edits, adapters, checkpoints) against BASE on the same items."""
@@ -48,11 +52,11 @@ def evaluate(
     from rotate_edit.scoring import Settings
     from rotate_edit.sessions import evaluate_models
 
-    size = int(batch_size) if batch_size.isdigit() else batch_size
-    settings = Settings(size, num_fewshot, limit, chat_template)
-    plan = Plan(concepts, neighbours, tasks, settings=settings)
+    settings = Settings(_batch_size(batch_size), num_fewshot, limit, chat_template)
+    plan = Plan(concepts, neighbours, tasks, items=limit, settings=settings, words=how["words"])
+    given = dict(_key_and_value(option) for option in options)
     with progress_bars() as report:
-        result = evaluate_models(base, edited, plan, report=report, **how)
+        result = evaluate_models(base, edited, plan, options=given, report=report, **how)
     for name, variant in result["variants"].items():
         rows = [
             [row["title"], str(row["n"]), *(f"{row[key]['value']:.4g}" for key in ("base", "edited", "difference")),
@@ -64,25 +68,44 @@ def evaluate(
             print_line(sentence)
 
 
+def _batch_size(text: str) -> int | str:
+    if text.isdigit() and int(text) > 0:
+        return int(text)
+    if text.split(":")[0] == "auto":
+        return text
+    raise BadInput(f"--batch-size {text} is neither a positive number nor auto.")
+
+
+def _key_and_value(option: str) -> tuple[str, str]:
+    key, equals, value = option.partition("=")
+    if not key or not equals or key in ("pretrained", "trust_remote_code", "load_format"):
+        raise BadInput(f"--backend-option {option} cannot be used; write KEY=VALUE, and name the models as arguments.")
+    return key, value
+
+
 @click.command()
 @click.argument("run_folder", type=FOLDER)
 @click.option("--min-efficacy", type=float)
 @click.option("--min-specificity", type=float)
 @click.option("--min-harmonic", type=float)
 @click.option("--max-kl", type=float, help="Of the first generated token, in nats.")
-def check(run_folder: Path, max_kl: float | None, **minimum: float | None) -> None:
+@click.option("--max-collateral-kl", type=float, help="On texts without the concept, in nats.")
+@click.option("--max-leak-rate", type=float, help="Of sampled answers to prompts about the concept.")
+def check(run_folder: Path, **gates: float | None) -> None:
     """Fail (exit 1) when a run's numbers do not pass the gates: for use in automatic checks."""
     from rotate_edit.comparison import failed_gates
+    from rotate_edit.report_content import variant_of
 
     try:
-        summary = json.loads((run_folder / "evaluation.json").read_text(encoding="utf-8")).get("summary") or {}
+        result = json.loads((run_folder / "evaluation.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise BadInput(f"{run_folder} holds no readable evaluation.json.") from error
-    least = {name.removeprefix("min_"): value for name, value in minimum.items() if value is not None}
-    most = {} if max_kl is None else {"first_token_kl": max_kl}
+    found = {**variant_of(result).get("measures", {}), **(result.get("summary") or {})}
+    least = {name.removeprefix("min_"): value for name, value in gates.items() if value is not None and "min_" in name}
+    most = {MOST[name]: value for name, value in gates.items() if value is not None and name in MOST}
     if not least and not most:
         raise BadInput("check needs at least one gate, for instance --min-efficacy 0.9.")
-    failures = failed_gates(summary, minimum=least, maximum=most)
+    failures = failed_gates(found, minimum=least, maximum=most)
     if failures:
         raise Failure(" ".join(failures))
     print_line(f"{len(least) + len(most)} gates passed.")

@@ -5,6 +5,7 @@ lm-eval is always given the loaded model and tokenizer, never a name to load by 
 
 import hashlib
 import importlib.metadata
+import importlib.util
 import io
 import json
 import logging
@@ -127,6 +128,8 @@ def score_checkpoint(
     options: further arguments of the backend. Raises BadInput when the backend is unknown, not installed, or cannot
     load the checkpoint.
     """
+    if backend == "vllm" and importlib.util.find_spec("vllm") is None:
+        raise BadInput("the backend vllm is not installed; install lm-eval[vllm], or leave --backend out.")
     with _quiet(), _same_random_numbers_after():
         from lm_eval.api.registry import get_model
 

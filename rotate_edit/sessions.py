@@ -1,7 +1,7 @@
 """One call for each measuring command: open the base, read the variants, measure, write JSON."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from rotate_edit.console import Report, silent
 from rotate_edit.engines import pick_device
 from rotate_edit.errors import BadInput
 from rotate_edit.estimate import check_cost, estimate_live
-from rotate_edit.evaluate import evaluate
+from rotate_edit.evaluate import evaluate, evaluate_checkpoints
 from rotate_edit.files import check_output_free, write_atomically
 from rotate_edit.generations import generate
 from rotate_edit.provenance import cache_folder, plain, weights_hash
@@ -45,16 +45,32 @@ def evaluate_models(
     allow_code: bool = False,
     device: str = "auto",
     dtype: str = "float32",
+    backend: str = "hf",
+    options: Mapping[str, str] = {},
     output: Path | None = None,
     report: Report = silent,
 ) -> dict[str, Any]:
     """Evaluate any number of edited models against one base in one process; returns (and writes) the result as JSON.
 
-    edited: run folders, edit folders, adapters or checkpoints; words: of the concepts, for probability mass. Raises
+    edited: run folders, edit folders, adapters or checkpoints; words: of the concepts, for probability mass; items: a
+    folder of them or a bundled name, those for one's own data when only `data` is given; backend: one of lm-eval's,
+    with options of its own: anything but "hf" takes whole checkpoints and scores lm-eval's tasks alone. Raises
     BadInput for whatever cannot be opened.
     """
     if output is not None:
         check_output_free(output)
+    items = items or ("local" if data is not None else None)
+    if items is None and not plan.tasks:
+        raise BadInput("nothing is asked; name --items, --data or --task.")
+    found = open_items(items, data=data, allow_code=allow_code) if items else None
+    if backend != "hf":
+        # lm-eval's own loader takes CUDA for granted; other backends choose for themselves.
+        if device != "auto" or backend.startswith("hf"):
+            options = {"device": pick_device(device), **options}
+        result = _on_backend(base, edited, plan, found, backend, {"dtype": dtype, **options}, report)
+        if output is not None:
+            write_atomically(output, json.dumps(result, indent=1, allow_nan=False))
+        return result
     variants = read_variants(list(edited))
     plan = replace(plan, concepts=edited_concepts(variants, plan.concepts))
     checkpoint = open_checkpoint(base)
@@ -64,7 +80,6 @@ def evaluate_models(
     ids = None
     if words:
         ids = find_tokens(", ".join(plan.concepts), list(words), tokenizer, token_texts(tokenizer), plurals=True).ids
-    found = open_items(items, data=data, allow_code=allow_code) if items else None
     model = load_model(checkpoint, device=chosen, dtype=DTYPES[dtype])
     known = weights_hash(checkpoint)
     result = plain(
@@ -76,6 +91,31 @@ def evaluate_models(
     if output is not None:
         write_atomically(output, json.dumps(result, indent=1, allow_nan=False))
     return result
+
+
+def _on_backend(
+    base: str,
+    edited: Sequence[Path],
+    plan: Plan,
+    items: Items | None,
+    backend: str,
+    options: Mapping[str, str],
+    report: Report,
+) -> dict[str, Any]:
+    folders = {}
+    for folder in edited:
+        checkpoint = folder / "model" if (folder / "model" / "config.json").is_file() else folder
+        if not (checkpoint / "config.json").is_file():
+            raise BadInput(f"{folder} holds no checkpoint, and the backend {backend} takes nothing else.")
+        folders[folder.resolve().name] = checkpoint
+    if len(folders) < len(edited):
+        raise BadInput("two of the models have the same name; give each of them once, under a name of its own.")
+    if not plan.concepts:
+        plan = replace(plan, concepts=edited_concepts(read_variants(list(edited)), ()))
+    first = open_checkpoint(base)
+    return plain(
+        evaluate_checkpoints(first.folder, folders, plan, items, backend=backend, options=options, report=report).result
+    )
 
 
 def continue_prompts(

@@ -1,0 +1,140 @@
+"""The measuring commands from end to end on a tiny model in a folder: settings reach the model, backends, variants."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+from test_evaluate import silencing
+from tiny_items import write_items
+from tiny_words import tiny_model, tiny_tokenizer
+
+from rotate_edit.cli_measure import check
+from rotate_edit.cli_measure import evaluate as command
+from rotate_edit.comparison import Plan
+from rotate_edit.edit_file import save_edit
+from rotate_edit.errors import BadInput, Failure
+from rotate_edit.scoring import Settings
+from rotate_edit.sessions import continue_prompts, evaluate_models
+
+PLAN = Plan(concepts=("cat",), neighbours=("mat",), items=12, new_tokens=5)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """base, and edited: an edit of it; items: a folder of items; bigger: another checkpoint."""
+    where = tmp_path_factory.mktemp("sessions")
+    model = tiny_model(0)
+    for name, weights in (("base", model), ("other", tiny_model(1))):
+        weights.save_pretrained(where / name)
+        tiny_tokenizer().save_pretrained(where / name)
+    save_edit(silencing(model, "cat"), where / "edited")
+    write_items(where / "items")
+    return where
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+def values(folder: Path, settings: Settings) -> dict[str, float]:
+    plan = Plan(concepts=("cat",), items=12, settings=settings)
+    found = evaluate_models(str(folder / "base"), [folder / "edited"], plan, items=str(folder / "items"))
+    return dict(found["lm_eval"]["edited"]["tiny_cloze"])
+
+
+def test_an_automatic_batch_size_changes_no_number_and_few_shots_do(folder: Path) -> None:
+    plain = values(folder, Settings(batch_size=4))
+    automatic = values(folder, Settings(batch_size="auto"))
+    # Sums in another order: the last digits of float32 may move.
+    assert automatic == pytest.approx(plain, rel=1e-5)
+    assert values(folder, Settings(num_fewshot=2)) != pytest.approx(plain, rel=1e-3)
+
+
+def test_the_dtype_reaches_the_model(folder: Path) -> None:
+    found = {
+        dtype: evaluate_models(
+            str(folder / "base"), [folder / "edited"], PLAN, items=str(folder / "items"), dtype=dtype, device="cpu"
+        )["lm_eval"]["base"]["tiny_cloze"]
+        for dtype in ("float32", "bfloat16")
+    }
+    assert found["float32"] != found["bfloat16"]
+
+
+def test_the_command_says_what_it_found_and_records_its_settings(folder: Path, tmp_path: Path) -> None:
+    arguments = [str(folder / "base"), str(folder / "edited"), "--items", str(folder / "items"), "--limit", "9"]
+    arguments += ["--num-fewshot", "1", "--batch-size", "auto", "--output", str(tmp_path / "e.json")]
+    said = CliRunner().invoke(command, arguments, catch_exceptions=False)
+    assert said.exit_code == 0
+    assert "Of what the base model knew of cat" in said.output or "was not measured" in said.output
+    result = json.loads((tmp_path / "e.json").read_text())
+    settings = result["plan"]["settings"]
+    assert settings == {"batch_size": "auto", "num_fewshot": 1, "limit": 9, "chat_template": False}
+    assert all(row["n"] <= 9 for row in result["tasks"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--batch-size", "many"], "neither a positive number nor auto"),
+        (["--items", "ITEMS", "--backend", "gguf", "--backend-option", "pretrained=x"], "cannot be used"),
+        (["--items", "ITEMS", "--backend", "vllm"], "holds no checkpoint"),
+        (["--device", "tpu", "--items", "ITEMS"], "no such device"),
+        (["--chat-template", "--items", "ITEMS"], "no chat template"),
+        ([], "nothing is asked"),
+        (["--data", "EMPTY"], "holds none of"),
+    ],
+)
+def test_what_cannot_work_is_one_sentence(folder: Path, tmp_path: Path, arguments: list[str], message: str) -> None:
+    names = {"ITEMS": str(folder / "items"), "EMPTY": str(tmp_path)}
+    given = [names.get(argument, argument) for argument in arguments]
+    with pytest.raises(BadInput, match=message) as refused:
+        CliRunner().invoke(command, [str(folder / "base"), str(folder / "edited"), *given], catch_exceptions=False)
+    assert "\n" not in str(refused.value)
+
+
+def test_another_backend_scores_whole_checkpoints_and_names_itself_when_absent(folder: Path) -> None:
+    base, items = str(folder / "base"), str(folder / "items")
+    found = evaluate_models(base, [folder / "other"], PLAN, items=items, backend="hf-auto")
+    own = evaluate_models(base, [folder / "other"], PLAN, items=items)
+    assert found["lm_eval"]["other"] == own["lm_eval"]["other"]
+    if importlib.util.find_spec("vllm") is None:
+        with pytest.raises(BadInput, match="the backend vllm is not installed"):
+            evaluate_models(base, [folder / "other"], PLAN, items=items, backend="vllm")
+
+
+def test_prompts_are_continued_by_edits_and_checkpoints(folder: Path) -> None:
+    asked = ["the big cat saw the", "it was"]
+    found = continue_prompts(str(folder / "base"), [str(folder / "edited"), str(folder / "other")], asked, new_tokens=6)
+    assert [prompt for prompt, _ in found] == asked
+    assert {len(texts) for _, texts in found} == {3}
+    for _, texts in found:
+        assert "cat" not in texts[str(folder / "edited")].split()
+    again = continue_prompts(str(folder / "base"), [], asked, new_tokens=6)
+    assert [texts["base"] for _, texts in again] == [texts["base"] for _, texts in found]
+
+
+@pytest.mark.parametrize(
+    ("gates", "problem"),
+    [
+        (["--min-efficacy", "0.9", "--max-kl", "0.02", "--max-leak-rate", "0.1"], None),
+        (["--min-efficacy", "0.96"], "efficacy is 0.95, and at least 0.96 is asked for"),
+        (["--max-leak-rate", "0.01"], "leak_rate_asked is 0.05, and at most 0.01 is asked for"),
+        (["--max-collateral-kl", "1"], "collateral_kl was not measured"),
+        ([], "at least one gate"),
+    ],
+)
+def test_gates_pass_or_say_which_failed(tmp_path: Path, gates: list[str], problem: str | None) -> None:
+    result = {
+        "summary": {"efficacy": {"value": 0.95}, "first_token_kl": {"value": 0.01}},
+        "variants": {"edited": {"measures": {"leak_rate_asked": {"value": 0.05}}}},
+    }
+    (tmp_path / "evaluation.json").write_text(json.dumps(result))
+    if problem is None:
+        said = CliRunner().invoke(check, [str(tmp_path), *gates], catch_exceptions=False)
+        assert said.output.strip() == "3 gates passed."
+    else:
+        with pytest.raises((BadInput, Failure), match=problem):
+            CliRunner().invoke(check, [str(tmp_path), *gates], catch_exceptions=False)
