@@ -125,10 +125,14 @@ def word_pattern(words: Sequence[str]) -> re.Pattern[str]:
 def leak_rate(generations: Sequence[Sequence[str]], words: Sequence[str]) -> Measure:
     """Share of sampled generations in which a word of the concept appears.
 
-    generations: the samples of each prompt; the interval resamples prompts, because samples of one prompt resemble
-    each other; n is the number of generations.
+    generations: the samples of each prompt; n is how many there are in all. The interval is the wider, on each side, of
+    two: prompts resampled, because samples of one prompt resemble each other, and Wilson's over all samples, because
+    resampling cannot widen a rate of 0 or 1.
     """
     pattern = word_pattern(words)
     hits = [sum(bool(pattern.search(text)) for text in texts) for texts in generations]
     rate = statistics.ratio_of_sums(hits, [len(texts) for texts in generations])
-    return Measure(rate.value, rate.low, rate.high, sum(map(len, generations)), rate.standard_error)
+    count = sum(map(len, generations))
+    whole = statistics.wilson(sum(hits), count)
+    low, high = min(rate.low, whole.low), max(rate.high, whole.high)
+    return Measure(rate.value, low, high, count, rate.standard_error)

@@ -65,3 +65,12 @@ def test_words_are_never_patterns():
     assert generations.leak_rate([["c++ code"]], ["c++"]).value == 1
     with pytest.raises(BadInput, match="at least one word"):
         generations.leak_rate([["a dog"]], [" "])
+
+
+def test_a_leak_rate_of_nothing_is_not_certain():
+    never = generations.leak_rate([["no word"] * 20] * 5, ["dog"])
+    assert (never.value, never.low) == (0, 0)
+    # Wilson's upper end for 0 of 100: z^2 / (n + z^2).
+    assert never.high == pytest.approx(1.959964**2 / (100 + 1.959964**2), rel=1e-5)
+    always = generations.leak_rate([["a dog"] * 20] * 5, ["dog"])
+    assert always.low == pytest.approx(1 - never.high)

@@ -6,6 +6,7 @@ python evals/benchmarks/evaluate.py [--model demo] [--items 240] [--variants 5] 
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -16,7 +17,7 @@ from rotate_edit.checkpoint import Checkpoint, load_model, load_tokenizer, open_
 from rotate_edit.comparison import Plan
 from rotate_edit.edit import Edit, MatrixChange
 from rotate_edit.evaluate import divide, evaluate
-from rotate_edit.tasks import open_items
+from rotate_edit.tasks import Items, open_items
 from rotate_edit.variants import Variant
 
 
@@ -57,9 +58,9 @@ def main() -> None:
         load_model(checkpoint, device=choice.device)
         load_tokenizer(checkpoint)
 
-    def whole(cache: Path | None) -> None:
+    def whole(cache: Path | None, asked: Items = items) -> None:
         loaded = load_model(checkpoint, device=choice.device)
-        evaluate(loaded, load_tokenizer(checkpoint), variants, plan, items, weights_hash="benchmark", cache=cache)
+        evaluate(loaded, load_tokenizer(checkpoint), variants, plan, asked, weights_hash="benchmark", cache=cache)
 
     def timed(call: Callable[[], object], repeats: int = 1) -> tuple[float, float]:
         """The shortest time of a call, and the least processor time: a busy machine makes only the first longer."""
@@ -74,6 +75,8 @@ def main() -> None:
     scored = timed(lambda: scoring.score(harness, model, tokenizer), 2)
     passed = timed(lambda: evaluate(model, tokenizer, [], plan, items), 2)
     passes = choice.variants + 1
+    alone = timed(lambda: whole(None, replace(items, texts={}, prompts=(), generation=())))
+    parts_alone = [load_time + passes * pass_time for load_time, pass_time in zip(loading, scored)]
     with tempfile.TemporaryDirectory() as folder:
         uncached = timed(lambda: whole(Path(folder)))
         cached = timed(lambda: whole(Path(folder)))
@@ -82,6 +85,8 @@ def main() -> None:
         "one load": loading,
         "one pass: lm-eval alone": scored,
         "one pass: with prompts and continuations": passed,
+        f"one load and {passes} passes of lm-eval alone": parts_alone,
+        "evaluated in one process, lm-eval alone": alone,
         f"one load and {passes} passes": parts,
         "evaluated in one process": uncached,
         "the same with a cached baseline": cached,
@@ -90,6 +95,7 @@ def main() -> None:
         "seconds": {name: pair[0] for name, pair in lines.items()},
         "processor_seconds": {name: pair[1] for name, pair in lines.items()},
         "ratio": uncached[0] / parts[0],
+        "ratio_lm_eval_alone": alone[0] / parts_alone[0],
         "ratio_cached_baseline": cached[0] / parts[0],
         "ratio_processor": uncached[1] / parts[1],
         "ratio_processor_cached_baseline": cached[1] / parts[1],
@@ -103,6 +109,7 @@ def main() -> None:
         [
             *([name, f"{pair[0]:.2f}", f"{pair[1]:.2f}"] for name, pair in lines.items()),
             ["evaluated / parts", f"{figures['ratio']:.3f}", f"{figures['ratio_processor']:.3f}"],
+            ["lm-eval alone / its parts", f"{figures['ratio_lm_eval_alone']:.3f}", f"{alone[1] / parts_alone[1]:.3f}"],
             [
                 "cached baseline / parts",
                 f"{figures['ratio_cached_baseline']:.3f}",
