@@ -187,7 +187,7 @@ def _removal_axis(
         )
         right = max(1.2, furthest)
     axes.set_xlim(-0.08, right * 1.03)
-    apart = 46 * right / axes.get_window_extent().width
+    apart = 40 * right / axes.get_window_extent().width
     shown: dict[float, str] = {}
     for place, text in ticks.items():
         if place <= right * 1.03 and all(abs(place - other) >= apart for other in shown):
