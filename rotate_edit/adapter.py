@@ -11,6 +11,7 @@ from torch import Tensor
 from rotate_edit.architectures import locate
 from rotate_edit.checkpoint import Checkpoint
 from rotate_edit.edit import Edit
+from rotate_edit.edit_file import refuse_clamps
 from rotate_edit.errors import BadInput
 from rotate_edit.files import whole_folder
 from rotate_edit.patch import check_base
@@ -69,6 +70,7 @@ def write_adapter(
     Raises BadInput when the base differs, for what PEFT cannot express (a bias, a dense layer of a mixture-of-experts
     model), when the output exists (without `overwrite`) or the edit does not fit the checkpoint.
     """
+    refuse_clamps(edit)
     from safetensors.torch import save
 
     warnings = check_base(edit, checkpoint, force_base)

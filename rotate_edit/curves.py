@@ -22,7 +22,11 @@ Points = dict[str, list[dict[str, Any]]]
 
 def only(edit: Edit, concept: str) -> Edit:
     """The part of an edit that belongs to one concept."""
-    return replace(edit, changes=tuple(change for change in edit.changes if change.concept == concept))
+    return replace(
+        edit,
+        changes=tuple(change for change in edit.changes if change.concept == concept),
+        clamps=tuple(clamp for clamp in edit.clamps if clamp.concept == concept),
+    )
 
 
 def draw(
@@ -42,7 +46,9 @@ def draw(
     points: Points = {}
     for number, (method, edit) in enumerate(edits.items()):
         report("curves", number, len(edits))
-        curve = measures.removal_curve(model, known, wanted, partial(applied, model, edit)) if edit.changes else []
+        curve = (
+            measures.removal_curve(model, known, wanted, partial(applied, model, edit)) if edit.does_something else []
+        )
         points[method] = [_plain(point) for point in curve]
     report("curves", len(edits), len(edits))
     return points

@@ -59,12 +59,27 @@ class EditedVector:
 
 
 @dataclass(frozen=True)
+class Clamp:
+    """Neurons whose activations are held at fixed values while the model runs: `strength * values`.
+
+    No weight can say this in a model without an MLP bias, so an edit with clamps is applied live only.
+    layer: of a dense model; rows: int64 [n], the neurons; values: float32 [n]; concept: whose clamp it is.
+    """
+
+    layer: int
+    rows: Tensor
+    values: Tensor
+    strength: float
+    concept: str
+
+
+@dataclass(frozen=True)
 class Edit:
     """An edit of one checkpoint: what is changed, how, and why.
 
     method: the edit method's name; changes: what is added to which rows; vectors: what became of each edited
     neuron vector; base: the identity of the checkpoint it was made for (see `checkpoint.identity`);
-    settings: the recipe's edit settings, plain JSON values.
+    settings: the recipe's edit settings, plain JSON values; clamps: what is done to activations while the model runs.
     """
 
     method: str
@@ -72,15 +87,27 @@ class Edit:
     vectors: tuple[EditedVector, ...] = ()
     base: dict = field(default_factory=dict)
     settings: dict = field(default_factory=dict)
+    clamps: tuple[Clamp, ...] = ()
+
+    @property
+    def does_something(self) -> bool:
+        """Whether there is anything to apply."""
+        return bool(self.changes or self.clamps)
 
     def with_strength(self, strength: float) -> "Edit":
         """The same edit with every change at `strength` (the factors do not depend on it)."""
-        return replace(self, changes=tuple(replace(change, strength=strength) for change in self.changes))
+        return replace(
+            self,
+            changes=tuple(replace(change, strength=strength) for change in self.changes),
+            clamps=tuple(replace(clamp, strength=strength) for clamp in self.clamps),
+        )
 
     def scaled(self, factor: float) -> "Edit":
         """The same edit with every strength multiplied by `factor`."""
         return replace(
-            self, changes=tuple(replace(change, strength=change.strength * factor) for change in self.changes)
+            self,
+            changes=tuple(replace(change, strength=change.strength * factor) for change in self.changes),
+            clamps=tuple(replace(clamp, strength=clamp.strength * factor) for clamp in self.clamps),
         )
 
     def applied(self, model: torch.nn.Module, strength: float | None = None) -> AbstractContextManager[None]:
@@ -102,6 +129,20 @@ class Direction:
 
 
 @dataclass(frozen=True)
+class Evidence:
+    """What text tells about a concept in one layer, for the methods of `NEEDS_TEXT`.
+
+    difference: float32 [d_model], mean residual stream after the layer before the concept's tokens less that of other
+    text; activation: float32 [neurons], mean |activation| before the concept's tokens; feature: float32 [neurons],
+    the semi-NMF feature of the layer's activations that tells the concept from other text best (None when not fitted).
+    """
+
+    difference: Tensor
+    activation: Tensor
+    feature: Tensor | None
+
+
+@dataclass(frozen=True)
 class Target:
     """One matrix seen by an edit method.
 
@@ -109,8 +150,7 @@ class Target:
     its neurons; located: int64, the neurons chosen by their channels; scored: int64, the neurons chosen by LM-head
     z-score alone; channel_vectors: for each located neuron the float32 [c, d_model] channels that located it;
     direction: the direction of the concept's (group of) tokens as the recipe wants it; plain: the plain unit direction
-    of the whole concept; seed: for methods that
-    choose at random.
+    of the whole concept; seed: for methods that choose at random; evidence: for methods that need text.
     """
 
     layer: int
@@ -124,6 +164,7 @@ class Target:
     direction: Direction
     plain: Direction
     seed: int
+    evidence: Evidence | None = None
 
 
 Factors = tuple[Tensor, Tensor, Tensor]
@@ -148,6 +189,19 @@ def plain_direction(mean: Tensor) -> Direction:
     """The unit concept direction `d_T = mu_T / |mu_T|` for reading and writing (projection on a line)."""
     unit = mean / mean.norm()
     return Direction(unit, unit)
+
+
+def keeping(direction: Direction, keep: Tensor) -> Direction:
+    """The same reading with a writing direction orthogonal to every row of `keep` [m, d_model], of unit effect.
+
+    Raises ValueError when the kept rows contain the direction, because then nothing can be removed.
+    """
+    rows, write = keep.double(), direction.write.double()
+    rest = write - rows.T @ torch.linalg.lstsq(rows.T, write[:, None], driver="gelsd").solution[:, 0]
+    reached = float(direction.read.double() @ rest)
+    if not reached > 1e-6:
+        raise ValueError("the words to keep span the concept's own direction")
+    return Direction(direction.read, (rest / reached).to(direction.write.dtype))
 
 
 def least_collateral_direction(
@@ -201,10 +255,12 @@ def least_collateral_everywhere(target: Target) -> Factors:
 
 
 def layer_kernel(target: Target) -> Factors:
-    """The plain direction out of every neuron with a weight per layer that peaks at 60 % depth and falls to zero
-    over 60 % of the layers on either side, the shape that heretic searches over (with its peak fixed)."""
+    """The plain direction out of every neuron with a weight per layer, as heretic writes it: `max_weight + distance /
+    min_weight_distance * (min_weight - max_weight)` in layers from `max_weight_position`, nothing beyond. Here the
+    weights are 1 and 0, the position 80 % of the depth (the middle of heretic's searched range), the distance 60 %
+    (its largest); heretic also edits the attention's output."""
     depth = target.layer / max(1, target.layers - 1)
-    weight = max(0.0, 1.0 - abs(depth - 0.6) / 0.6)
+    weight = max(0.0, 1.0 - abs(depth - 0.8) / 0.6)
     rows, left, right = direction_everywhere(target)
     return rows, weight * left, right
 
@@ -233,6 +289,37 @@ def project_channel(target: Target) -> Factors:
     return target.located, left, right
 
 
+def difference_of_means(target: Target) -> Factors:
+    """The direction in which text about the concept moves the residual stream, out of every neuron of the layer.
+
+    Abliteration with the direction read from text (Arditi et al. 2024), one a layer, on the MLP's `out` matrix."""
+    if target.matrix != "out":
+        return _nothing(target)
+    direction = plain_direction(_evidence(target).difference)
+    return torch.arange(len(target.vectors)), *subtract_direction(target.vectors, direction)
+
+
+def snmf_features(target: Target) -> Factors:
+    """EMBER's eraser (arXiv 2606.03695): the vector that the concept's semi-NMF feature reads or writes, out of the
+    neurons that hold 95 % of the feature; `W[rows] -= strength (W[rows] . f) f`. It never edits the gate."""
+    feature = _evidence(target).feature
+    if feature is None or target.matrix == "gate":
+        return _nothing(target)
+    rows = coverage(feature.square(), 0.95)
+    direction = plain_direction(feature @ target.vectors)
+    return rows, *subtract_direction(target.vectors[rows], direction)
+
+
+def _evidence(target: Target) -> Evidence:
+    if target.evidence is None:
+        raise ValueError("this method needs text")
+    return target.evidence
+
+
+def _nothing(target: Target) -> Factors:
+    return torch.empty(0, dtype=torch.int64), target.vectors.new_zeros(0, 1), target.vectors.new_zeros(1, 0)
+
+
 METHODS: dict[str, Callable[[Target], Factors]] = {
     "channel-located": channel_located,
     "lm-head-located": lm_head_located,
@@ -242,11 +329,16 @@ METHODS: dict[str, Callable[[Target], Factors]] = {
     "project-channel": project_channel,
     "zero-neurons": zero_neurons,
     "random-neurons": random_neurons,
+    "difference-of-means": difference_of_means,
+    "snmf-features": snmf_features,
 }
-
+# These cannot be written into weights, so they are controls on the live model only.
+LIVE_METHODS = ("clamp-neurons",)
+# These read activations, so they need text about the concept and other text.
+NEEDS_TEXT = ("difference-of-means", "snmf-features", "clamp-neurons")
 
 # These take one direction for the whole concept, whatever groups its tokens fall into.
-WHOLE_CONCEPT = ("direction-everywhere", "layer-kernel")
+WHOLE_CONCEPT = ("direction-everywhere", "layer-kernel", *NEEDS_TEXT)
 # These take whole vectors or channels away, so that a neuron located by two groups must be changed once.
 WHOLE_VECTORS = ("zero-neurons", "project-channel", "random-neurons")
 
@@ -258,6 +350,20 @@ def change(method: str, target: Target, *, strength: float, concept: str) -> Mat
     if len(rows) == 0:
         return None
     return MatrixChange(target.matrix, target.layer, target.expert, rows, left, right, strength, concept)
+
+
+def clamp_neurons(target: Target, *, strength: float, concept: str) -> Clamp | None:
+    """The neurons with the highest LM-head score held at `strength` times their usual size, against the concept.
+
+    After "Flash Interpretability" (arXiv 2501.02688), which finds neurons by their LM-head projection and fixes their
+    activations; it publishes no value, so the mean |activation| before the concept's tokens is taken, with the sign
+    that lowers the concept. None for the read side and where no neuron is found.
+    """
+    if target.matrix != "out" or not len(target.scored):
+        return None
+    sign = (target.vectors[target.scored] @ target.plain.read).sign()
+    values = -sign * _evidence(target).activation[target.scored]
+    return Clamp(target.layer, target.scored, values, strength, concept)
 
 
 def edited_vectors(

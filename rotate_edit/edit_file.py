@@ -31,11 +31,20 @@ def edit_identity(edit: Edit) -> str:
     return digest.hexdigest()
 
 
+def refuse_clamps(edit: Edit) -> None:
+    """Raises BadInput for an edit that holds activations, which no file of weights can say."""
+    if edit.clamps:
+        raise BadInput(
+            f"an edit by {edit.method} works while the model runs and cannot be written; choose another method."
+        )
+
+
 def save_edit(edit: Edit, folder: Path, *, overwrite: bool = False) -> None:
     """Write `edit.json` and `edit.safetensors` into a new folder, which appears whole or not at all.
 
     Raises BadInput when the folder exists (unless `overwrite`) or a figure is not a finite number.
     """
+    refuse_clamps(edit)
     from safetensors.torch import save
 
     tensors: dict[str, Tensor] = {}

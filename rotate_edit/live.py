@@ -6,9 +6,10 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 
 from rotate_edit.architectures import Architecture, Place, architecture_of, locate
-from rotate_edit.edit import Edit
+from rotate_edit.edit import Clamp, Edit
 from rotate_edit.errors import BadInput
 from rotate_edit.layout import neuron_rows
 from rotate_edit.totals import Total, rounded, total_changes
@@ -53,7 +54,9 @@ def applied(model: torch.nn.Module, edit: Edit, strength: float | None = None) -
     """
     edit = edit if strength is None else edit.with_strength(strength)
     saved: list[tuple[Tensor, Tensor, Tensor]] = []
+    handles: list[RemovableHandle] = []
     try:
+        handles += [_clamped(model, clamp) for clamp in edit.clamps]
         with torch.no_grad():
             for total in live_totals(model, edit):
                 view = _rows_of(model, total)
@@ -63,9 +66,23 @@ def applied(model: torch.nn.Module, edit: Edit, strength: float | None = None) -
                 view[rows] = _changed(original, total)
         yield
     finally:
+        for handle in handles:
+            handle.remove()
         with torch.no_grad():
             for view, rows, original in reversed(saved):
                 view[rows] = original
+
+
+def _clamped(model: torch.nn.Module, clamp: Clamp) -> RemovableHandle:
+    """Hold neurons at fixed activations until the handle is removed."""
+    _, place = live_parameter(model, "out", clamp.layer)
+
+    def hold(_module: torch.nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        held = inputs[0].clone()
+        held[..., clamp.rows.to(held.device)] = (clamp.strength * clamp.values).to(held.device, held.dtype)
+        return (held, *inputs[1:])
+
+    return model.get_submodule(place.name.rsplit(".", 1)[0]).register_forward_pre_hook(hold)
 
 
 def live_totals(model: torch.nn.Module, edit: Edit) -> list[Total]:

@@ -3,7 +3,7 @@
 Matrices are read one at a time, so that a model larger than memory can be edited.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -231,14 +231,16 @@ def directions(
             gain = torch.ones_like(mean) if norm is None else norm
             plain = edits.plain_direction(gain * whole)
             wanted = edits.plain_direction(gain * mean)
-            if recipe.edit.direction == "least-collateral":
-                rows = torch.stack([gain * row for row in keep]) if keep else None
-                try:
+            rows = torch.stack([gain * row for row in keep]) if keep else None
+            try:
+                if recipe.edit.direction == "least-collateral":
                     wanted = edits.least_collateral_direction(
                         gain * mean, gain[:, None] * covariance * gain, ridge=recipe.edit.ridge, keep=rows
                     )
-                except ValueError as error:
-                    raise BadInput(f"concepts.{located.concept.name}.keep: {error}; leave some of them out.") from error
+                elif rows is not None:
+                    wanted = edits.keeping(wanted, rows)
+            except ValueError as error:
+                raise BadInput(f"concepts.{located.concept.name}.keep: {error}; leave some of them out.") from error
             known[key] = (wanted, plain)
         return known[key]
 
@@ -285,20 +287,26 @@ def build_edits(
     found: Sequence[Located],
     methods: Sequence[str],
     kept: dict[str, list[Tensor]],
+    evidence: Mapping[str, Mapping[int, edits.Evidence]] | None = None,
 ) -> dict[str, Edit]:
     """The edit of every wanted method, all concepts together, in one pass over the matrices of each concept.
 
-    untrained: bool [V]; kept: for each concept the token sets that its direction must leave alone. Strengths are the
-    recipe's, 1 where it says auto. Raises Failure when the recipe's own method would change nothing.
+    untrained: bool [V]; kept: for each concept the token sets that its direction must leave alone; evidence: by concept
+    and layer, for methods that need text. Strengths are the recipe's, 1 where it says auto. Raises Failure when the
+    recipe's own method would change nothing.
     """
     changes: dict[str, list[edits.MatrixChange]] = {method: [] for method in methods}
     vectors: dict[str, list[edits.EditedVector]] = {method: [] for method in methods}
+    clamps: list[edits.Clamp] = []
     taken: dict[tuple[str, Site], set[int]] = {}
     for located in found:
         name = located.concept.name
         strength = 1.0 if located.concept.strength == "auto" else float(located.concept.strength)
         directions_of = directions(checkpoint, recipe, untrained, located, kept.get(name, []))
-        for site, target in targets(checkpoint, recipe, located, directions_of):
+        seen_in = (evidence or {}).get(name, {})
+        for site, plain_target in targets(checkpoint, recipe, located, directions_of):
+            target = replace(plain_target, evidence=seen_in.get(site.layer))
+            weight = recipe.edit.layer_strengths.get(site.layer, 1.0)
             before = taken.setdefault((name, site), set())
             fresh = [row for row in target.located.tolist() if row not in before]
             once = replace(target, located=torch.tensor(fresh, dtype=torch.int64))
@@ -306,10 +314,15 @@ def build_edits(
             for method in methods:
                 if located.group and method in edits.WHOLE_CONCEPT:
                     continue
+                if method in edits.LIVE_METHODS:
+                    clamp = edits.clamp_neurons(target, strength=strength, concept=name)
+                    clamps += [clamp] if clamp else []
+                    continue
                 seen = once if method in edits.WHOLE_VECTORS else target
                 made = edits.change(method, seen, strength=strength, concept=name)
-                if made is None:
+                if made is None or weight == 0:
                     continue
+                made = replace(made, left=weight * made.left)
                 changes[method].append(made)
                 if method == recipe.edit.method:
                     vectors[method] += _describe(made, site, target, located)
@@ -321,7 +334,17 @@ def build_edits(
     settings = recipe.edit.model_dump() | {"select": recipe.select.model_dump(), "seed": recipe.seed}
     own = {checkpoint.place(made.matrix, made.layer, made.expert).name for made in changes[recipe.edit.method]}
     base = identity(checkpoint, own, full=recipe.save.full_hash or None)
-    return {method: Edit(method, tuple(changes[method]), tuple(vectors[method]), base, settings) for method in methods}
+    return {
+        method: Edit(
+            method,
+            tuple(changes[method]),
+            tuple(vectors[method]),
+            base,
+            settings,
+            tuple(clamps) if method in edits.LIVE_METHODS else (),
+        )
+        for method in methods
+    }
 
 
 def _describe(made: edits.MatrixChange, site: Site, target: Target, located: Located) -> tuple[edits.EditedVector, ...]:

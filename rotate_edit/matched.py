@@ -98,7 +98,7 @@ def trace(model: Any, proof: Proof, edit: Edit, *, target: float = MATCHED_TARGE
     document `mass` and, where damage was measured, `damage` and `likelihood`; `near`, the neighbours at the crossing.
     """
     masses: dict[float, NDArray[np.float64]] = {}
-    if not edit.changes:
+    if not edit.does_something:
         return {"reached": False, "strength": None, "points": [], "near": None}
 
     def left(strength: float) -> float:
@@ -152,6 +152,7 @@ def _narrowed(left: Any, before: tuple[float, float], after: tuple[float, float]
 def describe(edit: Edit) -> dict[str, int]:
     """How many neuron vectors an edit changes, and in how many matrices."""
     rows = {(change.matrix, change.layer, change.expert, int(row)) for change in edit.changes for row in change.rows}
+    rows |= {("out", clamp.layer, None, int(row)) for clamp in edit.clamps for row in clamp.rows}
     return {"vectors": len(rows), "matrices": len({entry[:3] for entry in rows})}
 
 

@@ -14,7 +14,7 @@ import torch
 from rotate_edit.checkpoint import Checkpoint, companions, complete, identity, tensor_hash
 from rotate_edit.companions import EDIT_RECORD
 from rotate_edit.edit import Edit
-from rotate_edit.edit_file import EDIT_JSON, EDIT_TENSORS, edit_identity
+from rotate_edit.edit_file import EDIT_JSON, EDIT_TENSORS, edit_identity, refuse_clamps
 from rotate_edit.errors import BadInput, Failure, quoted
 from rotate_edit.estimate import check_cost, estimate_patch
 from rotate_edit.files import (
@@ -114,6 +114,7 @@ def write_checkpoint(
     Raises BadInput when the base differs, the output exists (without `overwrite`) or lies inside the base, the edit
     does not fit, or there is not enough room; Failure when the disk fails on the way. Either leaves nothing behind.
     """
+    refuse_clamps(edit)
     warnings = check_base(edit, checkpoint, force_base)
     if warnings and edit_folder is not None and ((edit_folder / UNDO).exists() or (edit_folder / PATCH_JSON).exists()):
         raise BadInput(

@@ -16,13 +16,14 @@ import torch
 from torch import Tensor
 
 from rotate_edit import curves, measures
+from rotate_edit.activations import SNMF_FEATURES, evidence_about
 from rotate_edit.adapter import write_adapter
 from rotate_edit.channels import save_channels
 from rotate_edit.checkpoint import Checkpoint, identity, load_model, load_tokenizer, open_checkpoint
 from rotate_edit.comparison import Plan
 from rotate_edit.concept import TokenSet, find_tokens
 from rotate_edit.console import Report, silent
-from rotate_edit.edit import Edit
+from rotate_edit.edit import NEEDS_TEXT, Edit, Evidence
 from rotate_edit.edit_file import save_edit
 from rotate_edit.engines import pick_device
 from rotate_edit.errors import BadInput, Failure
@@ -157,7 +158,7 @@ def _least_damage(opened: Opened, divisions: Sequence[list[Located]], model: Any
         cost = math.inf
         if known is not None and any(located.chosen for located in groups):
             method = opened.recipe.edit.method
-            edit = edits_of(opened, groups, [method])[method]
+            edit = edits_of(opened, groups, [method], model)[method]
             cost = curves.cost_of_removal(model, known, edit, opened.recipe.edit.target)
         costs.append(cost if groups is divisions[0] else 2 * cost)
     return divisions[costs.index(min(costs))]
@@ -171,18 +172,40 @@ def by_concept(found: Sequence[Located]) -> dict[str, list[Located]]:
     return groups
 
 
-def edits_of(opened: Opened, found: Sequence[Located], methods: Sequence[str]) -> dict[str, Edit]:
-    """The edits of the wanted methods. Each concept's direction leaves its kept words and the other concepts alone."""
+def edits_of(opened: Opened, found: Sequence[Located], methods: Sequence[str], model: Any = None) -> dict[str, Edit]:
+    """The edits of the wanted methods. Each concept's direction leaves alone its kept words, what the recipe protects
+    and the other concepts. model: the loaded base, for methods that need text; it is loaded when left out."""
     texts = list(opened.vocabulary.texts)
+
+    def ids_of(where: str, words: Sequence[str], plurals: bool = False) -> Tensor:
+        return find_tokens(where, list(words), opened.tokenizer, texts, plurals=plurals).ids
+
+    protected = [ids_of("protect", [entry] if isinstance(entry, str) else entry) for entry in opened.recipe.protect]
     kept: dict[str, list[Tensor]] = {}
     for concept in opened.recipe.concepts:
-        words = [
-            find_tokens(f"{concept.name}.keep", [word], opened.tokenizer, texts, plurals=concept.plurals).ids
-            for word in concept.keep
-        ]
+        words = [ids_of(f"{concept.name}.keep", [word], concept.plurals) for word in concept.keep]
         others = [tokens.ids for tokens in opened.tokens if tokens.name != concept.name]
-        kept[concept.name] = words + others
-    return build_edits(opened.checkpoint, opened.recipe, opened.vocabulary.untrained, found, methods, kept)
+        kept[concept.name] = words + others + protected
+    evidence = {}
+    if any(method in NEEDS_TEXT for method in methods):
+        evidence = _evidence(opened, found, methods, model)
+    return build_edits(opened.checkpoint, opened.recipe, opened.vocabulary.untrained, found, methods, kept, evidence)
+
+
+def _evidence(
+    opened: Opened, found: Sequence[Located], methods: Sequence[str], model: Any
+) -> dict[str, dict[int, Evidence]]:
+    if opened.items is None:
+        named = next(method for method in methods if method in NEEDS_TEXT)
+        raise BadInput(f"the method {named} needs text about the concept; give evaluate.items or evaluate.text.")
+    model = model if model is not None else load_model(opened.checkpoint, device=opened.device)
+    layers = sorted({site.layer for site in sites(opened.checkpoint, opened.recipe)})
+    features = SNMF_FEATURES if "snmf-features" in methods else 0
+    limits = {"token_limit": opened.recipe.evaluate.tokens, "features": features, "seed": opened.recipe.seed}
+    return {
+        name: evidence_about(name, groups[0].tokens.ids, model, opened.tokenizer, opened.items, layers, **limits)
+        for name, groups in by_concept(found).items()
+    }
 
 
 def run(recipe: Recipe, output: Path, *, overwrite: bool = False, report: Report = silent) -> dict[str, Any]:
@@ -237,9 +260,10 @@ def edit_only(
     if _is_missing(recipe, found):
         raise Failure(_why_nothing(found))
     method = recipe.edit.method
-    edit = edits_of(opened, found, [method])[method]
+    edit = edits_of(opened, found, [method], model)[method]
     if any(concept.strength == "auto" for concept in recipe.concepts):
-        edit = edits_of(opened, at_strengths(found, solve_strengths(opened, found, edit, model)), [method])[method]
+        solved = at_strengths(found, solve_strengths(opened, found, edit, model))
+        edit = edits_of(opened, solved, [method], model)[method]
     with whole_folder(output, overwrite=overwrite) as folder:
         write_atomically(folder / "recipe.yaml", recipe_text(recipe))
         _save_channels(opened, found, folder)
@@ -274,7 +298,7 @@ def _edit_and_measure(
     recipe = opened.recipe
     method = recipe.edit.method
     with _timed(seconds, "build edits"):
-        edits = edits_of(opened, found, list(dict.fromkeys([method, *recipe.evaluate.controls])))
+        edits = edits_of(opened, found, list(dict.fromkeys([method, *recipe.evaluate.controls])), model)
     with _timed(seconds, "curves"):
         strengths = solve_strengths(opened, found, edits[method], model)
         drawn = {}
@@ -283,7 +307,7 @@ def _edit_and_measure(
             if known is not None:
                 own = {other: curves.only(edit, name) for other, edit in edits.items()}
                 drawn[name] = curves.draw(model, known, own, recipe.evaluate.strengths, strengths[name], report)
-    edit = edits_of(opened, at_strengths(found, strengths), [method])[method]
+    edit = edits_of(opened, at_strengths(found, strengths), [method], model)[method]
     result["curves"], result["chosen_method"] = drawn, method
     result["matched"] = {name: curves.matched_table(points, method) for name, points in drawn.items()}
     for entry in result["concepts"]:

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from rotate_edit.edit import METHODS
+from rotate_edit.edit import LIVE_METHODS, METHODS, WHOLE_CONCEPT
 from rotate_edit.errors import BadInput
 from rotate_edit.files import data_folder
 
@@ -123,6 +123,9 @@ class EditRecipe(_Section):
         0.3, description="Ridge of the least-collateral direction, as a multiple of the median eigenvalue."
     )
     fold_norm: bool = Field(True, description="Fold the gain of the norm before the vocabulary into the direction.")
+    layer_strengths: dict[Annotated[int, Field(ge=0)], Finite] = Field(
+        {}, description="What the strength is multiplied by in single layers, such as `{0: 0, 3: 1.5}`; 1 elsewhere."
+    )
     target: Annotated[float, Field(gt=0, lt=1)] = Field(
         0.1, description="The share of the concept's probability mass that `strength: auto` leaves."
     )
@@ -130,6 +133,10 @@ class EditRecipe(_Section):
     @field_validator("method")
     @classmethod
     def _known_method(cls, method: str) -> str:
+        if method in LIVE_METHODS:
+            raise ValueError(
+                f"{method} works while the model runs and cannot be written; name it under evaluate.controls"
+            )
         if method not in METHODS:
             raise ValueError(f"unknown method {method!r}; choose one of {', '.join(METHODS)}")
         return method
@@ -175,9 +182,10 @@ class EvaluateRecipe(_Section):
     @field_validator("controls")
     @classmethod
     def _known_controls(cls, controls: list[str]) -> list[str]:
-        unknown = [name for name in controls if name not in METHODS]
+        known = (*METHODS, *LIVE_METHODS)
+        unknown = [name for name in controls if name not in known]
         if unknown:
-            raise ValueError(f"unknown method {', '.join(unknown)}; choose from {', '.join(METHODS)}")
+            raise ValueError(f"unknown method {', '.join(unknown)}; choose from {', '.join(known)}")
         return controls
 
 
@@ -187,6 +195,10 @@ class Recipe(_Section):
     model: str = Field(min_length=1, description="`demo`, a folder, or a Hub id.")
     revision: str | None = Field(None, description="The Hub revision.")
     concepts: list[ConceptRecipe] = Field(min_length=1, description="The concepts to edit.")
+    protect: list[str | list[str]] = Field(
+        [],
+        description="What no edit may move (first order): words, each by itself, or lists of words, each as a concept.",
+    )
     locate: LocateRecipe = LocateRecipe()
     decompose: DecomposeRecipe = DecomposeRecipe()
     select: SelectRecipe = SelectRecipe()
@@ -200,6 +212,10 @@ class Recipe(_Section):
         names = [concept.name for concept in self.concepts]
         if len(set(names)) != len(names):
             raise ValueError("two concepts have the same name")
+        if self.edit.method in WHOLE_CONCEPT and (self.protect or any(concept.keep for concept in self.concepts)):
+            raise ValueError(
+                f"the method {self.edit.method} takes one direction as it is and can keep or protect nothing"
+            )
         if any(concept.strength == "auto" for concept in self.concepts) and not (
             self.evaluate.items or self.evaluate.text
         ):

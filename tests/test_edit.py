@@ -1,5 +1,7 @@
 """The edit's algebra: what each method changes, and that the closed forms are what they claim to be."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -33,6 +35,11 @@ def target(seed: int = 0, located: tuple[int, ...] = (1, 4, 7)) -> Target:
         direction=edits.least_collateral_direction(mean, edits.token_covariance(rows)),
         plain=edits.plain_direction(mean),
         seed=seed,
+        evidence=edits.Evidence(
+            difference=torch.randn(16, generator=generator),
+            activation=torch.rand(12, generator=generator),
+            feature=torch.randn(12, generator=generator) * torch.tensor([3.0, 0, 0, -2.0] + 7 * [0.0] + [0.01]),
+        ),
     )
 
 
@@ -201,3 +208,61 @@ def test_direction_is_a_pair() -> None:
     assert isinstance(unit, Direction)
     torch.testing.assert_close(unit.read, torch.tensor([0.6, 0.8]))
     assert torch.equal(unit.read, unit.write)
+
+
+def test_difference_of_means_takes_the_texts_direction_from_every_neuron() -> None:
+    seen = target()
+    unit = torch.nn.functional.normalize(seen.evidence.difference, dim=0)
+    after = applied("difference-of-means", seen, 1.0)
+    assert (after @ unit).abs().max() < 1e-6
+    torch.testing.assert_close(after, seen.vectors - (seen.vectors @ unit)[:, None] * unit)
+    assert edits.change("difference-of-means", replace(seen, matrix="in"), strength=1.0, concept="c") is None
+
+
+def test_snmf_features_follow_embers_formula() -> None:
+    seen = target()
+    feature = seen.evidence.feature
+    # Rows 0 and 3 hold 95 % of the squared feature.
+    unit = torch.nn.functional.normalize(seen.vectors.T @ feature, dim=0)
+    after = applied("snmf-features", seen, 4.0)
+    expected = seen.vectors.clone()
+    expected[[0, 3]] -= 4.0 * (expected[[0, 3]] @ unit)[:, None] * unit
+    torch.testing.assert_close(after, expected)
+    assert edits.change("snmf-features", replace(seen, matrix="gate"), strength=1.0, concept="c") is None
+
+
+@pytest.mark.parametrize("method", ["difference-of-means", "snmf-features"])
+def test_methods_that_need_text_say_so(method: str) -> None:
+    with pytest.raises(ValueError, match="needs text"):
+        edits.change(method, replace(target(), evidence=None), strength=1.0, concept="c")
+
+
+def test_clamped_neurons_write_against_the_concept() -> None:
+    seen = target()
+    clamp = edits.clamp_neurons(seen, strength=2.0, concept="c")
+    assert clamp is not None
+    assert clamp.rows.tolist() == [0, 4]
+    assert ((clamp.values[:, None] * seen.vectors[clamp.rows]) @ seen.plain.read <= 0).all()
+    torch.testing.assert_close(clamp.values.abs(), seen.evidence.activation[[0, 4]])
+
+
+def test_layer_kernel_is_a_triangle_as_heretic_writes_it() -> None:
+    # Six layers: the peak lies at layer 4 (0.8 of 5), three layers (0.6 of 5) away the weight is zero.
+    weights = []
+    for layer in range(6):
+        seen = replace(target(), layer=layer)
+        change = applied("layer-kernel", seen, 1.0) - seen.vectors
+        full = applied("direction-everywhere", seen, 1.0) - seen.vectors
+        weights.append(float(change.norm() / full.norm()))
+    assert weights == pytest.approx([0, 0, 1 / 3, 2 / 3, 1, 2 / 3], abs=1e-6)
+
+
+def test_a_kept_plain_direction_leaves_the_kept_words_alone() -> None:
+    rows = projection()
+    mean = edits.concept_mean(rows, torch.tensor([3, 5, 8]))
+    keep = rows[[11, 12, 13]]
+    found = edits.keeping(edits.plain_direction(mean), keep)
+    assert (keep @ found.write).abs().max() < 1e-4 * keep.norm(dim=1).max() * found.write.norm()
+    assert float(found.read @ found.write) == pytest.approx(1, abs=1e-5)
+    with pytest.raises(ValueError, match="span the concept"):
+        edits.keeping(edits.plain_direction(mean), torch.stack([mean, keep[0]]))

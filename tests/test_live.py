@@ -6,10 +6,13 @@ import pytest
 import torch
 from tiny_models import random_edit, save_tiny
 
+from rotate_edit.adapter import write_adapter
 from rotate_edit.checkpoint import load_model, open_checkpoint
-from rotate_edit.edit import Edit, MatrixChange
+from rotate_edit.edit import Clamp, Edit, MatrixChange
+from rotate_edit.edit_file import save_edit
 from rotate_edit.errors import BadInput
 from rotate_edit.live import applied, live_parameter
+from rotate_edit.patch import write_checkpoint
 
 
 def state(model: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -83,3 +86,31 @@ def test_models_that_cannot_be_edited_live(tmp_path: Path) -> None:
     checkpoint = open_checkpoint(save_tiny("llama", tmp_path / "m", tied=False, dtype=torch.float32))
     with pytest.raises(BadInput, match="not held in memory"):
         live_parameter(load_model(checkpoint).to("meta"), "out", 0)
+
+
+def test_clamped_neurons_are_held_and_let_go(tmp_path: Path) -> None:
+    model = load_model(open_checkpoint(save_tiny("llama", tmp_path / "m", tied=False, dtype=torch.float32)))
+    rows, values = torch.tensor([1, 3]), torch.tensor([0.5, -0.25])
+    edit = Edit("clamp-neurons", (), clamps=(Clamp(1, rows, values, 2.0, "dogs"),))
+    seen = []
+    last = model.model.layers[1].mlp.down_proj
+    tokens = torch.tensor([[1, 2, 3]])
+    with torch.no_grad(), applied(model, edit):
+        handle = last.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].clone()))
+        model(tokens)
+        handle.remove()
+    torch.testing.assert_close(seen[0][..., rows], (2 * values).expand(1, 3, 2))
+    assert not last._forward_pre_hooks
+    assert edit.with_strength(3.0).clamps[0].strength == 3.0
+    assert edit.scaled(-0.5).clamps[0].strength == -1.0
+
+
+def test_clamps_are_never_written(tmp_path: Path) -> None:
+    edit = Edit("clamp-neurons", (), clamps=(Clamp(0, torch.tensor([0]), torch.tensor([1.0]), 1.0, "dogs"),))
+    with pytest.raises(BadInput, match="cannot be written"):
+        save_edit(edit, tmp_path / "edit")
+    checkpoint = open_checkpoint(save_tiny("llama", tmp_path / "m", tied=False, dtype=torch.float32))
+    with pytest.raises(BadInput, match="cannot be written"):
+        write_checkpoint(checkpoint, edit, tmp_path / "patched")
+    with pytest.raises(BadInput, match="cannot be written"):
+        write_adapter(checkpoint, edit, tmp_path / "adapter")

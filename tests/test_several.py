@@ -1,0 +1,129 @@
+"""Several concepts in one recipe, protected words, and methods that need text: on the demo model, with numbers."""
+
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+
+from rotate_edit import measures, pipeline
+from rotate_edit.checkpoint import load_model, open_checkpoint
+from rotate_edit.demo.world import concepts
+from rotate_edit.edit import NEEDS_TEXT, Edit
+from rotate_edit.errors import BadInput
+from rotate_edit.evaluate import texts_about
+from rotate_edit.live import applied
+from rotate_edit.recipe import Recipe, parse_recipe
+
+SUPPRESSED, AMPLIFIED = ("dogs", 6.0), ("cats", -3.0)
+
+
+def recipe(*wanted: tuple[str, float], items: str | None = "demo", **changes: Any) -> Recipe:
+    entries = [
+        {"name": name, "words": list(concepts()[name].words), "plurals": True, "strength": strength}
+        for name, strength in wanted
+    ]
+    small = {
+        "model": "demo",
+        "concepts": entries,
+        "locate": {"group_distance": 2.0, "candidates": 120},
+        "decompose": {"channels": 1},
+        "evaluate": {"items": items, "tokens": 1000},
+    }
+    return parse_recipe(small | changes)
+
+
+@cache
+def demo() -> Any:
+    return load_model(open_checkpoint("demo"))
+
+
+@cache
+def edit(*wanted: tuple[str, float]) -> Edit:
+    opened = pipeline.open_recipe(recipe(*wanted))
+    return pipeline.edits_of(opened, pipeline.locate(opened), ["channel-located"])["channel-located"]
+
+
+def kept(name: str, made: Edit) -> float:
+    """What an edit leaves of a concept's probability mass."""
+    opened = pipeline.open_recipe(recipe((name, 1.0)))
+    assert opened.items is not None
+    passages = measures.tokenise(
+        opened.tokenizer,
+        texts_about(opened.items, [name])[0],
+        vocabulary_size=opened.checkpoint.vocabulary_size,
+        token_limit=800,
+    )
+    ids = opened.tokens[0].ids
+    before, _ = measures.mass_by_text(demo(), passages, ids)
+    with applied(demo(), made):
+        after, _ = measures.mass_by_text(demo(), passages, ids)
+    return float(after.sum() / before.sum())
+
+
+def test_suppressing_and_amplifying_together_undo_nothing() -> None:
+    both = edit(SUPPRESSED, AMPLIFIED)
+    gone = kept("dogs", edit(SUPPRESSED))
+    raised = kept("cats", edit(AMPLIFIED))
+    assert gone < 0.2
+    assert raised > 1.05
+    assert kept("dogs", both) < gone + 0.02
+    assert kept("cats", both) > raised - 0.02
+
+
+def test_a_protected_concept_and_word_are_not_moved_to_first_order() -> None:
+    cats = list(concepts()["cats"].words)
+    opened = pipeline.open_recipe(recipe(("dogs", 6.0), protect=["violin", cats]))
+    found = pipeline.locate(opened)
+    made = pipeline.edits_of(opened, found, ["channel-located"])["channel-located"]
+    free = pipeline.edits_of(pipeline.open_recipe(recipe(("dogs", 6.0))), found, ["channel-located"])["channel-located"]
+    head = demo().lm_head.weight.detach() * demo().model.norm.weight.detach()
+    text_of = {text: index for index, text in enumerate(opened.vocabulary.texts)}
+    trained = head[~opened.vocabulary.untrained].mean(0)
+
+    def moved(change: Any, words: list[str]) -> float:
+        ids = [text_of[f" {word}"] for word in words if f" {word}" in text_of]
+        return float(((head[ids].mean(0) - trained) @ change.right[0]).abs() / change.right[0].norm())
+
+    assert moved(made.changes[0], ["violin"]) < 1e-4
+    assert moved(free.changes[0], ["violin"]) > 1e-3
+    assert kept("dogs", made) < 0.3
+
+
+@pytest.mark.parametrize("direction", ["plain", "least-collateral"])
+def test_other_concepts_of_the_recipe_are_kept_by_every_direction(direction: str) -> None:
+    opened = pipeline.open_recipe(recipe(SUPPRESSED, AMPLIFIED, edit={"direction": direction}))
+    made = pipeline.edits_of(opened, pipeline.locate(opened), ["channel-located"])["channel-located"]
+    head = demo().lm_head.weight.detach() * demo().model.norm.weight.detach()
+    cats = head[opened.tokens[1].ids].mean(0) - head[~opened.vocabulary.untrained].mean(0)
+    write = next(change.right[0] for change in made.changes if change.concept == "dogs")
+    assert abs(float(cats @ write)) < 1e-4 * float(cats.norm() * write.norm())
+
+
+def test_methods_that_need_text_remove_the_concept_or_say_what_they_need() -> None:
+    opened = pipeline.open_recipe(recipe(("dogs", 1.0)))
+    found = pipeline.locate(opened)
+    made = pipeline.edits_of(opened, found, ["channel-located", *NEEDS_TEXT], demo())
+    assert {len(made[method].changes) for method in NEEDS_TEXT} == {0, opened.checkpoint.layers}
+    assert len(made["clamp-neurons"].clamps) > 0
+    left = {
+        "difference-of-means": kept("dogs", made["difference-of-means"].with_strength(2.0)),
+        "snmf-features": kept("dogs", made["snmf-features"].with_strength(8.0)),
+        "clamp-neurons": kept("dogs", made["clamp-neurons"].with_strength(2.0)),
+    }
+    assert max(left.values()) < 0.9
+    without = pipeline.open_recipe(recipe(("dogs", 1.0), items=None))
+    with pytest.raises(BadInput, match="the method snmf-features needs text about the concept"):
+        pipeline.edits_of(without, found, ["channel-located", "snmf-features"], demo())
+
+
+def test_layer_strengths_multiply_the_layers_own() -> None:
+    opened = pipeline.open_recipe(recipe(("dogs", 2.0), edit={"layer_strengths": {0: 0.0, 2: 0.5}}))
+    found = pipeline.locate(pipeline.open_recipe(recipe(("dogs", 2.0))))
+    plain = edit(("dogs", 2.0))
+    made = pipeline.edits_of(opened, found, ["channel-located"])["channel-located"]
+    before = {change.layer: change.delta() for change in plain.changes}
+    after = {change.layer: change.delta() for change in made.changes}
+    assert set(after) == set(before) - {0}
+    torch.testing.assert_close(after[2], 0.5 * before[2])
+    assert all(torch.equal(after[layer], before[layer]) for layer in after if layer != 2)
