@@ -22,15 +22,11 @@ def parser(description: str) -> argparse.ArgumentParser:
 
 
 def machine(device: str) -> str:
-    """The processor or card, its threads, and the versions a reader needs to repeat a measurement."""
+    """The card, or how many cores and threads, and the versions a reader needs to repeat a measurement."""
     if device == "cuda":
         name = torch.cuda.get_device_name()
     else:
-        information = Path("/proc/cpuinfo")
-        lines = information.read_text().splitlines() if information.is_file() else []
-        names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-        processor = names[0] if names else platform.processor() or platform.machine()
-        name = f"{processor}, {torch.get_num_threads()} of {os.cpu_count()} cores"
+        name = f"{os.cpu_count()}-core CPU, {torch.get_num_threads()} threads"
         if device != "cpu":
             name = f"{device} on {name}"
     return f"{name}; torch {torch.__version__}, Python {platform.python_version()}; {datetime.date.today()}"

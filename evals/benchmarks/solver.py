@@ -4,9 +4,11 @@ python evals/benchmarks/solver.py [--model FOLDER ...] [--planted 8192 ...] [--n
 
 Without --model and --planted: planted vocabularies of 8,192 and 32,768 tokens (d 256) and the demo model. Every start
 of the default solver is counted. Its runs lie between those of AdamW, so that a busy machine slows both; with one
-thread the time is that of the processor, which other programs do not lengthen.
+thread the time is that of the processor, which other programs do not lengthen. AdamW takes minutes for a large
+vocabulary: FILE is written after every problem, and a problem that stands in it already is not measured again.
 """
 
+import json
 import sys
 from functools import partial
 from itertools import permutations
@@ -42,9 +44,15 @@ def main() -> None:
         torch.set_num_threads(choice.threads)
     if not choice.model and not choice.planted:
         choice.model, choice.planted = ["demo"], [8192, 32_768]
-    problems = {f"planted V {size:,} d {choice.size}": planted_problem(size, choice) for size in choice.planted}
-    problems |= {Path(model).name: model_problem(model, choice) for model in choice.model}
-    measured = {name: compare(*problem, choice) for name, problem in problems.items()}
+    how = {name: getattr(choice, name) for name in ("neurons", "seeds", "moments", "layer")}
+    how["machine"] = machine(choice.device)
+    measured = read_problems(choice.json, how)
+    problems = {f"planted V {size:,} d {choice.size}": (planted_problem, size) for size in choice.planted}
+    problems |= {Path(model).name: (model_problem, model) for model in choice.model}
+    for name, (make, which) in problems.items():
+        if name not in measured:
+            measured[name] = compare(*make(which, choice), choice)
+            write_figures(choice.json, worst(measured) | how | {"problems": measured})
     columns = ["problem", "seconds", "AdamW s", "speedup", "products", "AdamW p.", "ratio", "loss", "AdamW loss"]
     columns += ["not worse", "AdamW between seeds", "kurtosis", "AdamW k.", "Jaccard", "cosine"]
     names = ["seconds", "adamw_seconds", "speedup", "products", "adamw_products", "projections_ratio", "loss"]
@@ -52,9 +60,25 @@ def main() -> None:
     title = f"First channel of {choice.neurons} neurons, {choice.moments} moments, {choice.seeds} AdamW seeds"
     rows = [[name, *(figures[column] for column in names)] for name, figures in measured.items()]
     show(f"{title}\n{machine(choice.device)}", columns, rows)
-    worst = {name: min(figures[name] for figures in measured.values()) for name in names[2:3] + names[5:6] + names[8:9]}
-    worst["adamw_between_seeds"] = max(figures["adamw_between_seeds"] for figures in measured.values())
-    write_figures(choice.json, worst | {"machine": machine(choice.device), "problems": measured})
+
+
+def read_problems(path: Path | None, how: dict[str, object]) -> dict[str, dict[str, float]]:
+    """The problems an earlier run measured in the same way; SystemExit when it measured in another."""
+    if path is None or not path.is_file():
+        return {}
+    before = json.loads(path.read_text())
+    other = [name for name in how if before.get(name) != how[name]]
+    if other:
+        raise SystemExit(f"{path} was measured with another {', '.join(other)}; name another file.")
+    return before["problems"]
+
+
+def worst(measured: dict[str, dict[str, float]]) -> dict[str, float]:
+    """The worst of each named figure over all problems."""
+    figures = {
+        name: min(one[name] for one in measured.values()) for name in ("speedup", "projections_ratio", "loss_not_worse")
+    }
+    return figures | {"adamw_between_seeds": max(one["adamw_between_seeds"] for one in measured.values())}
 
 
 def planted_problem(vocabulary: int, choice) -> tuple[Tensor, Tensor]:
