@@ -15,7 +15,7 @@ from tiny_words import tiny_model, tiny_tokenizer
 
 from rotate_edit import scoring
 from rotate_edit.scoring import Settings
-from rotate_edit.tasks import Task, open_items, read_task
+from rotate_edit.tasks import Task, items_folder, open_items, read_ember, read_task
 
 SHARED = Path(__file__).parents[2] / "shared"
 TASK = Task(
@@ -96,7 +96,7 @@ def test_few_shots_and_chat_templates_reach_the_model(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not SHARED.is_dir(), reason="needs the shared models and evaluation data")
-@pytest.mark.parametrize("kind", ["arc", "lambada", "text"])
+@pytest.mark.parametrize("kind", ["arc", "lambada", "text", "letters"])
 def test_numbers_equal_those_of_lm_evals_command_to_the_last_digit(tmp_path, kind):
     from rotate_edit.checkpoint import load_model, load_tokenizer
 
@@ -111,6 +111,11 @@ def test_numbers_equal_those_of_lm_evals_command_to_the_last_digit(tmp_path, kin
         lines = (SHARED / "evals" / "lambada_openai.jsonl").read_text().splitlines()[:60]
         definition |= {"output_type": "loglikelihood", "doc_to_text": "context", "doc_to_target": " {{continuation}}"}
         metrics = [("perplexity", "perplexity", False), ("acc", "mean", True)]
+    elif kind == "letters":
+        # EMBER's own layout cannot be read by lm-eval's command, its rows can.
+        lines = [json.dumps(row) for row in read_ember(SHARED / "evals/ember/mc_questions.json", "test")[:40]]
+        definition = yaml.safe_load((items_folder("local") / "ember_letters.yaml").read_text()) | definition
+        metrics = [("exact_match", "mean", True)]
     else:
         lines = [
             json.dumps({"text": t}) for t in json.loads((SHARED / "corpora/tinystories_1000.json").read_text())[:9]
@@ -139,8 +144,9 @@ def test_numbers_equal_those_of_lm_evals_command_to_the_last_digit(tmp_path, kin
     )
     (path,) = (tmp_path / "out").rglob("results_*.json")
     theirs = json.loads(path.read_text())["results"][task.name]
+    name = "letter" if kind == "letters" else "none"
     for metric, _, _ in metrics:
-        assert ours[f"{task.name}/{metric},none"] == theirs[f"{metric},none"]
+        assert ours[f"{task.name}/{metric},{name}"] == theirs[f"{metric},{name}"]
 
 
 @pytest.mark.slow
