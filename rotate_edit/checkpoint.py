@@ -2,7 +2,8 @@
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -137,6 +138,10 @@ class Checkpoint:
     def has(self, matrix: str, layer: int | None = None, expert: int | None = None) -> bool:
         """Whether the files hold a matrix; a tied head is not one of its own."""
         return self._find(matrix, layer, expert) is not None
+
+    def has_file(self, file: str) -> bool:
+        """Whether the folder or the Hub model has a file of this name."""
+        return file in self.hub.files if self.hub else (self.folder / file).is_file()
 
     def place(self, matrix: str, layer: int | None = None, expert: int | None = None) -> Place:
         """Where a matrix lies in the files. Raises BadInput when the model has no such matrix, layer or expert."""
@@ -414,8 +419,7 @@ def identity(checkpoint: Checkpoint, tensors: Iterable[str] = (), full: bool | N
     """
     files = {}
     for file in ("config.json", *TOKENIZER_FILES):
-        present = file in checkpoint.hub.files if checkpoint.hub else (checkpoint.folder / file).is_file()
-        if present:
+        if checkpoint.has_file(file):
             files[file] = hashlib.sha256(checkpoint.path(file).read_bytes()).hexdigest()
     if full is None:
         full = checkpoint.hub is None and checkpoint.size <= SMALL
@@ -454,19 +458,41 @@ def load_model(
     from transformers import AutoModelForCausalLM
 
     checkpoint = model if isinstance(model, Checkpoint) else open_checkpoint(model)
-    loaded = AutoModelForCausalLM.from_pretrained(
-        complete(checkpoint), dtype=dtype, use_safetensors=True, trust_remote_code=False, local_files_only=True
-    )
+    with _without_bars():
+        loaded = AutoModelForCausalLM.from_pretrained(
+            complete(checkpoint), dtype=dtype, use_safetensors=True, trust_remote_code=False, local_files_only=True
+        )
     torch.nn.Module.to(loaded, device)
     return loaded.eval()
 
 
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """Keep transformers from drawing its own progress bars among those of this package."""
+    from transformers.utils import logging
+
+    drawn = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if drawn:
+            logging.enable_progress_bar()
+
+
 def load_tokenizer(model: Checkpoint | str | Path) -> "PreTrainedTokenizerBase":
-    """The tokenizer of a checkpoint or folder, without remote code."""
+    """The tokenizer of a checkpoint or folder, without remote code. Raises BadInput when it has none that works."""
     from transformers import AutoTokenizer
 
     checkpoint = model if isinstance(model, Checkpoint) else open_checkpoint(model)
     for file in (*TOKENIZER_FILES, "chat_template.jinja"):
         if checkpoint.hub is not None and file in checkpoint.hub.files:
             hub.fetch(checkpoint.hub, file)
-    return AutoTokenizer.from_pretrained(checkpoint.folder, trust_remote_code=False, local_files_only=True)
+    try:
+        return AutoTokenizer.from_pretrained(checkpoint.folder, trust_remote_code=False, local_files_only=True)
+    except (ValueError, OSError, KeyError, TypeError, AttributeError) as error:
+        found = any(checkpoint.has_file(file) for file in TOKENIZER_FILES)
+        state = "a tokenizer that cannot be read" if found else "no tokenizer files"
+        raise BadInput(
+            f"{checkpoint.source} has {state}; put tokenizer.json and tokenizer_config.json of its model into it."
+        ) from error

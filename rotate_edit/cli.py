@@ -7,9 +7,9 @@ from typing import Any
 
 import click
 
-from rotate_edit import __version__, cli_measure
-from rotate_edit.console import plain, print_line, print_table, progress_bars
-from rotate_edit.errors import BadInput, Failure
+from rotate_edit import __version__, cli_files, cli_measure
+from rotate_edit.console import plain, print_line, print_table, print_warnings, progress_bars
+from rotate_edit.errors import BadInput, Failure, counted
 
 OUTPUT = click.option("--output", type=click.Path(path_type=Path), help="Where to write; it must not exist yet.")
 OVERWRITE = click.option("--overwrite", is_flag=True, help="Replace an output that exists.")
@@ -61,8 +61,8 @@ def run(recipe: str, output: Path | None, estimate: bool, full_hash: bool, overw
         return
     with progress_bars() as report:
         result = pipeline.run(read, where, overwrite=overwrite, report=report)
-    for warning in (text for concept in result["concepts"] for text in concept["warnings"]):
-        print_line(f"Warning: {warning}", error=True)
+    about_words = [text for concept in result["concepts"] for text in concept["warnings"]]
+    print_warnings(about_words + result["saved"]["warnings"])
     _print_summary(result)
     print_line(f"Report: {where / 'report.html'}")
 
@@ -125,14 +125,13 @@ def locate(recipe: str, as_json: bool) -> None:
     from rotate_edit import recipe as recipes
 
     opened = pipeline.open_recipe(recipes.read_recipe(recipe))
-    for warning in opened.warnings():
-        print_line(f"Warning: {warning}", error=True)
+    print_warnings(opened.warnings())
     with progress_bars() as report:
         found = pipeline.locate(opened, report=report)
     for name, groups in pipeline.by_concept(found).items():
         chosen = list({channel.name: channel for located in groups for channel in located.chosen}.values())
         if not as_json:
-            print_line(f"{name}: {len(chosen)} channels carry it, for {len(groups)} groups of its tokens.")
+            print_line(f"{name}: {counted(len(chosen), 'channel')} for {counted(len(groups), 'group')} of its tokens.")
         _print_channels(chosen, as_json)
     if not any(located.chosen for located in found):
         raise Failure("no channel carries the concepts; lower select.share or raise locate.candidates.")
@@ -282,7 +281,7 @@ def _print_channels(found: Any, as_json: bool) -> None:
     for channel in found:
         figures = [f"{channel.support:.1f}", f"{channel.kurtosis:.1f}", f"{channel.cosine:.2f}"]
         rows.append([channel.name, *figures, " ".join(plain(token.strip()) for token in channel.tokens)])
-    print_table(f"{len(rows)} channels", columns, rows)
+    print_table(counted(len(rows), "channel"), columns, rows)
 
 
 @cli.command()
@@ -313,7 +312,7 @@ def edit(
         _print_estimate(f"the edit of {Path(recipe).name}", *pipeline.estimate(read, measured=False), where)
         return
     with progress_bars() as report:
-        made = pipeline.edit_only(
+        made, warnings = pipeline.edit_only(
             read,
             where,
             checkpoint=not no_checkpoint,
@@ -321,134 +320,9 @@ def edit(
             overwrite=overwrite,
             report=report,
         )
-    print_line(f"{len(made.vectors)} neuron vectors changed in {len(made.changes)} matrices; written to {where}")
-
-
-@cli.command()
-@click.argument("edit_folder", type=FOLDER)
-@click.argument("model")
-@OUTPUT
-@click.option("--revision", help="Hub revision.")
-@click.option("--adapter", is_flag=True, help="Write a LoRA adapter instead of a checkpoint.")
-@click.option("--uniform-rank", is_flag=True, help="Pad all ranks of the adapter to one, for serving engines.")
-@click.option("--link", is_flag=True, help="Hard-link untouched shards: an in-place write to one changes the other.")
-@click.option("--no-undo", is_flag=True, help="Leave out what an exact undo needs.")
-@click.option("--force-base", is_flag=True, help="Apply to a base with other hashes.")
-@OVERWRITE
-def apply(
-    edit_folder: Path,
-    model: str,
-    output: Path | None,
-    revision: str | None,
-    adapter: bool,
-    uniform_rank: bool,
-    link: bool,
-    no_undo: bool,
-    force_base: bool,
-    overwrite: bool,
-) -> None:
-    """Write MODEL with the edit in EDIT_FOLDER in it, as a new checkpoint folder."""
-    from rotate_edit.adapter import write_adapter
-    from rotate_edit.checkpoint import open_checkpoint
-    from rotate_edit.edit_file import load_edit
-    from rotate_edit.patch import write_checkpoint
-
-    folder = _inside(edit_folder, "edit")
-    base = open_checkpoint(model, revision)
-    loaded = load_edit(folder)
-    target = output or Path(f"{base.source.replace('/', '--')}-edited")
-    if (adapter and link) or (uniform_rank and not adapter):
-        raise BadInput("--uniform-rank is for an --adapter, and --link is for a checkpoint.")
-    if adapter:
-        warnings = write_adapter(
-            base, loaded, target, uniform_rank=uniform_rank, force_base=force_base, overwrite=overwrite
-        ).warnings
-    else:
-        warnings = write_checkpoint(
-            base, loaded, target, edit_folder=folder, undo=not no_undo, link=link, force_base=force_base,
-            overwrite=overwrite,
-        ).warnings  # fmt: skip
-    for warning in warnings:
-        print_line(f"Warning: {warning}", error=True)
-    print_line(f"Written to {target}")
-
-
-@cli.command()
-@click.argument("edit_folder", type=FOLDER)
-@click.option("--base", help="The base model, for norms relative to the whole matrix.")
-@click.option("--neurons", default=20, show_default=True, help="How many neuron vectors to list.")
-def diff(edit_folder: Path, base: str | None, neurons: int) -> None:
-    """Show what an edit changes, matrix by matrix and neuron by neuron."""
-    from rotate_edit.checkpoint import open_checkpoint
-    from rotate_edit.diff import diff as compare_edit
-    from rotate_edit.edit_file import load_edit
-
-    loaded = load_edit(_inside(edit_folder, "edit"))
-    rows = compare_edit(loaded, open_checkpoint(base) if base else None)
-    columns = ["matrix", "vectors", "rank", "largest change", "norm of the change", "of the matrix"]
-    cells = []
-    for row in rows:
-        share = f"{row.relative:.2%}" if row.relative is not None else ""
-        cells.append([row.address, str(row.rows), str(row.rank), f"{row.largest:.4g}", f"{row.norm:.4g}", share])
-    print_table(f"{loaded.method}: {len(rows)} matrices", columns, cells)
-    columns = ["neuron", "concept", "score", "cosine", "norm before", "norm after"]
-    cells = []
-    for vector in sorted(loaded.vectors, key=lambda vector: vector.cosine)[:neurons]:
-        figures = [
-            f"{vector.score:.2f}",
-            f"{vector.cosine:.3f}",
-            f"{vector.norm_before:.3f}",
-            f"{vector.norm_after:.3f}",
-        ]
-        cells.append([f"{vector.address}.{vector.matrix}", vector.concept, *figures])
-    print_table(f"{len(loaded.vectors)} neuron vectors, the most changed first", columns, cells)
-
-
-def _inside(folder: Path, name: str) -> Path:
-    return folder / name if (folder / name).is_dir() else folder
-
-
-@cli.command()
-@click.argument("folder", type=FOLDER)
-@click.option("--edit", "edit_folder", type=FOLDER, help="The edit (default: edit/ of the run folder).")
-@click.option("--base", help="Compare with this base byte for byte; else with the hashes of the edit.")
-def verify(folder: Path, edit_folder: Path | None, base: str | None) -> None:
-    """Check that a patched checkpoint (or a run folder's model/) is its base with the edit in it and nothing else."""
-    from rotate_edit.checkpoint import open_checkpoint
-    from rotate_edit.edit_file import load_edit
-    from rotate_edit.patch import verify as verify_patch
-
-    where = edit_folder or folder / "edit"
-    checked = verify_patch(
-        open_checkpoint(_inside(folder, "model")),
-        load_edit(where),
-        open_checkpoint(base) if base else None,
-        edit_folder=where,
-    )
-    for problem in checked.problems:
-        print_line(problem)
-    if checked.problems:
-        count = len(checked.problems)
-        raise Failure(f"{folder} is not what its edit says: {count} difference{'s' if count > 1 else ''}.")
-    unknown = f"; {len(checked.not_compared)} could not be compared" if checked.not_compared else ""
-    print_line(f"{checked.compared} tensors are as they should be{unknown}.")
-
-
-@cli.command()
-@click.argument("folder", type=FOLDER)
-@OUTPUT
-@click.option("--edit", "edit_folder", type=FOLDER, help="The edit with its undo file (default: edit/ of the run).")
-@OVERWRITE
-def revert(folder: Path, output: Path | None, edit_folder: Path | None, overwrite: bool) -> None:
-    """Take the last edit back out of a patched checkpoint, bit for bit, as a new folder."""
-    from rotate_edit.checkpoint import open_checkpoint
-    from rotate_edit.patch import revert as revert_patch
-
-    target = output or Path(f"{folder.name}-reverted")
-    tensors = revert_patch(
-        open_checkpoint(_inside(folder, "model")), edit_folder or folder / "edit", target, overwrite=overwrite
-    )
-    print_line(f"{len(tensors)} tensors restored; written to {target}")
+    print_warnings(warnings)
+    vectors, matrices = counted(len(made.vectors), "neuron vector"), counted(len(made.changes), "matrix", "matrices")
+    print_line(f"{vectors} changed in {matrices}; written to {where}")
 
 
 @cli.command()
@@ -475,20 +349,5 @@ def report(run_folder: Path) -> None:
     print_line(f"Report: {run_folder / 'report.html'}")
 
 
-@cli.command("demo-model")
-@click.argument("folder", type=FOLDER)
-@OVERWRITE
-def demo_model(folder: Path, overwrite: bool) -> None:
-    """Write the bundled demo checkpoint to FOLDER."""
-    import shutil
-
-    from rotate_edit.demo import demo_model_folder
-    from rotate_edit.files import whole_folder
-
-    with whole_folder(folder, overwrite=overwrite) as temporary:
-        shutil.copytree(demo_model_folder(), temporary, dirs_exist_ok=True)
-    print_line(f"Written to {folder}")
-
-
-for command in cli_measure.COMMANDS:
+for command in (*cli_files.COMMANDS, *cli_measure.COMMANDS):
     cli.add_command(command)

@@ -1,7 +1,7 @@
 """The terminal: tables, progress bars and errors. The one place that prints."""
 
 import unicodedata
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 from rich.console import Console
@@ -37,6 +37,12 @@ def shown(text: str) -> str:
 def print_line(text: str, *, error: bool = False) -> None:
     """Print one line, to standard error when it is about a problem."""
     Console(stderr=error, highlight=False, soft_wrap=True).print(shown(text))
+
+
+def print_warnings(warnings: Iterable[str]) -> None:
+    """Print each warning on a line of standard error."""
+    for warning in warnings:
+        print_line(f"Warning: {warning}", error=True)
 
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

@@ -16,8 +16,9 @@ from rotate_edit.files import check_free_space, free_space
 from rotate_edit.rewrite import BLOCK_ELEMENTS, plan_edit
 from rotate_edit.rotate import SolverSettings, memory_bound
 
-# What Python with torch takes before any work, and with transformers; measured on Linux, in bytes and seconds.
-PROCESS, PROCESS_WITH_TRANSFORMERS = 350_000_000, 900_000_000
+# What Python with torch takes before any work, with a tokenizer, and with a model of transformers, in bytes, and how
+# long it takes to begin, in seconds; measured on Linux.
+PROCESS, PROCESS_WITH_TOKENIZER, PROCESS_WITH_TRANSFORMERS = 350_000_000, 600_000_000, 900_000_000
 START, START_WITH_TRANSFORMERS = 3.0, 12.0
 # Bytes a second at which weights are read; most disks and every page cache are faster.
 READING = 1e9
@@ -119,11 +120,10 @@ def decompose_cost(
     running = 1 if on_gpu else (workers or shard_workers(shards, one, threads))
     width = {"bfloat16": 2, "float32": 4}.get(vectors or "", 0) * checkpoint.hidden_size
     channels = neurons * settings.channels
-    base = Cost()
-    return base + Cost(
+    return Cost(
         operations=search_operations(checkpoint, settings, channels, words_only),
         read=checkpoint.size,
-        memory=base.memory + tables + (0 if on_gpu else running * one),
+        memory=PROCESS_WITH_TOKENIZER + tables + (0 if on_gpu else running * one),
         gpu_memory=tables + one if on_gpu else 0,
         # The shards stay until the channel set that is made of them is complete.
         disk=channels * (2 * width + CHANNEL_BYTES),

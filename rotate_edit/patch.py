@@ -15,7 +15,7 @@ from rotate_edit.checkpoint import Checkpoint, companions, complete, identity, t
 from rotate_edit.companions import EDIT_RECORD
 from rotate_edit.edit import Edit
 from rotate_edit.edit_file import EDIT_JSON, EDIT_TENSORS, edit_identity, refuse_clamps
-from rotate_edit.errors import BadInput, Failure, quoted
+from rotate_edit.errors import BadInput, Failure, counted, quoted
 from rotate_edit.estimate import check_cost, estimate_patch
 from rotate_edit.files import (
     check_free_space,
@@ -66,6 +66,25 @@ class Patch:
     def plain(self) -> dict:
         """The same as JSON values."""
         return asdict(self)
+
+    def rounding(self) -> Rounding:
+        """What rounding did to all its tensors together."""
+        return sum((tensor.rounding for tensor in self.tensors), Rounding())
+
+    def sentences(self) -> list[str]:
+        """What was written, what rounding did and what was left out, for a person."""
+        rounding = self.rounding()
+        touched = counted(len({tensor.shard for tensor in self.tensors}), "shard")
+        lines = [
+            f"{counted(len(self.tensors), 'tensor')} changed in {touched}: {rounding.elements:,} numbers, of which "
+            f"{rounding.unchanged:,} stayed as they were because the change is too small for "
+            f"{' and '.join(sorted({tensor.dtype for tensor in self.tensors})) or 'their dtype'}; "
+            f"the largest rounding error is {rounding.largest_error:.2g}, the largest change "
+            f"{rounding.largest_change:.2g}."
+        ]
+        if self.left_out:
+            lines.append(f"Left out, since only named kinds of files are copied: {', '.join(self.left_out)}.")
+        return lines
 
 
 def base_differences(base: dict, checkpoint: Checkpoint) -> list[str]:
@@ -135,7 +154,8 @@ def write_checkpoint(
         copied, left_out = copy_companions(checkpoint, folder)
         warnings += [warning for tensor in tensors if (warning := _lost_in_rounding(tensor))]
         if link and linked:
-            warnings.append(f"{len(linked)} shards are hard links: writing into one in place changes the base too.")
+            links = "1 shard is a hard link" if len(linked) == 1 else f"{len(linked)} shards are hard links"
+            warnings.append(f"{links}: writing into one in place changes the base too.")
         patch = Patch(edit_identity(edit), tensors, copied, linked, left_out, tuple(warnings))
         write_record(folder, [*checkpoint.edits, _record_entry(checkpoint, edit, patch)])
         if edit_folder is not None:

@@ -248,10 +248,11 @@ def edit_only(
     adapter: bool = False,
     overwrite: bool = False,
     report: Report = silent,
-) -> Edit:
+) -> tuple[Edit, list[str]]:
     """Locate and edit without evaluating: leaves recipe.yaml, channels/, edit/ and what was asked for.
 
-    Raises BadInput before anything is written, and Failure when nothing was located.
+    Returns the edit and what the user should know about the words and about what was written. Raises BadInput before
+    anything is written, and Failure when nothing was located.
     """
     check_output_free(output, overwrite=overwrite)
     opened = open_recipe(recipe, output, measured=False)
@@ -267,18 +268,26 @@ def edit_only(
     with whole_folder(output, overwrite=overwrite) as folder:
         write_atomically(folder / "recipe.yaml", recipe_text(recipe))
         _save_channels(opened, found, folder)
-        _save_edit(opened, edit, folder, checkpoint=checkpoint, adapter=adapter)
-    return edit
+        saved = _save_edit(opened, edit, folder, checkpoint=checkpoint, adapter=adapter)
+    return edit, opened.warnings() + saved["warnings"]
 
 
-def _save_edit(opened: Opened, edit: Edit, folder: Path, *, checkpoint: bool, adapter: bool) -> None:
+def _save_edit(opened: Opened, edit: Edit, folder: Path, *, checkpoint: bool, adapter: bool) -> dict[str, Any]:
+    """Write the edit and what is wanted of it; returns what rounding did, what was left out and warnings, as JSON."""
     save_edit(edit, folder / "edit")
+    saved: dict[str, Any] = {"rounding": None, "left_out": [], "warnings": []}
     if checkpoint:
-        write_checkpoint(
+        patch = write_checkpoint(
             opened.checkpoint, edit, folder / "model", edit_folder=folder / "edit", undo=opened.recipe.save.undo
         )
+        saved = {
+            "rounding": asdict(patch.rounding()),
+            "left_out": list(patch.left_out),
+            "warnings": list(patch.warnings),
+        }
     if adapter:
-        write_adapter(opened.checkpoint, edit, folder / "adapter")
+        saved["warnings"] += write_adapter(opened.checkpoint, edit, folder / "adapter").warnings
+    return saved
 
 
 def _is_missing(recipe: Recipe, found: Sequence[Located]) -> bool:
@@ -314,7 +323,9 @@ def _edit_and_measure(
         entry["strength"] = strengths[entry["name"]]
     result["neurons"] = [asdict(vector) for vector in edit.vectors]
     with _timed(seconds, "save"):
-        _save_edit(opened, edit, folder, checkpoint=recipe.save.checkpoint, adapter=recipe.save.adapter)
+        result["saved"] = _save_edit(
+            opened, edit, folder, checkpoint=recipe.save.checkpoint, adapter=recipe.save.adapter
+        )
     with _timed(seconds, "evaluate"):
         plan = Plan(
             concepts=tuple(concept.name for concept in recipe.concepts),

@@ -1,6 +1,7 @@
 """Edited models of one base: edits and adapters switched on in its loaded weights, whole checkpoints loaded in turn."""
 
 import json
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -83,7 +84,10 @@ def _adapted(model: Any, folder: Path) -> Iterator[None]:
     from peft import PeftModel
 
     try:
-        wrapped = PeftModel.from_pretrained(model, str(folder), local_files_only=True)
+        with warnings.catch_warnings():
+            # PEFT still asks transformers for what it renames; it is not the user's business.
+            warnings.simplefilter("ignore", FutureWarning)
+            wrapped = PeftModel.from_pretrained(model, str(folder), local_files_only=True)
     except (ValueError, RuntimeError, KeyError, TypeError, OSError) as error:
         reason = " ".join(str(error).split())[:300]
         raise BadInput(f"the adapter {folder.name} does not fit the base model: {reason}.") from error

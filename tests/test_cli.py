@@ -1,6 +1,7 @@
 """The command line: exit codes, one sentence, no traceback, nothing written."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,17 @@ DOGS = {"name": "dogs", "words": ["dog", "puppy"], "strength": 2}
 
 def call(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "rotate_edit", *arguments]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False, timeout=300)
+    # A source tree that is not installed is found as well.
+    found = os.pathsep.join(filter(None, [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")]))
+    return subprocess.run(
+        command,
+        cwd=cwd,
+        env=os.environ | {"PYTHONPATH": found},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
 
 
 def write_recipe(folder: Path, **changes: object) -> str:

@@ -93,7 +93,7 @@ def test_links(shell: Shell, tmp_path: Path) -> None:
     assert shell("apply", "small", "base", "--output", "out", "--link") == 0
     linked = [path.name for path in base.glob("*.safetensors") if (tmp_path / "out" / path.name).samefile(path)]
     assert linked
-    assert f"{len(linked)} shards are hard links" in shell.error
+    assert "writing into one in place changes the base too" in shell.error
     assert shell("apply", "base-edit", "base", "--output", "adapter", "--adapter", "--link") == 2
     assert "--link is for a checkpoint" in shell.error
 

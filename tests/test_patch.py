@@ -93,7 +93,7 @@ def test_links_for_untouched_shards_alone(base: Checkpoint, tmp_path: Path) -> N
     patch = write_checkpoint(base, edit, tmp_path / "out", link=True)
     touched = {tensor.shard for tensor in patch.tensors}
     assert set(patch.linked) == set(base.headers) - touched
-    assert any("hard links" in warning for warning in patch.warnings)
+    assert any("a hard link" in warning or "hard links" in warning for warning in patch.warnings)
     for shard in base.headers:
         same = (tmp_path / "out" / shard).samefile(base.folder / shard)
         assert same == (shard not in touched)

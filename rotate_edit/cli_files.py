@@ -1,0 +1,160 @@
+"""The commands that read and write model files: parse, validate, one call each, print."""
+
+from pathlib import Path
+
+import click
+
+from rotate_edit.console import print_line, print_table, print_warnings, progress_bars
+from rotate_edit.errors import BadInput, Failure, counted
+
+FOLDER = click.Path(path_type=Path)
+OUTPUT = click.option("--output", type=FOLDER, help="Where to write; it must not exist yet.")
+OVERWRITE = click.option("--overwrite", is_flag=True, help="Replace an output that exists.")
+
+
+@click.command()
+@click.argument("edit_folder", type=FOLDER)
+@click.argument("model")
+@OUTPUT
+@click.option("--revision", help="Hub revision.")
+@click.option("--adapter", is_flag=True, help="Write a LoRA adapter instead of a checkpoint.")
+@click.option("--uniform-rank", is_flag=True, help="Pad all ranks of the adapter to one, for serving engines.")
+@click.option("--link", is_flag=True, help="Hard-link untouched shards: an in-place write to one changes the other.")
+@click.option("--no-undo", is_flag=True, help="Leave out what an exact undo needs.")
+@click.option("--force-base", is_flag=True, help="Apply to a base with other hashes.")
+@OVERWRITE
+def apply(
+    edit_folder: Path,
+    model: str,
+    output: Path | None,
+    revision: str | None,
+    adapter: bool,
+    uniform_rank: bool,
+    link: bool,
+    no_undo: bool,
+    force_base: bool,
+    overwrite: bool,
+) -> None:
+    """Write MODEL with the edit in EDIT_FOLDER in it, as a new checkpoint folder."""
+    from rotate_edit.adapter import write_adapter
+    from rotate_edit.checkpoint import open_checkpoint
+    from rotate_edit.edit_file import load_edit
+    from rotate_edit.patch import write_checkpoint
+
+    folder = _inside(edit_folder, "edit")
+    base = open_checkpoint(model, revision)
+    loaded = load_edit(folder)
+    target = output or Path(f"{base.source.replace('/', '--')}-edited")
+    if (adapter and link) or (uniform_rank and not adapter):
+        raise BadInput("--uniform-rank is for an --adapter, and --link is for a checkpoint.")
+    if adapter:
+        adapted = write_adapter(
+            base, loaded, target, uniform_rank=uniform_rank, force_base=force_base, overwrite=overwrite
+        )
+        print_warnings(adapted.warnings)
+    else:
+        with progress_bars() as report:
+            patch = write_checkpoint(
+                base, loaded, target, edit_folder=folder, undo=not no_undo, link=link, force_base=force_base,
+                overwrite=overwrite, progress=report,
+            )  # fmt: skip
+        print_warnings(patch.warnings)
+        for sentence in patch.sentences():
+            print_line(sentence)
+    print_line(f"Written to {target}")
+
+
+@click.command()
+@click.argument("edit_folder", type=FOLDER)
+@click.option("--base", help="The base model, for norms relative to the whole matrix.")
+@click.option("--neurons", default=20, show_default=True, help="How many neuron vectors to list.")
+def diff(edit_folder: Path, base: str | None, neurons: int) -> None:
+    """Show what an edit changes, matrix by matrix and neuron by neuron."""
+    from rotate_edit.checkpoint import open_checkpoint
+    from rotate_edit.diff import diff as compare_edit
+    from rotate_edit.edit_file import load_edit
+
+    loaded = load_edit(_inside(edit_folder, "edit"))
+    rows = compare_edit(loaded, open_checkpoint(base) if base else None)
+    columns = ["matrix", "vectors", "rank", "largest change", "norm of the change", "of the matrix"]
+    cells = []
+    for row in rows:
+        share = f"{row.relative:.2%}" if row.relative is not None else ""
+        cells.append([row.address, str(row.rows), str(row.rank), f"{row.largest:.4g}", f"{row.norm:.4g}", share])
+    print_table(f"{loaded.method}: {counted(len(rows), 'matrix', 'matrices')}", columns, cells)
+    columns = ["neuron", "concept", "score", "cosine", "norm before", "norm after"]
+    cells = []
+    for vector in sorted(loaded.vectors, key=lambda vector: vector.cosine)[:neurons]:
+        figures = [
+            f"{vector.score:.2f}",
+            f"{vector.cosine:.3f}",
+            f"{vector.norm_before:.3f}",
+            f"{vector.norm_after:.3f}",
+        ]
+        cells.append([f"{vector.address}.{vector.matrix}", vector.concept, *figures])
+    print_table(f"{counted(len(loaded.vectors), 'neuron vector')}, the most changed first", columns, cells)
+
+
+def _inside(folder: Path, name: str) -> Path:
+    return folder / name if (folder / name).is_dir() else folder
+
+
+@click.command()
+@click.argument("folder", type=FOLDER)
+@click.option("--edit", "edit_folder", type=FOLDER, help="The edit (default: edit/ of the run folder).")
+@click.option("--base", help="Compare with this base byte for byte; else with the hashes of the edit.")
+def verify(folder: Path, edit_folder: Path | None, base: str | None) -> None:
+    """Check that a patched checkpoint (or a run folder's model/) is its base with the edit in it and nothing else."""
+    from rotate_edit.checkpoint import open_checkpoint
+    from rotate_edit.edit_file import load_edit
+    from rotate_edit.patch import verify as verify_patch
+
+    where = edit_folder or folder / "edit"
+    checked = verify_patch(
+        open_checkpoint(_inside(folder, "model")),
+        load_edit(where),
+        open_checkpoint(base) if base else None,
+        edit_folder=where,
+    )
+    for problem in checked.problems:
+        print_line(problem)
+    if checked.problems:
+        raise Failure(f"{folder} is not what its edit says: {counted(len(checked.problems), 'difference')}.")
+    unknown = f"; {len(checked.not_compared):,} could not be compared without --base" if checked.not_compared else ""
+    found = "1 tensor is as it" if checked.compared == 1 else f"{checked.compared:,} tensors are as they"
+    print_line(f"{found} should be{unknown}.")
+
+
+@click.command()
+@click.argument("folder", type=FOLDER)
+@OUTPUT
+@click.option("--edit", "edit_folder", type=FOLDER, help="The edit with its undo file (default: edit/ of the run).")
+@OVERWRITE
+def revert(folder: Path, output: Path | None, edit_folder: Path | None, overwrite: bool) -> None:
+    """Take the last edit back out of a patched checkpoint, bit for bit, as a new folder."""
+    from rotate_edit.checkpoint import open_checkpoint
+    from rotate_edit.patch import revert as revert_patch
+
+    target = output or Path(f"{folder.name}-reverted")
+    tensors = revert_patch(
+        open_checkpoint(_inside(folder, "model")), edit_folder or folder / "edit", target, overwrite=overwrite
+    )
+    print_line(f"{counted(len(tensors), 'tensor')} restored; written to {target}")
+
+
+@click.command("demo-model")
+@click.argument("folder", type=FOLDER)
+@OVERWRITE
+def demo_model(folder: Path, overwrite: bool) -> None:
+    """Write the bundled demo checkpoint to FOLDER."""
+    import shutil
+
+    from rotate_edit.demo import demo_model_folder
+    from rotate_edit.files import whole_folder
+
+    with whole_folder(folder, overwrite=overwrite) as temporary:
+        shutil.copytree(demo_model_folder(), temporary, dirs_exist_ok=True)
+    print_line(f"Written to {folder}")
+
+
+COMMANDS = (apply, diff, verify, revert, demo_model)
