@@ -26,6 +26,9 @@ STYLES: dict[str, tuple[str, Any, str]] = {
     "project-channel": ("purple", (0, (5, 2)), "P"),
     "zero-neurons": ("grey", (0, (3, 2)), "X"),
     "random-neurons": ("grey", (0, (1, 2)), "."),
+    "difference-of-means": ("purple", "-", "<"),
+    "snmf-features": ("teal", "-", "h"),
+    "clamp-neurons": ("ochre", (0, (5, 2)), ">"),
 }
 OTHER_STYLE: tuple[str, Any, str] = ("muted", (0, (4, 2, 1, 2)), "*")
 MATRIX_COLOURS = {"gate": "ochre", "in": "green", "out": "blue"}
