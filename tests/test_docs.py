@@ -26,8 +26,7 @@ def test_links_lead_to_files(page: Path) -> None:
 
 
 def test_the_example_of_a_method_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("METHODS",):
-        monkeypatch.setattr(f"rotate_edit.edit.{name}", dict(METHODS))
+    monkeypatch.setattr("rotate_edit.edit.METHODS", dict(METHODS))
     exec(blocks(ROOT / "docs" / "methods.md", "python")[0], {})
     seen = target()
     after = applied("strongest-half", seen, 1.0)
@@ -38,3 +37,15 @@ def test_the_example_of_a_method_is_one(monkeypatch: pytest.MonkeyPatch) -> None
     # Strength 1 leaves nothing of the concept in the changed rows, and these were the strongest.
     assert torch.allclose(after[changed] @ seen.direction.read, torch.zeros(2), atol=1e-5 * float(held.max()))
     assert held[changed].min() >= held[seen.located][~changed[seen.located]].max()
+
+
+@pytest.mark.slow
+def test_the_python_of_the_readme_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (example,) = blocks(ROOT / "README.md", "python")
+    assert len(example.strip().splitlines()) <= 10
+    monkeypatch.chdir(tmp_path)
+    exec(example, {})
+    assert "Edgar looked at the" in capsys.readouterr().out
+    assert (tmp_path / "runs" / "dogs" / "report.html").is_file()
