@@ -160,13 +160,15 @@ def scan(
     from rotate_edit import projection
     from rotate_edit.checkpoint import open_checkpoint
     from rotate_edit.engines import pick_device
+    from rotate_edit.estimate import check_cost, scan_cost
     from rotate_edit.scan import scan_checkpoint
 
     checkpoint = open_checkpoint(model, revision)
+    target = output or Path(f"{checkpoint.source.replace('/', '--')}-scan.parquet")
+    check_cost(scan_cost(checkpoint, len(matrices or checkpoint.matrices), top), target)
     rules = projection.VocabularyRules(words_only=False, ignore_undertrained=False, level_rarity=False)
     vocabulary = projection.read_vocabulary(checkpoint, rules)
     tables = projection.read_projections(checkpoint, vocabulary)
-    target = output or Path(f"{checkpoint.source.replace('/', '--')}-scan.parquet")
     with progress_bars() as report:
         rows = scan_checkpoint(
             checkpoint,

@@ -52,6 +52,9 @@ def apply(
             base, loaded, target, uniform_rank=uniform_rank, force_base=force_base, overwrite=overwrite
         )
         print_warnings(adapted.warnings)
+        ranks = sorted(set(adapted.ranks.values()))
+        rank = f"{ranks[0]}" if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
+        print_line(f"Adapter of rank {rank} for {counted(len(adapted.ranks), 'module')}.")
     else:
         with progress_bars() as report:
             patch = write_checkpoint(

@@ -32,6 +32,8 @@ WORDS_SHARE = 0.65
 TABLES, TABLES_UNTIED = 4, 6
 # Bytes of a channel in a shard beside its vector, and again in the table.
 CHANNEL_BYTES = 250
+# Bytes of one strong token in a scan's table: its id, z-score and text.
+TOKEN_BYTES = 20
 PROBE = 32 << 20
 PROBE_SECONDS = 0.3
 
@@ -127,6 +129,18 @@ def decompose_cost(
         gpu_memory=tables + one if on_gpu else 0,
         # The shards stay until the channel set that is made of them is complete.
         disk=channels * (2 * width + CHANNEL_BYTES),
+    )
+
+
+def scan_cost(checkpoint: Checkpoint, matrices: int, top: int) -> Cost:
+    """What a scan of so many matrices of every layer takes, with `top` tokens kept on either side of a vector."""
+    layers = range(checkpoint.layers)
+    vectors = matrices * sum(checkpoint.neurons_in(one) * (checkpoint.experts_in(one) or 1) for one in layers)
+    return Cost(
+        operations=vectors * 2 * checkpoint.vocabulary_size * checkpoint.hidden_size,
+        read=checkpoint.size,
+        memory=PROCESS_WITH_TOKENIZER + table_memory(checkpoint),
+        disk=vectors * (2 * top * TOKEN_BYTES + CHANNEL_BYTES),
     )
 
 

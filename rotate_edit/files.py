@@ -217,14 +217,15 @@ def _process_is_alive(process: int) -> bool:
 
 def check_output_free(output: Path, *, overwrite: bool = False) -> None:
     """Refuse an output path that something already occupies, before any work is done. Raises BadInput."""
-    if output.is_symlink() or (output.exists() and not overwrite):
+    # These two answer no, and do not fail, for a path that may not be looked at; writing there is refused later.
+    if os.path.islink(output) or (os.path.exists(output) and not overwrite):
         raise BadInput(f"the output {output} exists already; name another one or pass --overwrite.")
 
 
 def free_space(output: Path) -> int:
     """Bytes that are free on the disk on which `output` would lie."""
     parent = output.absolute().parent
-    while not parent.exists():
+    while not os.path.exists(parent):
         parent = parent.parent
     return shutil.disk_usage(parent).free
 

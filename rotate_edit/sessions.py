@@ -75,7 +75,7 @@ def evaluate_models(
     plan = replace(plan, concepts=edited_concepts(variants, plan.concepts))
     checkpoint = open_checkpoint(base)
     chosen = pick_device(device)
-    check_cost(estimate_live(checkpoint, DTYPES[dtype].itemsize, gpu=chosen != "cpu"), output or Path("evaluation"))
+    check_cost(estimate_live(checkpoint, DTYPES[dtype].itemsize, gpu=chosen != "cpu"), output or Path())
     tokenizer = load_tokenizer(checkpoint)
     ids = None
     if words:
@@ -126,6 +126,7 @@ def continue_prompts(
     Greedy without a seed. Returns for each prompt the continuations by model name. Raises BadInput.
     """
     checkpoint = open_checkpoint(base)
+    check_cost(estimate_live(checkpoint), Path())
     tokenizer, model = load_tokenizer(checkpoint), load_model(checkpoint)
     texts = {"base": generate(model, tokenizer, prompts, new_tokens=new_tokens, seed=seed)}
     for name in edited:
@@ -150,6 +151,8 @@ def relearn_models(
     variants = read_variants(list(edited))
     plan = Plan(concepts=edited_concepts(variants, concepts))
     checkpoint = open_checkpoint(base)
+    # Training holds the weights, a copy to come back to, their gradients and AdamW's two moments.
+    check_cost(estimate_live(checkpoint, 5 * 4), output or Path())
     found: Items = open_items(items)
     result = plain(relearn(load_model(checkpoint), load_tokenizer(checkpoint), variants, plan, found, report=report))
     if output is not None:
@@ -169,6 +172,7 @@ def measure_faithfulness(
     from rotate_edit.text_items import read_documents
 
     checkpoint = open_checkpoint(model)
+    check_cost(estimate_live(checkpoint), output or Path())
     found = load_channels(channels)[:limit]
     documents = read_documents(text)
     prompts = [" ".join(document.split()[:12]) for document in documents[: faithfulness.PROMPTS]]

@@ -213,3 +213,20 @@ def test_an_estimate_that_does_not_fit_ends_with_the_refusal(
     for arguments in (("run", "r.yaml"), ("edit", "r.yaml"), ("decompose", "demo"), ("evaluate", "demo", "demo")):
         assert shell(*arguments) == 2
     assert [path.name for path in tmp_path.iterdir()] == ["r.yaml"]
+
+
+def test_the_changed_tensors_of_a_large_base_are_hashed_and_all_on_request(
+    shell: Shell, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rotate_edit.checkpoint.SMALL", 0)
+    model = {"model": "demo", "locate": {"candidates": 40}, "decompose": {"channels": 1}, "select": {"share": 0.3}}
+    ships = ["ship", "yacht", "schooner", "frigate", "sloop", "brig"]
+    recipe = model | {"concepts": [{"name": "ships", "words": ships, "strength": 2}]}
+    (tmp_path / "r.yaml").write_text(json.dumps(recipe))
+    assert shell("edit", "r.yaml", "--output", "made", "--no-checkpoint") == 0
+    content = json.loads((tmp_path / "made" / "edit" / "edit.json").read_text())
+    changed = {f"model.layers.{change['layer']}.mlp.down_proj.weight" for change in content["changes"]}
+    assert set(content["base"]["tensors"]) == changed
+    assert shell("edit", "r.yaml", "--output", "full", "--no-checkpoint", "--full-hash") == 0
+    content = json.loads((tmp_path / "full" / "edit" / "edit.json").read_text())
+    assert set(content["base"]["tensors"]) == set(open_checkpoint("demo").stored)
