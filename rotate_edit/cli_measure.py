@@ -163,4 +163,62 @@ def inspect(model: str, revision: str | None, as_json: bool) -> None:
     print_table(str(found["source"]), ["", ""], described(found))
 
 
-COMMANDS = (evaluate, check, relearn, faithfulness, inspect)
+@click.command()
+@click.argument("recipe")
+@click.option("--trials", default=60, show_default=True, type=click.IntRange(1), help="In all, with earlier ones.")
+@click.option(
+    "--output", type=FOLDER, help="The folder of the search (default runs/tune-<recipe>); it is gone on with."
+)
+@click.option("--pick", default="knee", show_default=True, help="knee, a number of the front, or damage=0.01 (nats).")
+@click.option("--tokens", default=1200, show_default=True, type=click.IntRange(256), help="Of text for each trial.")
+@click.option("--seed", default=0, show_default=True)
+def tune(recipe: str, output: Path | None, **how: Any) -> None:
+    """Search for the settings of RECIPE that remove most for least damage, and write the chosen recipe."""
+    from rotate_edit.recipe import read_recipe
+    from rotate_edit.tune import CHOSEN, search
+
+    where = output or Path("runs") / f"tune-{Path(recipe).stem}"
+    read = read_recipe(recipe)
+    with progress_bars() as report:
+        record = search(read, where, report=report, **how)
+    _print_front(record)
+    if record["interrupted"]:
+        print_line("Interrupted: what was found is kept, and the same command goes on.", error=True)
+    print_line(f"Recipe: {where / CHOSEN}")
+
+
+def _print_front(record: dict[str, Any]) -> None:
+    rows = []
+    for number, place in enumerate(record["front"]):
+        trial = record["trials"][place]
+        settings = [
+            f"{key.split('.')[-1]} {_short(value)}" for key, value in trial["settings"].items() if key != "target"
+        ]
+        strengths = ", ".join(f"{value:.2f}" for value in trial["strengths"].values())
+        mark = "chosen" if number == record["chosen"] else ""
+        cells = [
+            str(number + 1),
+            f"{trial['removal']:.3f}",
+            f"{trial['damage']:.5f}",
+            strengths,
+            ", ".join(settings),
+            mark,
+        ]
+        rows.append(cells)
+    print_table("front", ["", "removal", "collateral KL", "strength", "settings", ""], rows)
+    held = record["report"]
+    line = f"On other texts the choice removes {held['removal']:.1%} at a collateral KL of {held['damage']:.5f}"
+    if held["own_damage"] is not None:
+        line += f"; the recipe as it was needs {held['own_damage']:.5f} for {held['own_removal']:.1%}"
+    print_line(
+        f"{line}. {len(record['trials'])} trials, {len(record['failed'])} that removed nothing, {record['seconds']} s."
+    )
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, list) and value and isinstance(value[0], int):
+        return f"{value[0]}-{value[-1]}"
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+COMMANDS = (evaluate, check, relearn, faithfulness, inspect, tune)

@@ -1,0 +1,51 @@
+"""Which of many trade-offs between removal and damage are worth a look (maths only)."""
+
+import math
+from collections.abc import Sequence
+
+Point = tuple[float, float]
+
+# Damage below this many nats is nothing that texts of a few thousand tokens can tell from no damage.
+LEAST_DAMAGE = 1e-6
+
+
+def front(points: Sequence[Point]) -> list[int]:
+    """The places of the points (removal, damage) that no other point beats, ascending in removal.
+
+    A point is beaten by one with at least its removal and at most its damage that differs in one of them; of equal
+    points the first stays. Points with a number that is not finite are left out.
+    """
+    finite = [place for place, point in enumerate(points) if all(math.isfinite(value) for value in point)]
+    ordered = sorted(finite, key=lambda place: (-points[place][0], points[place][1], place))
+    kept: list[int] = []
+    for place in ordered:
+        if not kept or points[place][1] < points[kept[-1]][1]:
+            kept.append(place)
+    return kept[::-1]
+
+
+def knee(points: Sequence[Point]) -> int:
+    """The place of the point of a front that lies farthest below the line between its ends.
+
+    points: (removal, damage), ascending in both, at least one. The axes are removal and the logarithm of damage, each
+    scaled to the front's extent, so that no unit matters. With fewer than three points, or when none lies below the
+    line, the point of the highest removal. Raises ValueError without points.
+    """
+    if not points:
+        raise ValueError("an empty front has no knee")
+    removals = [removal for removal, _ in points]
+    damages = [math.log(max(damage, LEAST_DAMAGE)) for _, damage in points]
+    wide, high = removals[-1] - removals[0], damages[-1] - damages[0]
+    if len(points) < 3 or wide <= 0 or high <= 0:
+        return len(points) - 1
+    gains = [
+        (removal - removals[0]) / wide - (damage - damages[0]) / high for removal, damage in zip(removals, damages)
+    ]
+    best = max(range(len(points)), key=gains.__getitem__)
+    return best if gains[best] > 0 else len(points) - 1
+
+
+def within_budget(points: Sequence[Point], budget: float) -> int | None:
+    """The place of the point with the highest removal of those whose damage is at most `budget`, or None."""
+    inside = [place for place, (_, damage) in enumerate(points) if damage <= budget]
+    return max(inside, key=lambda place: points[place][0]) if inside else None

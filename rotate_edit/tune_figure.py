@@ -1,0 +1,27 @@
+"""The figure of a search: every trial, the front and what was chosen."""
+
+from collections.abc import Sequence
+
+from rotate_edit.drawing import png
+from rotate_edit.figures import LIGHT, canvas, style
+from rotate_edit.pareto import LEAST_DAMAGE, Point
+
+
+def front_figure(points: Sequence[Point], front: Sequence[int], chosen: int) -> bytes:
+    """A PNG of removal against damage: points (removal, damage), the places of the front, the chosen place on it."""
+    with style():
+        figure = canvas(640, 420)
+        axes = figure.add_axes((0.12, 0.14, 0.84, 0.8))
+        damages = [max(damage, LEAST_DAMAGE) for _, damage in points]
+        axes.scatter([removal for removal, _ in points], damages, s=22, color=LIGHT["grey"], label="trials")
+        line = [(points[place][0], damages[place]) for place in front]
+        axes.plot([x for x, _ in line], [y for _, y in line], "-o", color=LIGHT["blue"], markersize=5, label="front")
+        axes.plot(*line[chosen], "D", color=LIGHT["red"], markersize=10, label="chosen")
+        for number, place in enumerate(line, start=1):
+            axes.annotate(str(number), place, (6, -12), textcoords="offset points", fontsize=11, color=LIGHT["muted"])
+        axes.set_yscale("log")
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        axes.set_xlabel("removed share of the concept's probability mass")
+        axes.set_ylabel("collateral KL (nats)")
+        axes.legend(frameon=False, loc="upper left")
+    return png(figure)

@@ -1,0 +1,174 @@
+"""The search on the demo model: small, resumable, interrupted; every promise about its folder."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+
+from rotate_edit import tune
+from rotate_edit.demo.world import concepts
+from rotate_edit.errors import BadInput, Failure
+from rotate_edit.live import applied
+from rotate_edit.pipeline import open_recipe
+from rotate_edit.recipe import Recipe, parse_recipe, read_recipe
+
+TOKENS = 512
+
+
+def recipe(**changes: Any) -> Recipe:
+    dogs = {"name": "dogs", "words": list(concepts()["dogs"].words), "plurals": True}
+    small = {
+        "model": "demo",
+        "concepts": [dogs],
+        "locate": {"group_distance": 2.0, "candidates": 120},
+        "decompose": {"channels": 1},
+        "evaluate": {"items": "demo"},
+    }
+    return parse_recipe(small | changes)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("search") / "tune"
+    tune.search(recipe(), output, trials=5, tokens=TOKENS)
+    return output
+
+
+@pytest.fixture(scope="module")
+def record(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / tune.RECORD).read_text())
+
+
+@pytest.fixture(scope="module")
+def prepared() -> tune.Prepared:
+    return tune.prepare(open_recipe(recipe()), tokens=TOKENS)
+
+
+def test_the_first_trials_are_the_recipes_own_settings(record: dict[str, Any]) -> None:
+    own = recipe()
+    for trial, target in zip(record["trials"], tune.OWN_TARGETS):
+        assert trial["settings"]["select.share"] == own.select.share
+        assert trial["settings"]["edit.direction"] == own.edit.direction
+        assert trial["removal"] == pytest.approx(1 - target, abs=0.1 * target + 1e-6)
+    assert len(record["trials"]) + len(record["failed"]) == 5
+
+
+def test_the_front_is_not_beaten_and_the_choice_lies_on_it(record: dict[str, Any]) -> None:
+    points = [(trial["removal"], trial["damage"]) for trial in record["trials"]]
+    front = [points[place] for place in record["front"]]
+    assert front == sorted(front)
+    assert not any(r > fr and d < fd for r, d in points for fr, fd in front)
+    assert 0 <= record["chosen"] < len(front)
+    assert record["report"]["damage"] > 0
+    assert record["report"]["own_removal"] == pytest.approx(record["report"]["removal"], abs=0.05)
+
+
+def test_the_chosen_recipe_is_a_recipe_that_does_what_the_record_says(
+    folder: Path, record: dict[str, Any], prepared: tune.Prepared
+) -> None:
+    found = read_recipe(folder / tune.CHOSEN)
+    chosen = record["trials"][record["front"][record["chosen"]]]
+    assert found.concepts[0].strength == round(chosen["strengths"]["dogs"], 4)
+    assert found.select.share == pytest.approx(chosen["settings"]["select.share"])
+    again = tune.try_settings(prepared, chosen["settings"])
+    assert again.removal == pytest.approx(chosen["removal"], abs=1e-4)
+    assert again.damage == pytest.approx(chosen["damage"], rel=1e-3)
+    assert (folder / tune.FIGURE).read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_search_goes_on_where_it_was(folder: Path, record: dict[str, Any]) -> None:
+    with mock.patch.object(tune, "try_settings", wraps=tune.try_settings) as tried:
+        more = tune.search(recipe(), folder, trials=6, tokens=TOKENS)
+    # One more trial, and the recipe's own settings once on the texts for reporting.
+    assert tried.call_count == 2
+    assert more["trials"][: len(record["trials"])] == record["trials"]
+
+
+def test_another_recipes_folder_is_refused(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match="holds the search of another recipe"):
+        tune.search(recipe(seed=3), folder, trials=6, tokens=TOKENS)
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(BadInput, match="is not empty and holds no search"):
+        tune.search(recipe(), tmp_path, trials=6, tokens=TOKENS)
+
+
+def test_an_interrupt_keeps_what_was_found(tmp_path: Path) -> None:
+    real, calls = tune.try_settings, []
+
+    def interrupted(*arguments: Any) -> tune.Tried:
+        calls.append(arguments)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return real(*arguments)
+
+    with mock.patch.object(tune, "try_settings", interrupted):
+        record = tune.search(recipe(), tmp_path / "tune", trials=50, tokens=TOKENS)
+    assert record["interrupted"]
+    assert len(record["trials"]) == 2
+    assert (tmp_path / "tune" / tune.CHOSEN).is_file()
+
+
+def test_nothing_found_is_a_failure_and_no_texts_bad_input(tmp_path: Path, prepared: tune.Prepared) -> None:
+    with pytest.raises(Failure, match=r"found no neuron to change|no neuron is left"):
+        tune.try_settings(prepared, {"select.support": 99.0, "target": 0.1})
+    with pytest.raises(BadInput, match="tune needs texts"):
+        tune.search(recipe(concepts=[{"name": "dogs", "words": ["dog"], "strength": 2}], evaluate={}), tmp_path / "t")
+
+
+def test_the_model_is_left_as_it_was_and_a_trial_writes_nothing(prepared: tune.Prepared, tmp_path: Path) -> None:
+    before = {name: tensor.clone() for name, tensor in prepared.model.state_dict().items()}
+    tune.try_settings(prepared, {"select.share": 0.3, "target": 0.2})
+    assert all(torch.equal(before[name], tensor) for name, tensor in prepared.model.state_dict().items())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_layers_and_matrices_limit_the_edit(prepared: tune.Prepared) -> None:
+    edit = tune.built(prepared, {"locate.layers": [2, 3], "select.share": 0.2})
+    assert {change.layer for change in edit.changes} <= {2, 3}
+    assert len(edit.changes) < len(tune.built(prepared, {"select.share": 0.2}).changes)
+
+
+def test_an_amplified_concept_is_raised(prepared: tune.Prepared) -> None:
+    edit = tune.built(prepared, {})
+    removal, damage = tune.effect(
+        prepared.model, prepared.known, tune.at_strengths(edit, {"dogs": -2.0}), {"dogs": -2.0}
+    )
+    assert 0 < removal < 1
+    assert damage > 0
+    with applied(prepared.model, edit, -2.0):
+        pass
+
+
+@pytest.mark.parametrize("target", [0.5, 0.1, 0.02])
+def test_the_secant_finds_strengths_of_bent_curves(target: float) -> None:
+    def curve(strength: float) -> float:
+        return math.exp(-0.1 * strength - 0.02 * strength**2)
+
+    assert curve(tune.secant_strength(curve, target)) == pytest.approx(target, rel=0.1)
+
+
+def test_a_flat_curve_has_no_strength() -> None:
+    with pytest.raises(Failure, match="no strength up to 64"):
+        tune.secant_strength(lambda strength: 1.0, 0.1)
+
+
+@pytest.mark.parametrize("pick", ["best", "damage=", "damage=-1", "0", "damage=x"])
+def test_a_pick_that_means_nothing_is_refused(pick: str, tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match="means nothing"):
+        tune.search(recipe(), tmp_path / "tune", pick=pick)
+    assert not (tmp_path / "tune").exists()
+
+
+def test_picks_choose_points_of_a_front() -> None:
+    points = [(0.5, 0.001), (0.8, 0.002), (0.9, 0.05)]
+    assert tune.picked(points, "2") == 1
+    assert tune.picked(points, "damage=0.01") == 1
+    assert tune.picked(points, "knee") == 1
+    with pytest.raises(BadInput, match="has 3 points"):
+        tune.picked(points, "4")
+    with pytest.raises(BadInput, match=r"the least is 0\.001"):
+        tune.picked(points, "damage=0.0001")
