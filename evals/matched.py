@@ -29,7 +29,7 @@ from matched_table import write_table
 
 from rotate_edit import matched
 from rotate_edit.concept import find_tokens, token_texts
-from rotate_edit.edit import METHODS, Edit
+from rotate_edit.edit import LIVE_METHODS, METHODS, TOKEN_METHOD, Edit
 from rotate_edit.errors import Failure
 from rotate_edit.pipeline import Opened, edits_of, locate, open_recipe
 from rotate_edit.recipe import EditRecipe, Recipe, parse_recipe
@@ -208,7 +208,9 @@ def main() -> None:
     parser.add_argument("--texts", type=Path, help="the folder of books")
     parser.add_argument("--half", choices=("dev", "test"), help="of the concepts file")
     parser.add_argument("--only", default="", help="names of concepts, separated by commas")
-    parser.add_argument("--methods", default=",".join(METHODS), help="separated by commas")
+    parser.add_argument(
+        "--methods", default=",".join((*METHODS, TOKEN_METHOD, *LIVE_METHODS)), help="separated by commas"
+    )
     parser.add_argument("--settings", default="{}", help="recipe sections as YAML, such as {edit: {ridge: 1}}")
     parser.add_argument("--output", type=Path, required=True, help="a folder")
     arguments = parser.parse_args()

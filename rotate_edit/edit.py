@@ -332,6 +332,8 @@ METHODS: dict[str, Callable[[Target], Factors]] = {
     "difference-of-means": difference_of_means,
     "snmf-features": snmf_features,
 }
+# The concept's direction out of its own tokens' embeddings: no neuron is located, so it has no function of a target.
+TOKEN_METHOD = "token-embeddings"
 # These cannot be written into weights, so they are controls on the live model only.
 LIVE_METHODS = ("clamp-neurons",)
 # These read activations, so they need text about the concept and other text.
@@ -350,6 +352,19 @@ def change(method: str, target: Target, *, strength: float, concept: str) -> Mat
     if len(rows) == 0:
         return None
     return MatrixChange(target.matrix, target.layer, target.expert, rows, left, right, strength, concept)
+
+
+def token_change(
+    matrix: str, table: Tensor, token_ids: Tensor, usable: Tensor, *, strength: float, concept: str
+) -> MatrixChange:
+    """The plain direction of a concept out of its own tokens' rows of an embedding or unembedding [V, d_model].
+
+    After EMBER (arXiv 2606.03695), which erases in the rows of a concept's tokens because that survives relearning; the
+    direction there is a semi-NMF feature of the embeddings, here `mean(rows of T) - mean(usable rows)`.
+    """
+    direction = plain_direction(concept_mean(table, token_ids, usable))
+    left, right = subtract_direction(table[token_ids], direction)
+    return MatrixChange(matrix, None, None, token_ids, left, right, strength, concept)
 
 
 def clamp_neurons(target: Target, *, strength: float, concept: str) -> Clamp | None:

@@ -298,12 +298,17 @@ def build_edits(
     changes: dict[str, list[edits.MatrixChange]] = {method: [] for method in methods}
     vectors: dict[str, list[edits.EditedVector]] = {method: [] for method in methods}
     clamps: list[edits.Clamp] = []
+    on_tokens = [name for name in methods if name == edits.TOKEN_METHOD or _with_tokens(recipe, name)]
     taken: dict[tuple[str, Site], set[int]] = {}
     for located in found:
         name = located.concept.name
         strength = 1.0 if located.concept.strength == "auto" else float(located.concept.strength)
         directions_of = directions(checkpoint, recipe, untrained, located, kept.get(name, []))
         seen_in = (evidence or {}).get(name, {})
+        if on_tokens and not located.group:
+            made_on_tokens = token_changes(checkpoint, untrained, located, strength)
+            for method in on_tokens:
+                changes[method] += made_on_tokens
         for site, plain_target in targets(checkpoint, recipe, located, directions_of):
             target = replace(plain_target, evidence=seen_in.get(site.layer))
             weight = recipe.edit.layer_strengths.get(site.layer, 1.0)
@@ -312,7 +317,7 @@ def build_edits(
             once = replace(target, located=torch.tensor(fresh, dtype=torch.int64))
             before.update(fresh)
             for method in methods:
-                if located.group and method in edits.WHOLE_CONCEPT:
+                if method == edits.TOKEN_METHOD or (located.group and method in edits.WHOLE_CONCEPT):
                     continue
                 if method in edits.LIVE_METHODS:
                     clamp = edits.clamp_neurons(target, strength=strength, concept=name)
@@ -345,6 +350,25 @@ def build_edits(
         )
         for method in methods
     }
+
+
+def _with_tokens(recipe: Recipe, method: str) -> bool:
+    return recipe.edit.embeddings and method == recipe.edit.method
+
+
+def token_changes(
+    checkpoint: Checkpoint, untrained: Tensor, located: Located, strength: float
+) -> list[edits.MatrixChange]:
+    """What is changed in the concept's own rows of the embedding and, where it is a matrix of its own, of the head."""
+    tables = {"embedding": read_embedding(checkpoint)}
+    if not checkpoint.tied:
+        tables["unembedding"] = read_unembedding(checkpoint)
+    return [
+        edits.token_change(
+            matrix, table, located.tokens.ids, ~untrained, strength=strength, concept=located.concept.name
+        )
+        for matrix, table in tables.items()
+    ]
 
 
 def _describe(made: edits.MatrixChange, site: Site, target: Target, located: Located) -> tuple[edits.EditedVector, ...]:

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from rotate_edit.edit import LIVE_METHODS, METHODS, WHOLE_CONCEPT
+from rotate_edit.edit import LIVE_METHODS, METHODS, TOKEN_METHOD, WHOLE_CONCEPT
 from rotate_edit.errors import BadInput
 from rotate_edit.files import data_folder
 
@@ -115,7 +115,7 @@ class SelectRecipe(_Section):
 class EditRecipe(_Section):
     """How the located neurons are rewritten."""
 
-    method: str = Field("channel-located", description="One of: " + ", ".join(METHODS) + ".")
+    method: str = Field("channel-located", description="One of: " + ", ".join((*METHODS, TOKEN_METHOD)) + ".")
     direction: Literal["least-collateral", "plain"] = Field(
         "least-collateral", description="The concept's direction, plain or chosen to move other logits least."
     )
@@ -123,6 +123,11 @@ class EditRecipe(_Section):
         0.3, description="Ridge of the least-collateral direction, as a multiple of the median eigenvalue."
     )
     fold_norm: bool = Field(True, description="Fold the gain of the norm before the vocabulary into the direction.")
+    embeddings: bool = Field(
+        False,
+        description="Also take the concept out of its own tokens' embeddings and head rows: it survives relearning "
+        "better and costs more (the control `token-embeddings` shows what it costs alone).",
+    )
     layer_strengths: dict[Annotated[int, Field(ge=0)], Finite] = Field(
         {}, description="What the strength is multiplied by in single layers, such as `{0: 0, 3: 1.5}`; 1 elsewhere."
     )
@@ -137,8 +142,8 @@ class EditRecipe(_Section):
             raise ValueError(
                 f"{method} works while the model runs and cannot be written; name it under evaluate.controls"
             )
-        if method not in METHODS:
-            raise ValueError(f"unknown method {method!r}; choose one of {', '.join(METHODS)}")
+        if method not in (*METHODS, TOKEN_METHOD):
+            raise ValueError(f"unknown method {method!r}; choose one of {', '.join((*METHODS, TOKEN_METHOD))}")
         return method
 
 
@@ -182,7 +187,7 @@ class EvaluateRecipe(_Section):
     @field_validator("controls")
     @classmethod
     def _known_controls(cls, controls: list[str]) -> list[str]:
-        known = (*METHODS, *LIVE_METHODS)
+        known = (*METHODS, TOKEN_METHOD, *LIVE_METHODS)
         unknown = [name for name in controls if name not in known]
         if unknown:
             raise ValueError(f"unknown method {', '.join(unknown)}; choose from {', '.join(known)}")
@@ -212,7 +217,9 @@ class Recipe(_Section):
         names = [concept.name for concept in self.concepts]
         if len(set(names)) != len(names):
             raise ValueError("two concepts have the same name")
-        if self.edit.method in WHOLE_CONCEPT and (self.protect or any(concept.keep for concept in self.concepts)):
+        if self.edit.method in (*WHOLE_CONCEPT, TOKEN_METHOD) and (
+            self.protect or any(concept.keep for concept in self.concepts)
+        ):
             raise ValueError(
                 f"the method {self.edit.method} takes one direction as it is and can keep or protect nothing"
             )

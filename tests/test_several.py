@@ -1,18 +1,22 @@
 """Several concepts in one recipe, protected words, and methods that need text: on the demo model, with numbers."""
 
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from tiny_models import save_tiny
 
 from rotate_edit import measures, pipeline
-from rotate_edit.checkpoint import load_model, open_checkpoint
+from rotate_edit.checkpoint import load_model, open_checkpoint, read_unembedding
+from rotate_edit.concept import TokenSet
 from rotate_edit.demo.world import concepts
-from rotate_edit.edit import NEEDS_TEXT, Edit
+from rotate_edit.edit import NEEDS_TEXT, TOKEN_METHOD, Edit
 from rotate_edit.errors import BadInput
 from rotate_edit.evaluate import texts_about
 from rotate_edit.live import applied
+from rotate_edit.locate import Located, token_changes
 from rotate_edit.recipe import Recipe, parse_recipe
 
 SUPPRESSED, AMPLIFIED = ("dogs", 6.0), ("cats", -3.0)
@@ -127,3 +131,34 @@ def test_layer_strengths_multiply_the_layers_own() -> None:
     assert set(after) == set(before) - {0}
     torch.testing.assert_close(after[2], 0.5 * before[2])
     assert all(torch.equal(after[layer], before[layer]) for layer in after if layer != 2)
+
+
+def test_embeddings_are_edited_when_asked_and_once_where_the_head_is_tied() -> None:
+    opened = pipeline.open_recipe(recipe(("dogs", 1.0), edit={"embeddings": True}))
+    found = pipeline.locate(pipeline.open_recipe(recipe(("dogs", 1.0))))
+    made = pipeline.edits_of(opened, found, ["channel-located", TOKEN_METHOD, "direction-everywhere"])
+    ids = opened.tokens[0].ids
+    (change,) = [change for change in made["channel-located"].changes if change.matrix == "embedding"]
+    assert opened.checkpoint.tied
+    assert torch.equal(change.rows, ids)
+    assert [change.matrix for change in made[TOKEN_METHOD].changes] == ["embedding"]
+    assert not [change for change in made["direction-everywhere"].changes if change.matrix == "embedding"]
+    with applied(demo(), made[TOKEN_METHOD]):
+        rows = demo().get_input_embeddings().weight.detach()[ids].clone()
+    reading = torch.nn.functional.normalize(rows, dim=1) @ change.right[0]
+    assert reading.abs().max() < 1e-5
+    assert kept("dogs", made["channel-located"]) < kept("dogs", edit(("dogs", 1.0))) - 0.05
+
+
+def test_an_untied_model_has_both_tables_edited(tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(save_tiny("llama", tmp_path / "m", tied=False, dtype=torch.float32))
+    tokens = TokenSet("dogs", torch.tensor([3, 5]), {}, (), ())
+    concept = recipe(("dogs", 1.0)).concepts[0]
+    located = Located(concept, tokens, 0, tokens.ids, {}, {}, (), ())
+    untrained = torch.zeros(checkpoint.vocabulary_size, dtype=torch.bool)
+    made = token_changes(checkpoint, untrained, located, 1.0)
+    assert [change.matrix for change in made] == ["embedding", "unembedding"]
+    head = read_unembedding(checkpoint)
+    left = head[tokens.ids] + made[1].delta()
+    mean = head[tokens.ids].mean(0) - head.mean(0)
+    assert (left @ mean).abs().max() < 1e-5 * mean.norm() * head.norm(dim=1).max()
