@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rotate_edit.figures import png
+from rotate_edit.drawing import png
 from rotate_edit.matched import kept_ratio, perplexity_rise
 from rotate_edit.matching import document_weights, log_damage_at, pooled_ratio
 

@@ -1,0 +1,126 @@
+"""The table of matched removal on made-up traces whose answer is known, and the scripts beside it."""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+EVALS = str(Path(__file__).parents[1] / "evals")
+BOOKS = [f"book {number}" for number in range(20)]
+PROVENANCE = {"command": "c", "date": "d", "python": "p", "torch": "t", "threads": 1, "seed": 0}
+
+
+@pytest.fixture
+def evals(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(EVALS)
+    for name in ("matched", "matched_table", "amplify"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+
+
+def trace(cost: float, *, reached: bool = True, likelihood: float = -3.0) -> dict:
+    """Mass exp(-strength), damage cost * exp(strength), a crossing at ln 10."""
+    base = np.linspace(1, 2, 20)
+    points = [
+        {
+            "strength": strength,
+            "mass": (np.exp(-strength) * base).tolist(),
+            "damage": (cost * np.exp(strength) * np.full(20, 64.0)).tolist(),
+            "likelihood": (np.full(20, 63.0) * likelihood).tolist(),
+        }
+        for strength in (1.0, float(np.log(10)), 4.0)
+    ]
+    return {
+        "reached": reached,
+        "strength": float(np.log(10)) if reached else None,
+        "points": points,
+        "near": (0.95 * base).tolist(),
+        "vectors": 7,
+        "matrices": 2,
+    }
+
+
+def result(concept: str, **methods: dict) -> dict:
+    base = np.linspace(1, 2, 20)
+    return {
+        "concept": concept,
+        "groups": 1,
+        "documents": BOOKS,
+        "about": {"settings": {}},
+        "seconds": {"all": 1.0},
+        "base": {
+            "mass": base.tolist(),
+            "positions": [10.0] * 20,
+            "counts": [64.0] * 20,
+            "likelihood": [-3.0 * 63] * 20,
+            "predicted": [63.0] * 20,
+            "near": base.tolist(),
+        },
+        "methods": {
+            "channel-located": trace(0.001),
+            **{name.replace("_", "-"): value for name, value in methods.items()},
+        },
+    }
+
+
+@pytest.mark.usefixtures("evals")
+def test_ratios_goals_and_what_never_got_there(tmp_path: Path) -> None:
+    from matched_table import write_table
+
+    results = [
+        result("dogs", direction_everywhere=trace(0.005), layer_kernel=trace(0.0015), lm_head_located=trace(0.0011)),
+        result("ships", direction_everywhere=trace(0.003), layer_kernel=trace(0.009, reached=False),
+               lm_head_located=trace(0.0011)),
+    ]  # fmt: skip
+    summary = write_table(results, "channel-located", tmp_path, PROVENANCE)
+    pooled = summary["pooled"]
+    assert pooled["direction-everywhere"]["ratio"]["value"] == pytest.approx(np.sqrt(15), rel=1e-6)
+    assert pooled["direction-everywhere"]["p"] < 0.01
+    assert pooled["layer-kernel"]["never_reached"] == ["ships"]
+    assert pooled["layer-kernel"]["concepts"] == 1
+    assert summary["goals"]["direction-everywhere"]["met"] == ["dogs"]
+    # Half of the best other method: lm-head-located stands apart, so ships is measured against direction-everywhere.
+    assert summary["goals"]["the best other method"]["met"] == ["ships"]
+    assert summary["goals"]["perplexity"]["met"] == ["dogs", "ships"]
+    assert summary["goals"]["neighbours"]["met"] == ["dogs", "ships"]
+    own = summary["concepts"][0]["methods"]["channel-located"]
+    assert own["collateral_kl"] == pytest.approx(0.01)
+    assert own["neighbours_kept"] == pytest.approx(0.95)
+    text = (tmp_path / "table.md").read_text()
+    assert "| ships | 1 | 7 |" in text
+    assert "never" in text
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert json.loads((tmp_path / "summary.json").read_text())["target"] == 0.1
+
+
+@pytest.mark.usefixtures("evals")
+def test_a_chosen_method_that_never_gets_there_meets_no_goal(tmp_path: Path) -> None:
+    from matched_table import write_table
+
+    missed = result("dogs", direction_everywhere=trace(0.005))
+    missed["methods"]["channel-located"] = trace(0.001, reached=False)
+    summary = write_table([missed], "channel-located", tmp_path, PROVENANCE)
+    assert all(goal["met"] == [] for goal in summary["goals"].values())
+    assert summary["pooled"]["direction-everywhere"]["concepts"] == 0
+    assert "| dogs | 1 | 7 | 0.150 | never |" in (tmp_path / "table.md").read_text()
+
+
+@pytest.mark.usefixtures("evals")
+def test_the_texts_without_a_concept_hold_none_and_each_document_is_told() -> None:
+    import matched
+
+    (material,) = matched.demo_materials(["dogs"])
+    assert len(material.documents) == len(set(material.documents))
+    assert not {place for place, _ in material.others} & {place for place, _ in material.concept}
+    assert {place for place, _ in material.near} <= {place for place, _ in material.others}
+    rows = matched._in_turn([["a", "b"], ["c"], ["d", "e"]])
+    assert rows == [(0, "a"), (1, "c"), (2, "d"), (0, "b"), (2, "e")]
+
+
+@pytest.mark.usefixtures("evals")
+def test_the_weakest_strength_that_raises_enough() -> None:
+    from amplify import weakest_strength
+
+    assert weakest_strength(lambda strength: 1 + strength, 5.0) == pytest.approx(4.0, rel=0.03)
+    assert weakest_strength(lambda strength: 1.0, 5.0) is None
