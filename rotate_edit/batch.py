@@ -18,9 +18,10 @@ from rotate_edit.objective import Objective
 
 CPU_CHUNK, DEVICE_CHUNK = 1 << 18, 1 << 26
 """Elements of a projection worked on at once: on the CPU the temporaries stay in the cache."""
-QUIET_LIMIT = 2
 HOPELESS, HOPELESS_FROM, MARGIN = 30.0, 5, 1e-3
 """A start gives up, from its fifth iteration on, when it lies 30 times its last gain and 1e-3 behind another start."""
+SAME, SAME_FROM = 0.998, 3
+"""It gives up as well, from its third on, when its cosine with the best start of its neuron says they have met."""
 REPROJECT_EVERY = 64
 
 
@@ -71,7 +72,7 @@ class Search:
     (the start itself for a row that has just entered); gradient: Riemannian, at v [n, d]; energy: gradient times
     preconditioned gradient [n]; length: of the direction before it was normalised [n]; projection: z_v [n, T];
     other: [n, T], z_p and then the gradient in token space; moments: raw M1..M4 at v [n, 4]; loss [n]; quiet:
-    iterations in a row that gained next to nothing [n]; plain: iterations to make without the preconditioner [n];
+    whether the last iteration gained next to nothing [n]; plain: iterations to make without the preconditioner [n];
     iterations: made so far [n]; owner: the neuron each row belongs to; products: rows multiplied with the matrix so
     far.
     """
@@ -120,7 +121,7 @@ def new_search(objective: Objective, capacity: int) -> Search:
         moments=room(4, dtype=objective.exact),
         loss=room(dtype=objective.exact),
         gain=room(dtype=objective.exact),
-        quiet=room(dtype=torch.int32),
+        quiet=room(dtype=torch.bool),
         plain=room(dtype=torch.int32),
         iterations=room(dtype=torch.int32),
         owner=[],
@@ -147,11 +148,13 @@ def leave(search: Search, rows: Sequence[int]) -> None:
     gaps = [row for row in rows if row < remaining]
     movers = [row for row in range(remaining, search.count) if row not in leaving]
     if gaps:
+        target, source = torch.tensor([gaps, movers], device=search.point.device)
         for tensor in search.carried():
-            tensor[gaps] = tensor[movers]
+            tensor[target] = tensor[source]
+        for some in chunks(len(gaps), search.projection.shape[1], search.projection.device):
+            # A copy of all projections that move could be as large as the buffer itself.
+            search.projection[target[some]] = search.projection[source[some]]
         for gap, mover in zip(gaps, movers):
-            # One row at a time: a copy of many projections would be as large as the buffer itself.
-            search.projection[gap] = search.projection[mover]
             search.owner[gap] = search.owner[mover]
     del search.owner[remaining:]
     search.count = remaining
@@ -162,7 +165,7 @@ def step(search: Search, objective: Objective, claims: ClaimedPlaces | None, gri
 
     A row that has just entered has v = 0 and its start as the direction, so a quarter circle is its first step; the
     same is done every 64 iterations, so that rounding in the projection, which is otherwise carried along, does not
-    add up. An iteration that gains less than `tolerance` counts as quiet.
+    add up. An iteration that gains less than `tolerance` is quiet.
     """
     n = search.count
     point, direction, iterations = search.point[:n], search.direction[:n], search.iterations[:n]
@@ -178,26 +181,36 @@ def step(search: Search, objective: Objective, claims: ClaimedPlaces | None, gri
     cosines = torch.stack([along, across], dim=1).to(mixed)
     angle, moments, loss = best_angle(mixed, cosines, objective, grid, first)
     gain = torch.where(first, torch.inf, search.loss[:n] - loss)
-    search.quiet[:n] = torch.where(gain < tolerance, search.quiet[:n] + 1, 0)
     search.moments[:n], search.loss[:n], search.gain[:n] = moments, loss, gain
     iterations += 1
+    search.quiet[:n] = (gain < tolerance) & (iterations > search.plain[:n] + 1)
     back = _turn(search, objective, claims, angle, moments)
     _next_direction(search, objective, angle, back, first)
     search.products += 2 * n
 
 
-def finished(search: Search, best: Tensor, limit: int) -> list[int]:
-    """The rows that are done, given the least loss any start of the same neuron has reached, `best` [n].
+def finished(search: Search, best: Tensor, owners: Tensor, limit: int) -> list[int]:
+    """The rows that are done, given the least loss any start of the same neuron has reached, `best` [n], and the
+    neuron each row belongs to, `owners` int64 [n].
 
-    A row is done after two iterations in a row, the second along the gradient, that gained less than the tolerance;
-    when thirty more iterations like the last would not bring it to the best start of its neuron; or after `limit`
-    iterations.
+    A row is done after an iteration that gained less than the tolerance; when thirty more like the last would not
+    bring it to the best start of its neuron; when it has met that start; or after `limit` iterations.
     """
     n = search.count
     behind = search.loss[:n] - best
     hopeless = (behind > HOPELESS * search.gain[:n]) & (behind > MARGIN) & (search.iterations[:n] >= HOPELESS_FROM)
-    done = (search.quiet[:n] >= QUIET_LIMIT) | hopeless | (search.iterations[:n] >= limit)
+    done = search.quiet[:n] | hopeless | (search.iterations[:n] >= limit) | _has_met(search, best, owners)
     return done.nonzero()[:, 0].tolist()
+
+
+def _has_met(search: Search, best: Tensor, owners: Tensor) -> Tensor:
+    """Which rows [n] stand where the best row of their neuron stands, and are not that row."""
+    n = search.count
+    rows = torch.arange(n, device=best.device)
+    leading = torch.where(search.loss[:n] <= best, rows, -1)
+    leader = leading.new_full((max(search.owner) + 1,), -1).scatter_reduce_(0, owners, leading, "amax")[owners]
+    cosine = (search.point[:n] * search.point[leader.clamp_min(0)]).sum(dim=1)
+    return (leader >= 0) & (leader != rows) & (cosine > SAME) & (search.iterations[:n] >= SAME_FROM)
 
 
 def chunks(rows: int, width: int, device: torch.device) -> list[slice]:
@@ -265,7 +278,7 @@ def _next_direction(search: Search, objective: Objective, angle: Tensor, back: T
 
     Polak–Ribière+ with a preconditioner P, `h = P g`: `p ← −h + max(0, h·(g − g_old) / g_old·h_old) p_old`, all
     tangent and `p_old` carried along the circle. A row restarts along −h where that does not descend, after a fresh
-    projection, after a quiet iteration and where its plain iterations (P = 1) end.
+    projection and where its plain iterations (P = 1) end.
     """
     n, tiny = search.count, torch.finfo(back.dtype).tiny
     cos, sin = torch.cos(angle).to(back)[:, None], torch.sin(angle).to(back)[:, None]
@@ -277,7 +290,7 @@ def _next_direction(search: Search, objective: Objective, angle: Tensor, back: T
     steep = torch.where((steps <= plain)[:, None], gradient, gradient @ objective.preconditioner)
     steep = _tangent(steep, point)
     factor = (steep * (gradient - search.gradient[:n])).sum(dim=1) / search.energy[:n].clamp_min(tiny)
-    restart = first | (search.quiet[:n] > 0) | (steps == plain + 1)
+    restart = first | (steps == plain + 1)
     factor = torch.where(restart, 0.0, factor.clamp_min(0) * search.length[:n])
     proposal = _tangent(factor[:, None] * along - steep, point)
     uphill = (proposal * gradient).sum(dim=1, keepdim=True) >= 0

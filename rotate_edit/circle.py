@@ -8,7 +8,6 @@ point without another.
 """
 
 from collections.abc import Sequence
-from itertools import pairwise
 from math import comb
 
 import torch
@@ -19,7 +18,6 @@ from rotate_edit.objective import Objective, excess_kurtosis, signed_log
 POWERS = tuple((order - j, j) for order in range(1, 5) for j in range(order + 1))
 """(i, j) of the fourteen mixed moments `Σ ω aⁱ bʲ`: order 1, 2, 3, 4, the power of a falling."""
 BINOMIALS = [comb(i + j, j) for i, j in POWERS]
-ORDER_BOUNDS = (0, 2, 5, 9, 14)
 LAST_OF_ORDER = [1, 4, 8, 13]
 
 
@@ -60,32 +58,52 @@ def power_moments(mixed: Tensor, tangents: Tensor) -> list[Tensor]:
     """Raw moments M1..M4 of `z(θ)/cos θ = a + b tan θ`, each [n, G], from mixed moments [n, 14] and tan θ, [G] or
     [n, G]: `M_k = Σ_j C(k, j) ⟨a^{k−j} bʲ⟩ tanʲθ` by Horner's rule. Those of z(θ) itself are `cosᵏθ` times that.
     """
-    columns = (mixed * mixed.new_tensor(BINOMIALS)).split(1, dim=1)
-    moments = []
-    for low, high in pairwise(ORDER_BOUNDS):
-        moment = columns[high - 1]
-        for column in reversed(columns[low : high - 1]):
-            moment = torch.addcmul(column, moment, tangents)
-        moments.append(moment)
-    return moments
+    parts = (mixed * mixed.new_tensor(BINOMIALS)).split((2, 3, 4, 5), dim=1)
+    return [evaluate(part, tangents) for part in parts]
 
 
-def circle_loss(mixed: Tensor, angles: Tensor, cosines: Tensor, objective: Objective) -> Tensor:
+def central_polynomials(mixed: Tensor) -> tuple[Tensor, Tensor]:
+    """The second and fourth central moments of `a + b τ` as polynomials in τ: coefficients [n, 3] and [n, 5], constant
+    first, from mixed moments [n, 14]: `v = M2 − M1²` and `F = M4 − 4 M1 M3 + M1² (6 M2 − 3 M1²)`."""
+    first, second, third, fourth = (mixed * mixed.new_tensor(BINOMIALS)).split((2, 3, 4, 5), dim=1)
+    square = multiply(first, first)
+    return second - square, fourth - 4 * multiply(first, third) + multiply(square, 6 * second - 3 * square)
+
+
+def multiply(left: Tensor, right: Tensor) -> Tensor:
+    """Products of polynomials given by coefficients [n, j] and [n, k], constant first: [n, j + k − 1]."""
+    product = torch.nn.functional.pad(left[:, :1] * right, (0, left.shape[1] - 1))
+    for power in range(1, left.shape[1]):
+        product[:, power : power + right.shape[1]].addcmul_(left[:, power : power + 1], right)
+    return product
+
+
+def evaluate(polynomial: Tensor, at: Tensor) -> Tensor:
+    """Polynomials [n, k], constant first, at points [G] or [n, G] by Horner's rule, [n, G]."""
+    *columns, value = polynomial.split(1, dim=1)
+    for column in reversed(columns):
+        value = torch.addcmul(column, value, at)
+    return value
+
+
+def circle_loss(polynomials: tuple[Tensor, Tensor], angles: Tensor, cosines: Tensor, objective: Objective) -> Tensor:
     """Loss at `angles` ([G] or [n, G]) of each row's circle, [n, G].
 
-    `−λk slog(kurt(θ)) + λf (1 − (v·ŵ cos θ + p·ŵ sin θ))`, the kurtosis being that of `a + b tan θ`, since scale does
-    not matter to it; mixed: [n, 14]; cosines: [n, 2], v·ŵ and p·ŵ.
+    `−λk slog(F(τ) / v(τ)² − 3) + λf (1 − (v·ŵ cos θ + p·ŵ sin θ))`, `τ = tan θ`, the kurtosis being that of `a + b τ`,
+    since scale does not matter to it; polynomials v and F: of `central_polynomials`; cosines: [n, 2], v·ŵ and p·ŵ.
     """
-    kurtosis = excess_kurtosis(*power_moments(mixed, torch.tan(angles)))
+    tangents = torch.tan(angles)
+    variance, fourth = (evaluate(polynomial, tangents) for polynomial in polynomials)
+    kurtosis = fourth / (variance * variance).clamp_min(_tiny(variance)) - 3
     cosine = torch.addcmul(cosines[:, :1] * torch.cos(angles), cosines[:, 1:], torch.sin(angles))
-    return objective.fidelity * (1 - cosine) - objective.sharpness * signed_log(kurtosis)
+    return torch.add(objective.fidelity * (1 - cosine), signed_log(kurtosis), alpha=-objective.sharpness)
 
 
 def angle_grid(objective: Objective, reach: float = torch.pi) -> Tensor:
     """The angles tried on every circle [G]: 0 and, both ways, geometric steps up to a uniform grid over the half
     circle, because late steps are short and need as many choices as early ones; none beyond `reach` radians."""
-    short = torch.logspace(-3, -1, 5, dtype=objective.exact)
-    long = torch.linspace(0.1, 3.1, 13, dtype=objective.exact)[1:]
+    short = torch.logspace(-3, -1, 4, dtype=objective.exact)
+    long = torch.linspace(0.1, 3.1, 9, dtype=objective.exact)[1:]
     positive = torch.cat([short, long]).to(objective.matrix.device)
     positive = positive[positive <= reach]
     return torch.cat([-positive.flip(0), torch.zeros_like(positive[:1]), positive])
@@ -100,20 +118,19 @@ def best_angle(
     the three best points of that gives the answer, unless it lies higher than they do: the loss never rises. Rows
     with `forced` (bool [n]) go to a quarter circle without asking.
     """
-    index = circle_loss(mixed, grid, cosines, objective).argmin(dim=1)
+    polynomials = central_polynomials(mixed)
+    index = circle_loss(polynomials, grid, cosines, objective).argmin(dim=1)
     low, middle, high = grid[torch.stack([index - 1, index, index + 1]).clamp(0, len(grid) - 1)][:, :, None]
     share = torch.linspace(0, 1, points, dtype=grid.dtype, device=grid.device)
     fine = torch.cat([low + (middle - low) * share, middle + (high - middle) * share[1:]], dim=1)
-    losses = circle_loss(mixed, fine, cosines, objective)
+    losses = circle_loss(polynomials, fine, cosines, objective)
     best = losses[:, 1:-1].argmin(dim=1, keepdim=True) + 1
     around = torch.cat([best - 1, best, best + 1], dim=1)
     tried, reached = fine.gather(1, around), losses.gather(1, around)
-    angle = torch.where(forced, torch.pi / 2, parabola_vertex(tried, reached))
+    vertex = parabola_vertex(tried, reached)
+    higher = circle_loss(polynomials, vertex[:, None], cosines, objective)[:, 0] > reached[:, 1]
+    angle = torch.where(forced, torch.pi / 2, torch.where(higher, tried[:, 1], vertex))
     moments, loss = _arrive(mixed, angle, cosines, objective, forced)
-    worse = (loss > reached[:, 1]) & ~forced
-    if bool(worse.any()):
-        angle = torch.where(worse, tried[:, 1], angle)
-        moments, loss = _arrive(mixed, angle, cosines, objective, forced)
     return angle, moments, loss
 
 

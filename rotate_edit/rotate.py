@@ -46,7 +46,7 @@ class SolverSettings:
     support_threshold: below it a channel is unsupported; unsupported_limit: a neuron ends after so many unsupported
     channels in a row; start_tilt: how far the tilted starts lean, `v ∝ ŵ + start_tilt · d̂`; only_tilt: the tilt given
     is the only start, so that the channel is the concept's or, where the neuron has none, an unsupported one;
-    tolerance: gain in loss below which an iteration counts as quiet; iterations: of one circle search at most; rows:
+    tolerance: gain in loss below which an iteration is a search's last; iterations: of one search at most; rows:
     searches in work at once, which bounds the memory; kernels: "triton", "torch" or "auto" (Triton on a CUDA device
     that has it); precision: of the products of a search on a CUDA device, "tf32" or "float32" (reported numbers are
     always float32); steps: of AdamW at most; seed: base of the seeds of the neurons.
@@ -330,18 +330,20 @@ def _run_circle(work: _Work, _seeds: Sequence[int], progress: Progress) -> None:
         batch.step(search, work.objective, claims, grid, settings.tolerance)
         owners = torch.tensor(search.owner, device=best.device)
         best.scatter_reduce_(0, owners, search.loss[: search.count], "amin")
-        done = batch.finished(search, best[owners], settings.iterations)
+        done = batch.finished(search, best[owners], owners, settings.iterations)
         changed = bool(done)
-        losses = search.loss[done].tolist()
-        for row, loss in zip(done, losses):
+        leading: dict[int, int] = {}
+        for row, loss in zip(done, search.loss[done].tolist()):
             neuron = search.owner[row]
             if loss < reached.get(neuron, math.inf):
-                reached[neuron] = loss
-                work.results["vectors"][neuron, work.found[neuron]] = search.point[row]
+                reached[neuron], leading[neuron] = loss, row
             missing[neuron] -= 1
             if not missing[neuron]:
                 complete.append(neuron)
                 del reached[neuron]
+        if leading:
+            places = list(leading), [work.found[neuron] for neuron in leading]
+            work.results["vectors"][places] = search.point[list(leading.values())]
         batch.leave(search, done)
     work.products += search.products
 
@@ -381,7 +383,8 @@ def _tails(work: _Work, neurons: Sequence[int]) -> list[Tensor]:
         for tail, sign in zip(tails, (1, -1)):
             values.masked_fill_(ignored, -sign * torch.inf)
             for row, neuron in enumerate(neurons[rows]):
-                values[row, work.claims[neuron]] = -sign * torch.inf
+                if len(work.claims[neuron]):
+                    values[row, work.claims[neuron]] = -sign * torch.inf
             tail[rows] = sign * matrix[values.topk(count, dim=1, largest=sign > 0).indices].mean(dim=1)
     return tails
 

@@ -386,6 +386,7 @@ def test_twenty_kills_at_random_moments_change_nothing(checkpoint: Checkpoint, t
     duration = time.monotonic() - begin
     calm = shard_files(tmp_path / "calm")
     chance = random.Random(20)
+    finished: list[int] = []
     for attempt in range(20):
         process = start(checkpoint, tmp_path / "killed")
         try:
@@ -393,11 +394,14 @@ def test_twenty_kills_at_random_moments_change_nothing(checkpoint: Checkpoint, t
         except subprocess.TimeoutExpired:
             process.send_signal(signal.SIGKILL)
             process.wait()
-        assert shard_files(tmp_path / "killed").items() <= calm.items(), attempt
+        left = shard_files(tmp_path / "killed")
+        assert left.items() <= calm.items(), attempt
+        finished.append(len(left))
     assert start(checkpoint, tmp_path / "killed").wait() == 0
     assert shard_files(tmp_path / "killed") == calm
     for file in (tmp_path / "calm").iterdir():
         assert file.read_bytes() == (tmp_path / "killed" / file.name).read_bytes()
+    print(f"decompose: killed 20 times, with {finished} of {len(calm)} shards finished; resumed to the same bytes")
 
 
 def ray_workers() -> Iterator[int]:
@@ -437,6 +441,7 @@ def test_a_ray_worker_dies_and_nothing_is_lost(checkpoint: Checkpoint, tmp_path:
         killer.join()
         ray.shutdown()
     assert killed
+    print(f"decompose on Ray: one of two workers killed among {len(shard_files(tmp_path / 'calm'))} shards; same bytes")
     assert shard_files(tmp_path / "ray") == shard_files(tmp_path / "calm")
     assert (tmp_path / "ray" / "channels.parquet").read_bytes() == (tmp_path / "calm" / "channels.parquet").read_bytes()
 

@@ -62,7 +62,7 @@ def test_loss_on_the_circle_is_exact(moments):
     mixed = batch._mixed_on_batch(search, objective, padded)
     angles = torch.linspace(-3.1, 3.1, 23, dtype=torch.float64)
     cosines = torch.stack([(search.point * neurons).sum(1), (search.direction * neurons).sum(1)], dim=1)
-    fast = circle.circle_loss(mixed, angles, cosines, objective)
+    fast = circle.circle_loss(circle.central_polynomials(mixed), angles, cosines, objective)
     for column, angle in enumerate(angles):
         turned = search.point * angle.cos() + search.direction * angle.sin()
         assert torch.allclose(fast[:, column], direct_loss(objective, claims, neurons, turned), rtol=0, atol=1e-10)
@@ -391,7 +391,9 @@ def memory_share(neurons: int, vocabulary: int, size: int) -> float:
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the memory from /proc")
 @pytest.mark.parametrize("neurons", [64, 256, *(pytest.param(many, marks=pytest.mark.slow) for many in (1024, 16_384))])
 def test_peak_memory_follows_the_stated_bound(neurons):
-    assert 0.8 <= memory_share(neurons, 24_000, 256) <= 1.2
+    share = memory_share(neurons, 24_000, 256)
+    print(f"peak memory of {neurons} neurons, V 24,000, d 256: {share:.3f} of the stated bound")
+    assert 0.8 <= share <= 1.2
 
 
 def test_bad_input_is_refused_in_one_sentence():

@@ -10,7 +10,6 @@ Later channels depend on what the earlier ones claimed, so for them the mean los
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, fields
-from itertools import pairwise
 from pathlib import Path
 from unittest.mock import patch
 
@@ -123,7 +122,7 @@ def quasi_newton(search: History, problem: objective.Objective, angle: Tensor, b
     steps = torch.cat([steps, (angle.to(back)[:, None] * along)[:, None]], dim=1)
     changes = torch.cat([changes, (gradient - old)[:, None]], dim=1)
     curvature = (steps * changes).sum(-1, keepdim=True)
-    fresh = first | (search.quiet[:n] > 0) | (search.iterations[:n] == search.plain[:n] + 1)
+    fresh = first | (search.iterations[:n] == search.plain[:n] + 1)
     keep = (curvature > 0) & ~fresh[:, None, None]
     steps, changes = torch.where(keep, steps, 0.0), torch.where(keep, changes, 0.0)
     rates = torch.where(keep, 1 / curvature.clamp_min(tiny), 0.0)
@@ -155,7 +154,7 @@ def identity_preconditioner(matrix: Tensor, weights: Tensor) -> Tensor:
 
 def grid_alone(mixed, cosines, problem, grid, forced, points=6):
     """The best angle of the shipped grid, taken as it is."""
-    angle = grid[circle.circle_loss(mixed, grid, cosines, problem).argmin(dim=1)]
+    angle = grid[circle.circle_loss(circle.central_polynomials(mixed), grid, cosines, problem).argmin(dim=1)]
     angle = torch.where(forced, torch.pi / 2, angle)
     return angle, *circle._arrive(mixed, angle, cosines, problem, forced)
 
@@ -168,7 +167,7 @@ def equal_grid(mixed, cosines, problem, grid, forced, points=6):
 
 def newton(mixed, cosines, problem, grid, forced, points=6):
     """The best angle of the shipped grid, improved by Newton's method with exact derivatives between its neighbours."""
-    losses = circle.circle_loss(mixed, grid, cosines, problem)
+    losses = circle.circle_loss(circle.central_polynomials(mixed), grid, cosines, problem)
     index = losses.argmin(dim=1)
     low, start, high = grid[torch.stack([index - 1, index, index + 1]).clamp(0, len(grid) - 1)]
     angle = start
@@ -185,11 +184,7 @@ def newton(mixed, cosines, problem, grid, forced, points=6):
 
 def derivatives(mixed: Tensor, angle: Tensor, cosines: Tensor, problem: objective.Objective) -> tuple[Tensor, Tensor]:
     """First and second derivative of the loss by θ, [n] each, from polynomials in τ = tan θ: `K + 3 = F(τ)/v(τ)²`."""
-    columns = mixed * mixed.new_tensor(circle.BINOMIALS)
-    one, two, three, four = (columns[:, low:high] for low, high in pairwise(circle.ORDER_BOUNDS))
-    square = times(one, one)
-    variance = two - square
-    fourth = four - 4 * times(one, three) + 6 * times(square, two) - 3 * times(square, square)
+    variance, fourth = circle.central_polynomials(mixed)
     tangent = torch.tan(angle)
     f, f1, f2 = (value(fourth, tangent, order) for order in range(3))
     v, v1, v2 = (value(variance, tangent, order) for order in range(3))
@@ -205,22 +200,11 @@ def derivatives(mixed: Tensor, angle: Tensor, cosines: Tensor, problem: objectiv
     return slope, bend + problem.fidelity * (cosines[:, 0] * cos + cosines[:, 1] * sin)
 
 
-def times(left: Tensor, right: Tensor) -> Tensor:
-    """Products of polynomials given by coefficients [n, k], constant first."""
-    product = left.new_zeros(len(left), left.shape[1] + right.shape[1] - 1)
-    for power in range(left.shape[1]):
-        product[:, power : power + right.shape[1]] += left[:, power : power + 1] * right
-    return product
-
-
 def value(polynomial: Tensor, at: Tensor, order: int) -> Tensor:
     """The derivative of some order of polynomials [n, k] at points [n]."""
     for _ in range(order):
         polynomial = polynomial[:, 1:] * torch.arange(1, polynomial.shape[1]).to(polynomial)
-    result = polynomial[:, -1]
-    for power in reversed(range(polynomial.shape[1] - 1)):
-        result = result * at + polynomial[:, power]
-    return result
+    return circle.evaluate(polynomial, at[:, None])[:, 0]
 
 
 def starts_from(neuron: bool, tails: bool, random: int = 0) -> list[tuple]:
