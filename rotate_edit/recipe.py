@@ -184,6 +184,11 @@ class EvaluateRecipe(_Section):
     )
     batch_size: Positive = Field(64, description="Sequences scored at once.")
 
+    @field_validator("items", "text")
+    @classmethod
+    def _home(cls, path: str | None) -> str | None:
+        return _without_tilde(path)
+
     @field_validator("controls")
     @classmethod
     def _known_controls(cls, controls: list[str]) -> list[str]:
@@ -211,6 +216,11 @@ class Recipe(_Section):
     save: SaveRecipe = SaveRecipe()
     evaluate: EvaluateRecipe = EvaluateRecipe()
     seed: int = Field(0, description="Seed of everything random.")
+
+    @field_validator("model")
+    @classmethod
+    def _home(cls, path: str) -> str:
+        return _without_tilde(path) or path
 
     @model_validator(mode="after")
     def _consistent(self) -> "Recipe":
@@ -275,8 +285,17 @@ def parse_recipe(content: dict[str, Any], name: str = "recipe") -> Recipe:
 
 
 def recipe_text(recipe: Recipe) -> str:
-    """The recipe as YAML with every default filled in."""
-    return yaml.safe_dump(recipe.model_dump(mode="json", by_alias=True), sort_keys=False, allow_unicode=True)
+    """The recipe as YAML with every default filled in, and `~` for the home folder, which would tell a user's name."""
+    content = recipe.model_dump(mode="json", by_alias=True)
+    for section, key in ((content, "model"), (content["evaluate"], "items"), (content["evaluate"], "text")):
+        home = str(Path.home())
+        if section[key] and (section[key] == home or section[key].startswith(f"{home}/")):
+            section[key] = "~" + section[key].removeprefix(home)
+    return yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
+
+
+def _without_tilde(path: str | None) -> str | None:
+    return str(Path(path).expanduser()) if path and path.split("/")[0] == "~" else path
 
 
 def reference() -> str:

@@ -86,3 +86,17 @@ def test_a_missing_recipe_names_the_bundled_ones(tmp_path: Path) -> None:
 
 def test_the_reference_in_the_docs_is_the_schema() -> None:
     assert (Path(__file__).parents[1] / "docs" / "recipes.md").read_text(encoding="utf-8") == reference()
+
+
+def test_a_filled_recipe_does_not_tell_the_home_folder_and_reads_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/ada")
+    concept = {"name": "dogs", "words": ["dog", "/home/ada"]}
+    content = {"model": "/home/ada/models/x", "concepts": [concept], "evaluate": {"text": "/home/ada"}}
+    recipe = parse_recipe(content)
+    text = recipe_text(recipe)
+    assert "model: ~/models/x" in text
+    assert yaml.safe_load(text)["evaluate"]["text"] == "~"
+    assert parse_recipe(yaml.safe_load(text)) == recipe
+    assert parse_recipe(content | {"model": "/home/adam/x"}).model in recipe_text(
+        parse_recipe(content | {"model": "/home/adam/x"})
+    )
