@@ -2,8 +2,8 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+import os
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -15,6 +15,7 @@ from torch import Tensor
 from rotate_edit import hub
 from rotate_edit.architectures import NEURON_MATRICES, PUBLISHED_SWITCHES, Architecture, Place, architecture_of, locate
 from rotate_edit.companions import EDIT_RECORD, INDEX, TOKENIZER_FILES, WEIGHTS, may_be_copied
+from rotate_edit.console import without_foreign_bars
 from rotate_edit.errors import BadInput, quoted
 from rotate_edit.files import file_inside, read_json
 from rotate_edit.hub import HubModel
@@ -194,14 +195,15 @@ def open_checkpoint(model: str | Path, revision: str | None = None) -> Checkpoin
     for a missing folder, pickled weights, unsupported or quantised models and damaged files.
     """
     found: HubModel | None = None
-    if str(model) == "demo":
+    model = os.path.expanduser(model)
+    if model == "demo":
         from rotate_edit.demo import demo_model_folder
 
         folder, source = Path(demo_model_folder()), "demo"
-    elif str(model) and Path(model).is_dir():
+    elif model and Path(model).is_dir():
         folder, source = Path(model), Path(model).resolve().name
-    elif hub.looks_like_hub_id(str(model)):
-        found = hub.find_model(str(model), revision)
+    elif hub.looks_like_hub_id(model):
+        found = hub.find_model(model, revision)
         folder, source = found.folder, found.name
     else:
         raise BadInput(f'the model "{model}" is neither a folder nor a Hub id such as openai-community/gpt2.')
@@ -458,26 +460,12 @@ def load_model(
     from transformers import AutoModelForCausalLM
 
     checkpoint = model if isinstance(model, Checkpoint) else open_checkpoint(model)
-    with _without_bars():
+    with without_foreign_bars():
         loaded = AutoModelForCausalLM.from_pretrained(
             complete(checkpoint), dtype=dtype, use_safetensors=True, trust_remote_code=False, local_files_only=True
         )
     torch.nn.Module.to(loaded, device)
     return loaded.eval()
-
-
-@contextmanager
-def _without_bars() -> Iterator[None]:
-    """Keep transformers from drawing its own progress bars among those of this package."""
-    from transformers.utils import logging
-
-    drawn = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if drawn:
-            logging.enable_progress_bar()
 
 
 def load_tokenizer(model: Checkpoint | str | Path) -> "PreTrainedTokenizerBase":

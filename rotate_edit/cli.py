@@ -49,8 +49,9 @@ def main() -> None:
 @click.option("--output", type=FOLDER, help="The run folder (default runs/<recipe>-<n>).")
 @ESTIMATE
 @FULL_HASH
+@click.option("--allow-code", is_flag=True, help="Dangerous: run code that task definitions bring along.")
 @OVERWRITE
-def run(recipe: str, output: Path | None, estimate: bool, full_hash: bool, overwrite: bool) -> None:
+def run(recipe: str, output: Path | None, estimate: bool, full_hash: bool, allow_code: bool, overwrite: bool) -> None:
     """Locate, edit, save, evaluate and report, as RECIPE says."""
     from rotate_edit import pipeline
 
@@ -60,7 +61,7 @@ def run(recipe: str, output: Path | None, estimate: bool, full_hash: bool, overw
         _print_estimate(f"a run of {Path(recipe).name}", *pipeline.estimate(read), where)
         return
     with progress_bars() as report:
-        result = pipeline.run(read, where, overwrite=overwrite, report=report)
+        result = pipeline.run(read, where, overwrite=overwrite, allow_code=allow_code, report=report)
     about_words = [text for concept in result["concepts"] for text in concept["warnings"]]
     print_warnings(about_words + result["saved"]["warnings"])
     _print_summary(result)

@@ -73,3 +73,17 @@ def progress_bars() -> Iterator[Report]:
             bars.update(tasks[step], completed=done, total=total)
 
         yield report
+
+
+@contextmanager
+def without_foreign_bars() -> Iterator[None]:
+    """Keep transformers from drawing its own progress bars among those of this package."""
+    from transformers.utils import logging
+
+    drawn = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if drawn:
+            logging.enable_progress_bar()

@@ -5,7 +5,7 @@ resuming of broken downloads.
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -160,3 +160,34 @@ def fetch_all(model: HubModel, files: Iterable[str]) -> None:
         snapshot_download(model.name, revision=model.revision, allow_patterns=missing)
     except (OSError, HTTPError) as error:
         raise Failure(f"{model.name} could not be downloaded; run the command again to resume.") from error
+
+
+def publish(
+    name: str, files: Mapping[str, Path], *, message: str, private: bool = False, overwrite: bool = False
+) -> str:
+    """Commit files (by their names there) to a model repository, made when it is not there; return the commit.
+
+    Raises BadInput without a token that may write there, and when the repository holds files already, unless
+    `overwrite`; Failure when the Hub cannot be reached or fails.
+    """
+    from huggingface_hub import CommitOperationAdd, HfApi, get_token
+    from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabled
+
+    if get_token() is None:
+        raise BadInput("publishing needs a token; log in with `hf auth login`.")
+    api = HfApi()
+    try:
+        api.create_repo(name, private=private, exist_ok=True)
+        there = [file for file in api.list_repo_files(name) if file != ".gitattributes"]
+        if there and not overwrite:
+            raise BadInput(f"the Hub model {name} has files already; name another one or pass --overwrite.")
+        operations = [CommitOperationAdd(path_in_repo=file, path_or_fileobj=path) for file, path in files.items()]
+        return str(api.create_commit(name, operations, commit_message=message).oid)
+    except HfHubHTTPError as error:
+        if error.response.status_code in (401, 403):
+            raise BadInput(
+                f"the Hub does not let this token write to {name}; log in with `hf auth login` as somebody who may."
+            ) from error
+        raise Failure(f"publishing {name} failed: the Hub answered {error.response.status_code}.") from error
+    except (OSError, HTTPError, OfflineModeIsEnabled) as error:
+        raise Failure(f"publishing {name} failed, because the Hub cannot be reached.") from error

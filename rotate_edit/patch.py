@@ -336,7 +336,10 @@ def revert(
             if tensor.after != undo.hashes[tensor.name]["before"]:
                 raise Failure(f"{tensor.name} did not become what it was before the edit; the undo file is damaged.")
         copy_companions(checkpoint, folder)
-        if (folder / BASE_CARD).exists() and len(edits) <= 1:
+        if BASE_CARD not in companions(checkpoint):
+            # The base had no card, so what became README.base.md is the edited model's own.
+            (folder / BASE_CARD).unlink(missing_ok=True)
+        elif len(edits) <= 1:
             os.replace(folder / BASE_CARD, folder / MODEL_CARD)
         write_record(folder, edits[:-1])
     return tuple(touched)

@@ -18,6 +18,7 @@ from torch import Tensor
 from rotate_edit import curves, measures
 from rotate_edit.activations import SNMF_FEATURES, evidence_about
 from rotate_edit.adapter import write_adapter
+from rotate_edit.card import write_cards
 from rotate_edit.channels import save_channels
 from rotate_edit.checkpoint import Checkpoint, identity, load_model, load_tokenizer, open_checkpoint
 from rotate_edit.comparison import Plan
@@ -36,7 +37,8 @@ from rotate_edit.patch import write_checkpoint
 from rotate_edit.projection import Vocabulary, VocabularyRules, read_projections, read_vocabulary
 from rotate_edit.provenance import cache_folder, peak_memory, plain, provenance, weights_hash
 from rotate_edit.recipe import ConceptRecipe, Recipe, recipe_text
-from rotate_edit.report import write_report
+from rotate_edit.report import without_home, write_report
+from rotate_edit.reproduce import write_reproduction
 from rotate_edit.scoring import Settings
 from rotate_edit.tasks import Items, open_items
 from rotate_edit.text_items import items_from_text, save_items
@@ -68,10 +70,13 @@ class Opened:
         return [warning for tokens in self.tokens for warning in tokens.warnings]
 
 
-def open_recipe(recipe: Recipe, output: Path | None = None, *, measured: bool = True) -> Opened:
+def open_recipe(
+    recipe: Recipe, output: Path | None = None, *, measured: bool = True, allow_code: bool = False
+) -> Opened:
     """Open everything a recipe names. Raises BadInput for whatever cannot work, before anything is written.
 
-    output: where a run will write; then a run that does not fit this machine's memory or disk is refused first.
+    output: where a run will write; then a run that does not fit this machine's memory or disk is refused first;
+    allow_code: let the definitions of the items run code that they bring along.
     """
     checkpoint = open_checkpoint(recipe.model, recipe.revision)
     sites(checkpoint, recipe)
@@ -91,7 +96,7 @@ def open_recipe(recipe: Recipe, output: Path | None = None, *, measured: bool = 
         find_tokens(concept.name, concept.words, tokenizer, texts, plurals=concept.plurals)
         for concept in recipe.concepts
     )
-    items = _open_items(recipe, tokenizer)
+    items = _open_items(recipe, tokenizer, allow_code)
     return Opened(recipe, checkpoint, tokenizer, vocabulary, tokens, items, device)
 
 
@@ -104,9 +109,9 @@ def estimate(recipe: Recipe, *, measured: bool = True) -> tuple[Cost, str]:
     return recipe_cost(recipe, checkpoint, items, device=device, measured=measured), device
 
 
-def _open_items(recipe: Recipe, tokenizer: Any) -> Items | None:
+def _open_items(recipe: Recipe, tokenizer: Any, allow_code: bool = False) -> Items | None:
     if recipe.evaluate.items is not None:
-        return open_items(recipe.evaluate.items)
+        return open_items(recipe.evaluate.items, allow_code=allow_code)
     if recipe.evaluate.text is not None:
         return items_from_text(
             recipe.evaluate.text,
@@ -208,17 +213,20 @@ def _evidence(
     }
 
 
-def run(recipe: Recipe, output: Path, *, overwrite: bool = False, report: Report = silent) -> dict[str, Any]:
+def run(
+    recipe: Recipe, output: Path, *, overwrite: bool = False, allow_code: bool = False, report: Report = silent
+) -> dict[str, Any]:
     """The whole pipeline: leaves a run folder and returns the content of its evaluation.json.
 
-    Raises BadInput before anything is written, and Failure when nothing was located; the run folder then holds the
-    recipe, the channels and a report that says why, and no checkpoint.
+    allow_code: let the definitions of the items run code that they bring along. Raises BadInput before anything is
+    written, and Failure when nothing was located; the run folder then holds the recipe, the channels and a report that
+    says why, and no checkpoint.
     """
     check_output_free(output, overwrite=overwrite)
-    opened = open_recipe(recipe, output)
+    opened = open_recipe(recipe, output, allow_code=allow_code)
     seconds: dict[str, float] = {}
     with whole_folder(output, overwrite=overwrite) as folder:
-        write_atomically(folder / "recipe.yaml", recipe_text(recipe))
+        write_atomically(folder / "recipe.yaml", without_home(recipe_text(recipe)))
         dtype = torch.bfloat16 if opened.device == "cuda" else torch.float32
         model = load_model(opened.checkpoint, device=opened.device, dtype=dtype)
         with _timed(seconds, "locate"):
@@ -233,8 +241,12 @@ def run(recipe: Recipe, output: Path, *, overwrite: bool = False, report: Report
         else:
             result["failure"] = failure
         result["cost"] = {"seconds": seconds, "peak_memory_mb": peak_memory()}
-        write_atomically(folder / "evaluation.json", json.dumps(plain(result), indent=1, allow_nan=False))
+        result = plain(result)
+        write_atomically(folder / "evaluation.json", json.dumps(result, indent=1, allow_nan=False))
         write_report(folder)
+        write_reproduction(folder, recipe, result)
+        if failure is None:
+            write_cards(folder)
     if failure is not None:
         raise Failure(f"{failure} The report in {output} says what was looked at.")
     return result
@@ -266,9 +278,10 @@ def edit_only(
         solved = at_strengths(found, solve_strengths(opened, found, edit, model))
         edit = edits_of(opened, solved, [method], model)[method]
     with whole_folder(output, overwrite=overwrite) as folder:
-        write_atomically(folder / "recipe.yaml", recipe_text(recipe))
+        write_atomically(folder / "recipe.yaml", without_home(recipe_text(recipe)))
         _save_channels(opened, found, folder)
         saved = _save_edit(opened, edit, folder, checkpoint=checkpoint, adapter=adapter)
+        write_cards(folder)
     return edit, opened.warnings() + saved["warnings"]
 
 

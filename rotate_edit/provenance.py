@@ -44,6 +44,27 @@ def plain(value: Any) -> Any:
     return value
 
 
+def hardware() -> dict[str, Any]:
+    """What a result was computed on, in kinds and sizes; no name of a machine or a person."""
+    gpus = [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
+    return {
+        "system": platform.system(),
+        "machine": platform.machine(),
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "gpus": gpus,
+    }
+
+
+def _processor() -> str:
+    information = Path("/proc/cpuinfo")
+    if information.is_file():
+        for line in information.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor()
+
+
 def weights_hash(checkpoint: Checkpoint) -> str | None:
     """One hash of all weights, or None when they are too many to be hashed as a matter of course."""
     tensors = identity(checkpoint)["tensors"]

@@ -11,6 +11,7 @@ import json
 import logging
 import math
 import random
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stdout
 from dataclasses import asdict, dataclass
@@ -22,11 +23,12 @@ import numpy as np
 import torch
 
 from rotate_edit.console import Report, silent
-from rotate_edit.errors import BadInput
+from rotate_edit.errors import BadInput, quoted
 from rotate_edit.files import write_atomically
 from rotate_edit.tasks import KINDS, Task
 
 CACHE_VERSION = 1
+TASK_NAME = re.compile(r"\w[\w.+-]*(?<!\.yaml)(?<!\.yml)", flags=re.ASCII | re.IGNORECASE)
 # Metrics of lm-eval that are one number an item, the preferred ones first.
 ITEM_METRICS = ("acc", "exact_match", "acc_norm", "em", "f1")
 
@@ -83,6 +85,13 @@ def open_harness(tasks: Sequence[Task], settings: Settings) -> Harness:
     from jinja2 import TemplateError
     from lm_eval.tasks import TaskManager
 
+    for task in tasks:
+        # lm-eval takes a path for a definition and runs the code it names; only its own tasks go by name.
+        if task.config is None and not TASK_NAME.fullmatch(task.name):
+            raise BadInput(
+                f"{quoted(task.name)} is not the name of an lm-eval task; a definition of one's own goes into a folder "
+                "of items."
+            )
     loaded: dict[str, tuple[Any, ...]] = {}
     with _quiet(), _same_random_numbers_after():
         # Reading lm-eval's own fifteen thousand definitions takes seconds; local tasks do not need them.
@@ -249,6 +258,7 @@ def _quiet() -> Iterator[None]:
     """Keep lm-eval's log lines, progress bars and prints off the terminal: the caller has its own."""
     import lm_eval.api.model
     import lm_eval.api.task
+    import lm_eval.evaluator
     import lm_eval.models.huggingface
     from tqdm import tqdm
 
@@ -258,11 +268,14 @@ def _quiet() -> Iterator[None]:
     def no_bar(*arguments: Any, **options: Any) -> Any:
         return tqdm(*arguments, **{**options, "disable": True})
 
-    modules = (lm_eval.api.task, lm_eval.api.model, lm_eval.models.huggingface)
+    modules = (lm_eval.api.task, lm_eval.api.model, lm_eval.evaluator, lm_eval.models.huggingface)
     with ExitStack() as stack:
         for module in modules:
             if hasattr(module, "tqdm"):
                 stack.enter_context(mock.patch.object(module, "tqdm", no_bar))
+            if hasattr(module, "get_git_commit_hash"):
+                # It asks git about the folder the user stands in, which is nobody's business, and git may complain.
+                stack.enter_context(mock.patch.object(module, "get_git_commit_hash", return_value=None))
         stack.enter_context(redirect_stdout(io.StringIO()))
         logger.setLevel(logging.ERROR)
         try:

@@ -14,7 +14,8 @@ from tiny_items import write_items
 from tiny_words import tiny_model, tiny_tokenizer
 
 from rotate_edit import scoring
-from rotate_edit.scoring import Settings
+from rotate_edit.errors import BadInput
+from rotate_edit.scoring import Settings, open_harness
 from rotate_edit.tasks import Task, items_folder, open_items, read_ember, read_task
 
 SHARED = Path(__file__).parents[2] / "shared"
@@ -170,3 +171,13 @@ def test_local_data_are_scored_offline_on_real_models(name):
         "local_ember_likelihood": 48,
     }
     assert all(0 <= value <= 1 for values in found.items["base"].values() for value in values)
+
+
+@pytest.mark.parametrize("name", ["evil.yaml", "./evil", "/tmp/evil.yml", "a/b", "..", "", "evil.YAML"])
+def test_a_task_is_a_name_and_never_a_path_whose_code_would_run(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "evil.yaml").write_text("task: evil\ndataset_path: json\ndoc_to_text: !function evil.go\n")
+    (tmp_path / "evil.py").write_text("open('ran', 'w').close()\n")
+    with pytest.raises(BadInput):
+        open_harness((Task(name),), Settings())
+    assert not (tmp_path / "ran").exists()
