@@ -29,6 +29,7 @@ STYLES: dict[str, tuple[str, Any, str]] = {
     "difference-of-means": ("purple", "-", "<"),
     "snmf-features": ("teal", "-", "h"),
     "clamp-neurons": ("ochre", (0, (5, 2)), ">"),
+    "token-embeddings": ("green", (0, (5, 2)), "p"),
 }
 OTHER_STYLE: tuple[str, Any, str] = ("muted", (0, (4, 2, 1, 2)), "*")
 MATRIX_COLOURS = {"gate": "ochre", "in": "green", "out": "blue"}
