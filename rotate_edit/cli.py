@@ -145,7 +145,7 @@ def locate(recipe: str, as_json: bool) -> None:
 @click.option("--matrix", "matrices", multiple=True, type=click.Choice(["gate", "in", "out"]), help="Default: all.")
 @click.option("--layer", "layers", multiple=True, type=int, help="Default: all.")
 @click.option("--top", default=10, show_default=True, help="Tokens kept on either side.")
-@click.option("--device", default="auto", show_default=True)
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or mps.")
 @OVERWRITE
 def scan(
     model: str,
@@ -194,14 +194,20 @@ def scan(
 @click.option("--matrix", "matrices", multiple=True, type=click.Choice(["gate", "in", "out"]), help="Default: out.")
 @click.option("--layer", "layers", multiple=True, type=int, help="Default: all.")
 @click.option("--channels", default=10, show_default=True, help="At most so many of a neuron.")
-@click.option("--solver", default="circle", show_default=True, type=click.Choice(["circle", "adamw"]))
+@click.option(
+    "--solver", default="circle", show_default=True, type=click.Choice(["circle", "adamw"]),
+    help="circle is exact and fast; adamw is the paper's.",
+)  # fmt: skip
 @click.option("--all-tokens", is_flag=True, help="Count every token, not only beginnings of words.")
 @click.option("--no-vectors", is_flag=True, help="Keep the table alone.")
 @click.option("--block", default=512, show_default=True, help="Neurons of one shard.")
 @click.option("--threads", default=1, show_default=True, help="CPU threads of one shard.")
 @click.option("--workers", type=int, help="Shards at once on the CPU (default: what cores and memory allow).")
-@click.option("--device", default="auto", show_default=True)
-@click.option("--engine", default="local", show_default=True, type=click.Choice(["local", "ray"]))
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or mps.")
+@click.option(
+    "--engine", default="local", show_default=True, type=click.Choice(["local", "ray"]),
+    help="Threads and GPUs of this machine, or a Ray cluster.",
+)  # fmt: skip
 @click.option("--address", default="auto", show_default=True, help="Ray cluster (it must be a trusted network).")
 @ESTIMATE
 def decompose(
@@ -260,10 +266,10 @@ def decompose(
 @click.option("--token", help="Channels with this token among their strongest.")
 @click.option("--substring", is_flag=True, help="The token only has to contain the text.")
 @click.option("--neuron", help="Channels of one neuron, such as L3.N12.")
-@click.option("--matrix", type=click.Choice(["gate", "in", "out"]))
-@click.option("--min-support", type=float)
-@click.option("--min-kurtosis", type=float)
-@click.option("--limit", default=20, show_default=True)
+@click.option("--matrix", type=click.Choice(["gate", "in", "out"]), help="Channels of this matrix.")
+@click.option("--min-support", type=float, help="Channels with at least this support.")
+@click.option("--min-kurtosis", type=float, help="Channels at least this sharp.")
+@click.option("--limit", default=20, show_default=True, help="At most so many channels.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON lines instead of a table.")
 def channels(folder: Path, as_json: bool, **conditions: Any) -> None:
     """Print and search a channel set (a run folder works too)."""
@@ -332,7 +338,7 @@ def edit(
 @click.argument("base")
 @click.argument("edited", nargs=-1, required=True)
 @click.option("--prompt", "prompts", multiple=True, required=True, help="What both continue; may be repeated.")
-@click.option("--new-tokens", default=40, show_default=True)
+@click.option("--new-tokens", default=40, show_default=True, help="How long a continuation is.")
 @click.option("--seed", type=int, help="Sample with this seed instead of taking the likeliest token.")
 def compare(base: str, edited: tuple[str, ...], prompts: tuple[str, ...], new_tokens: int, seed: int | None) -> None:
     """Continue the same prompts with BASE and each EDITED (a run, edit, adapter or checkpoint), side by side."""

@@ -29,7 +29,10 @@ CONCEPTS = click.option("--concept", "concepts", multiple=True, help="Edited con
 @click.option("--num-fewshot", type=click.IntRange(min=0), help="Examples before each item (default: the task's own).")
 @click.option("--chat-template", is_flag=True, help="Put every item in the tokenizer's chat template.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or mps.")
-@click.option("--dtype", default="float32", show_default=True, type=click.Choice(["float32", "bfloat16", "float16"]))
+@click.option(
+    "--dtype", default="float32", show_default=True, type=click.Choice(["float32", "bfloat16", "float16"]),
+    help="In which the models are loaded.",
+)  # fmt: skip
 @click.option("--backend", default="hf", show_default=True, help="One of lm-eval's; vllm takes checkpoints only.")
 @click.option("--backend-option", "options", multiple=True, metavar="KEY=VALUE", help="For another backend than hf.")
 @click.option("--output", type=FOLDER, help="Write the result as JSON here.")
@@ -85,9 +88,9 @@ def _key_and_value(option: str) -> tuple[str, str]:
 
 @click.command()
 @click.argument("run_folder", type=FOLDER)
-@click.option("--min-efficacy", type=float)
-@click.option("--min-specificity", type=float)
-@click.option("--min-harmonic", type=float)
+@click.option("--min-efficacy", type=float, help="How much of the concept is gone.")
+@click.option("--min-specificity", type=float, help="How much of everything else is kept.")
+@click.option("--min-harmonic", type=float, help="Of both together.")
 @click.option("--max-kl", type=float, help="Of the first generated token, in nats.")
 @click.option("--max-collateral-kl", type=float, help="On texts without the concept, in nats.")
 @click.option("--max-leak-rate", type=float, help="Of sampled answers to prompts about the concept.")
@@ -171,7 +174,7 @@ def inspect(model: str, revision: str | None, as_json: bool) -> None:
 )
 @click.option("--pick", default="knee", show_default=True, help="knee, a number of the front, or damage=0.01 (nats).")
 @click.option("--tokens", default=1200, show_default=True, type=click.IntRange(256), help="Of text for each trial.")
-@click.option("--seed", default=0, show_default=True)
+@click.option("--seed", default=0, show_default=True, help="Of the search.")
 def tune(recipe: str, output: Path | None, **how: Any) -> None:
     """Search for the settings of RECIPE that remove most for least damage, and write the chosen recipe."""
     from rotate_edit.recipe import read_recipe

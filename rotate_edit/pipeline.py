@@ -37,7 +37,7 @@ from rotate_edit.patch import write_checkpoint
 from rotate_edit.projection import Vocabulary, VocabularyRules, read_projections, read_vocabulary
 from rotate_edit.provenance import cache_folder, peak_memory, plain, provenance, weights_hash
 from rotate_edit.recipe import ConceptRecipe, Recipe, recipe_text
-from rotate_edit.report import without_home, write_report
+from rotate_edit.report import write_report
 from rotate_edit.reproduce import write_reproduction
 from rotate_edit.scoring import Settings
 from rotate_edit.tasks import Items, open_items
@@ -226,7 +226,7 @@ def run(
     opened = open_recipe(recipe, output, allow_code=allow_code)
     seconds: dict[str, float] = {}
     with whole_folder(output, overwrite=overwrite) as folder:
-        write_atomically(folder / "recipe.yaml", without_home(recipe_text(recipe)))
+        write_atomically(folder / "recipe.yaml", recipe_text(recipe))
         dtype = torch.bfloat16 if opened.device == "cuda" else torch.float32
         model = load_model(opened.checkpoint, device=opened.device, dtype=dtype)
         with _timed(seconds, "locate"):
@@ -278,7 +278,7 @@ def edit_only(
         solved = at_strengths(found, solve_strengths(opened, found, edit, model))
         edit = edits_of(opened, solved, [method], model)[method]
     with whole_folder(output, overwrite=overwrite) as folder:
-        write_atomically(folder / "recipe.yaml", without_home(recipe_text(recipe)))
+        write_atomically(folder / "recipe.yaml", recipe_text(recipe))
         _save_channels(opened, found, folder)
         saved = _save_edit(opened, edit, folder, checkpoint=checkpoint, adapter=adapter)
         write_cards(folder)

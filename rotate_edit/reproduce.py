@@ -8,14 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from rotate_edit.checkpoint import Checkpoint
 from rotate_edit.edit_file import EDIT_JSON
 from rotate_edit.errors import BadInput, quoted
 from rotate_edit.files import read_json, write_atomically
 from rotate_edit.patch import PATCH_JSON, base_differences
 from rotate_edit.provenance import hardware
-from rotate_edit.recipe import Recipe, parse_recipe
-from rotate_edit.report import without_home
+from rotate_edit.recipe import Recipe, parse_recipe, recipe_text
 
 REPRODUCE = "reproduce.json"
 FORMAT, VERSION = "rotate-edit reproduction", 1
@@ -43,7 +44,7 @@ def write_reproduction(folder: Path, recipe: Recipe, result: Mapping[str, Any]) 
     content = {
         "format": FORMAT,
         "version": VERSION,
-        "recipe": json.loads(without_home(json.dumps(recipe.model_dump(mode="json")))),
+        "recipe": yaml.safe_load(recipe_text(recipe)),
         "seeds": {"recipe": recipe.seed, "bootstrap": recipe.seed, "sampling": recipe.seed},
         # The edit knows the hash of every tensor that it changed, however large the base is.
         "base": read_json(folder / "edit", EDIT_JSON)["base"] if edited else known["base"],
