@@ -5,7 +5,7 @@ EMBER's (arXiv 2606.03695): at most 100 paragraphs, 2 epochs, AdamW at 1e-5, one
 """
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -43,10 +43,12 @@ def relearned(
     *,
     report: Report = silent,
     step: str = "relearn",
+    after_epoch: Callable[[], None] | None = None,
 ) -> Iterator[list[float]]:
     """Fine-tune the model as it stands; its weights are put back bit for bit when the block ends.
 
-    Yields the mean loss of each epoch in nats a token. Raises BadInput when there is no text to train on.
+    after_epoch: called after each epoch, the model in evaluation mode. Yields the mean loss of each epoch in nats a
+    token. Raises BadInput when there is no text to train on.
     """
     saved = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     kept = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
@@ -54,7 +56,7 @@ def relearned(
     try:
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed(training.seed)
-            losses = _train(model, tokenizer, paragraphs, training, report, step)
+            losses = _train(model, tokenizer, paragraphs, training, report, step, after_epoch)
         yield losses
     finally:
         model.eval()
@@ -66,7 +68,13 @@ def relearned(
 
 
 def _train(
-    model: Any, tokenizer: Any, paragraphs: Sequence[str], training: Training, report: Report, step: str
+    model: Any,
+    tokenizer: Any,
+    paragraphs: Sequence[str],
+    training: Training,
+    report: Report,
+    step: str,
+    after_epoch: Callable[[], None] | None,
 ) -> list[float]:
     device = next(model.parameters()).device
     encoded = tokenizer(list(paragraphs[: training.paragraphs]))["input_ids"] if paragraphs else []
@@ -75,7 +83,6 @@ def _train(
         raise BadInput("there are no paragraphs to relearn from; the items need relearn-CONCEPT.jsonl files.")
     for parameter in model.parameters():
         parameter.requires_grad_(True)
-    model.train()
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=training.learning_rate, weight_decay=training.weight_decay, foreach=False
     )
@@ -83,6 +90,7 @@ def _train(
     losses = []
     for epoch in range(training.epochs):
         total = 0.0
+        model.train()
         for done, row in enumerate(shuffled.sample(rows, len(rows))):
             report(step, epoch * len(rows) + done, training.epochs * len(rows))
             loss = model(input_ids=row, labels=row, use_cache=False).loss
@@ -91,6 +99,9 @@ def _train(
             optimizer.step()
             total += float(loss.detach())
         losses.append(total / len(rows))
+        model.eval()
+        if after_epoch is not None:
+            after_epoch()
     report(step, training.epochs * len(rows), training.epochs * len(rows))
     return losses
 
@@ -103,14 +114,16 @@ def relearn(
     items: Items,
     *,
     training: Training | None = None,
+    probe: Callable[[Any], float] | None = None,
     report: Report = silent,
 ) -> dict[str, Any]:
     """Ask about the edited concepts before and after relearning: the base, and every variant, plain JSON.
 
     The base is fine-tuned too: what it gains says how much the paragraphs teach. For each model: accuracy before and
     after; for each variant `regained`, the share of what it had lost that came back, and `kept`, what is left of the
-    base's accuracy above chance after relearning. Raises BadInput when the items hold no multiple-choice items or no
-    paragraphs about the concepts.
+    base's accuracy above chance after relearning; `epochs`, the accuracy after each epoch; `probe`, where a probe of
+    the model is given (its concept mass, for instance), its value before and after each epoch. Raises BadInput when
+    the items hold no multiple-choice items or no paragraphs about the concepts.
     """
     training = training or Training()
     wanted = {name.casefold() for name in plan.concepts}
@@ -121,12 +134,23 @@ def relearn(
     base: Scores | None = None
     for variant in [Variant("base"), *variants]:
         with _as_it_is(model) if variant.name == "base" else opened(model, variant) as edited:
-            before = _pooled(scoring.score(harness, edited, tokenizer, report=report, step=f"ask {variant.name}"))
+            asked: list[Scores] = []
+            probed: list[float] = []
+
+            def ask(name: str = variant.name, model: Any = edited, asked: Any = asked, probed: Any = probed) -> None:
+                asked.append(_pooled(scoring.score(harness, model, tokenizer, report=report, step=f"ask {name}")))
+                probed += [probe(model)] if probe else []
+
+            ask()
             step = f"relearn {variant.name}"
-            with relearned(edited, tokenizer, paragraphs, training, report=report, step=step) as losses:
-                after = _pooled(scoring.score(harness, edited, tokenizer, report=report, step=f"ask {step}"))
-        base = before if base is None else base
-        models[variant.name] = _described(base, before, after, losses, plan.seed)
+            with relearned(
+                edited, tokenizer, paragraphs, training, report=report, step=step, after_epoch=ask
+            ) as losses:
+                pass
+        base = asked[0] if base is None else base
+        described = _described(base, asked[0], asked[-1], losses, plan.seed)
+        described["epochs"] = [_accuracy(scores) for scores in asked[1:]]
+        models[variant.name] = described | ({"probe": probed} if probe else {})
     return {"training": asdict(training), "paragraphs": min(len(paragraphs), training.paragraphs), "models": models}
 
 
@@ -155,15 +179,16 @@ def _pooled(scores: dict[str, Scores]) -> Scores:
 
 
 def _described(base: Scores, before: Scores, after: Scores, losses: list[float], seed: int) -> dict[str, Any]:
-    def accuracy(scores: Scores) -> dict[str, Any]:
-        return statistics.wilson(round(sum(scores.values)), len(scores.values)).plain()
-
     regained = statistics.regained(base.values, before.values, after.values, seed=seed)
     kept = statistics.kept_accuracy(base.values, after.values, base.chance, seed=seed)
     return {
-        "before": accuracy(before),
-        "after": accuracy(after),
+        "before": _accuracy(before),
+        "after": _accuracy(after),
         "regained": statistics.measure(regained).plain(),
         "kept": statistics.measure(kept).plain(),
         "losses": losses,
     }
+
+
+def _accuracy(scores: Scores) -> dict[str, Any]:
+    return statistics.wilson(round(sum(scores.values)), len(scores.values)).plain()

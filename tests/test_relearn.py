@@ -84,6 +84,24 @@ def test_what_comes_back_is_counted_against_what_was_lost(model, items):
     json.dumps(found, allow_nan=False)
 
 
+def test_every_epoch_is_asked_and_probed(model, items):
+    training = Training(epochs=3, learning_rate=1e-2)
+    seen = []
+
+    def probe(model):
+        seen.append(model.training)
+        return float(model.lm_head.weight.detach()[ids("cat")].norm())
+
+    variant = Variant("removed", silenced(model))
+    found = relearn(model, tiny_tokenizer(), [variant], PLAN, items, training=training, probe=probe)
+    removed = found["models"]["removed"]
+    assert len(removed["epochs"]) == 3
+    assert removed["epochs"][-1] == removed["after"]
+    assert len(removed["probe"]) == 4
+    assert len(set(removed["probe"])) == 4
+    assert seen == [False] * 8
+
+
 def test_the_papers_settings_are_the_defaults():
     settings = Training()
     assert (settings.paragraphs, settings.epochs, settings.tokens) == (100, 2, 256)
