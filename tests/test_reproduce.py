@@ -1,5 +1,6 @@
 """A run done again: what is compared, how bad a difference is, and what a stranger's reproduce.json may not do."""
 
+import contextlib
 import copy
 import json
 import subprocess
@@ -11,6 +12,8 @@ from typing import Any
 import pytest
 import yaml
 from fake_hub import TOKEN, Hub, environment
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from tiny_run import tiny_run
 
 from rotate_edit.checkpoint import open_checkpoint
@@ -143,6 +146,35 @@ def test_strangers_files_are_refused_in_a_sentence(
         repeat(path, tmp_path / "out", model=str(run.with_name("base")))
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "out").exists()
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=5,
+)
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_any_damage_is_read_or_refused(content: dict[str, Any], tmp_path: Path, data: st.DataObject) -> None:
+    damaged = copy.deepcopy(content)
+    place: Any = damaged
+    for _ in range(data.draw(st.integers(0, 3))):
+        inner = [key for key, value in place.items() if isinstance(value, dict) and value]
+        if not inner:
+            break
+        place = place[data.draw(st.sampled_from(inner))]
+    place[data.draw(st.sampled_from(sorted(place)))] = data.draw(JSON)
+    path = tmp_path / "reproduce.json"
+    path.write_text(json.dumps(damaged))
+    with contextlib.suppress(BadInput):
+        _, read = read_reproduction(path)
+        assert isinstance(differences(read, content), list)
+    # The demo is not its base, so that nothing is run; and what refuses it is one sentence.
+    with pytest.raises(BadInput) as caught:
+        repeat(path, tmp_path / "out", model="demo")
+    assert "\n" not in str(caught.value)
 
 
 def test_numbers_that_are_not_finite_are_refused(content: dict[str, Any], tmp_path: Path) -> None:
