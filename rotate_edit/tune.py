@@ -288,7 +288,7 @@ def search(
 
     checked_pick(pick)
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    opened = open_recipe(recipe)
+    opened = open_recipe(recipe, output)
     _own_folder(output, recipe_text(recipe), tokens)
     started = time.monotonic()
     prepared = prepare(opened, tokens=tokens, report=report)
