@@ -11,6 +11,8 @@ from pathlib import Path
 
 import torch
 
+Clock = Callable[[Callable[[], object], str], float]
+
 
 def parser(description: str) -> argparse.ArgumentParser:
     """The options every benchmark has."""
@@ -52,13 +54,15 @@ def busy_seconds(call: Callable[[], object], device: str = "cpu") -> float:
     return time.process_time() - begin
 
 
-def side_by_side(calls: Mapping[str, Callable[[], object]], repeats: int, device: str = "cpu") -> dict[str, float]:
+def side_by_side(
+    calls: Mapping[str, Callable[[], object]], repeats: int, device: str = "cpu", clock: Clock = busy_seconds
+) -> dict[str, float]:
     """The shortest time of each call; the calls take turns, so that a busy moment of the machine hits them all."""
     best = dict.fromkeys(calls, float("inf"))
     for _ in range(repeats + 1):
         for name, call in calls.items():
             # The first round warms up; keeping its times does no harm to a minimum.
-            best[name] = min(best[name], seconds(call, device))
+            best[name] = min(best[name], clock(call, device))
     return best
 
 
