@@ -25,9 +25,18 @@ def write_report(folder: Path) -> None:
         recipe = (folder / "recipe.yaml").read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
         raise BadInput(f"{folder} is not a run folder: recipe.yaml and evaluation.json cannot be read.") from error
-    content = _content(folder, result, without_home(recipe))
-    write_atomically(folder / "report.html", _render("report.html.j2", content | _figures(result), escape=True))
-    write_atomically(folder / "report.md", _render("report.md.j2", content, escape=False))
+    from jinja2 import TemplateError
+
+    try:
+        content = _content(folder, result, without_home(recipe))
+        page = _render("report.html.j2", content | _figures(result), escape=True)
+        text = _render("report.md.j2", content, escape=False)
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError, TemplateError) as error:
+        raise BadInput(
+            f"evaluation.json in {folder} does not have the form that a run writes; run it again."
+        ) from error
+    write_atomically(folder / "report.html", page)
+    write_atomically(folder / "report.md", text)
 
 
 def _content(folder: Path, result: dict[str, Any], recipe: str) -> dict[str, Any]:
@@ -61,14 +70,16 @@ def _content(folder: Path, result: dict[str, Any], recipe: str) -> dict[str, Any
 # Text in its place.
 
 
-def number(value: float | None) -> str:
-    """A figure for a table."""
-    return "–" if value is None else f"{value:.4g}"
+def number(value: Any) -> str:
+    """A figure for a table, whole numbers in full; a dash for what is no number."""
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return "–"
+    return str(value) if isinstance(value, int) else f"{value:.4g}"
 
 
-def figure(value: float | None, share: bool) -> str:
+def figure(value: Any, share: bool) -> str:
     """A figure for a tile, in per cent when it is a share."""
-    return number(value) if value is None or not share else f"{100 * value:.3g} %"
+    return f"{100 * value:.3g} %" if share and isinstance(value, int | float) else number(value)
 
 
 def interval(measure: dict[str, Any] | None) -> str:

@@ -3,6 +3,7 @@
 import html
 import itertools
 import json
+import random
 import re
 from pathlib import Path
 from typing import Any
@@ -252,6 +253,46 @@ def test_a_failed_run_says_why(tmp_path: Path) -> None:
 def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match="not a run folder"):
         write_report(tmp_path)
+
+
+def leaves(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    """The paths of everything in a JSON value."""
+    inside = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    return [path, *(found for key, entry in inside for found in leaves(entry, (*path, key)))]
+
+
+WRONG = [HOSTILE, None, [], {}, -1, 1e308]
+
+
+@pytest.mark.parametrize(
+    "share", [0.02, pytest.param(0.2, marks=pytest.mark.slow)], ids=["a few places", "many places"]
+)
+def test_whatever_stands_in_an_evaluation_is_refused_or_harmless(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, share: float
+) -> None:
+    monkeypatch.setattr("rotate_edit.report._figures", lambda _: {"curves": {}, "strips": {}, "forest": None})
+    folder = run_folder(tmp_path / "run", "dogs")
+    write_report(folder)
+    good = (folder / "evaluation.json").read_text()
+    cases = [(path, wrong) for path in leaves(json.loads(good))[1:] for wrong in WRONG]
+    chosen = random.Random(0).sample(cases, int(share * len(cases)))
+    refused: list[str] = []
+    for path, wrong in chosen:
+        result = json.loads(good)
+        place = result
+        for key in path[:-1]:
+            place = place[key]
+        place[path[-1]] = wrong
+        (folder / "evaluation.json").write_text(json.dumps(result))
+        try:
+            write_report(folder)
+        except BadInput as error:
+            refused.append(str(error))
+        assert "<script" not in (folder / "report.html").read_text()
+        text = (folder / "report.md").read_text()
+        assert "<script" not in text.replace("\\<", "")
+        assert "\x1b" not in text
+    assert len(chosen) - refused > 0
 
 
 # In a browser.
