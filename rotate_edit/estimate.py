@@ -9,6 +9,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from rotate_edit import hub
 from rotate_edit.checkpoint import Checkpoint
 from rotate_edit.edit import Edit
 from rotate_edit.errors import BadInput
@@ -43,7 +44,8 @@ class Cost:
     """What a job takes.
 
     operations: floating-point operations, with what surrounds the products counted in; start: seconds before work
-    begins; read, disk: bytes read and bytes that are new on the disk; memory, gpu_memory: bytes at most.
+    begins; read, disk: bytes read and bytes that are new on the disk; memory, gpu_memory: bytes at most; download:
+    bytes that the Hub's cache does not hold yet, at most.
     """
 
     operations: float = 0.0
@@ -52,9 +54,13 @@ class Cost:
     memory: int = PROCESS
     gpu_memory: int = 0
     disk: int = 0
+    download: int = 0
 
     def __add__(self, other: "Cost") -> "Cost":
-        """One job after the other in one process: work and disk add up, the larger memory counts."""
+        """One job after the other in one process: work and disk add up, the larger memory counts.
+
+        What the first has downloaded the second need not download.
+        """
         return Cost(
             self.operations + other.operations,
             max(self.start, other.start),
@@ -62,6 +68,7 @@ class Cost:
             max(self.memory, other.memory),
             max(self.gpu_memory, other.gpu_memory),
             self.disk + other.disk,
+            max(self.download, other.download),
         )
 
 
@@ -83,7 +90,10 @@ def estimate_patch(checkpoint: Checkpoint, edit: Edit | None = None, *, link: bo
             written = {checkpoint.stored[name].file for name in touched}
     disk = sum(sizes[shard] for shard in written) + undo
     # A block is held in its own dtype, twice, and in float64, three times.
-    return Cost(read=disk, memory=PROCESS + memory + BLOCK_ELEMENTS * (2 * 4 + 3 * 8), disk=disk)
+    return Cost(
+        read=disk, memory=PROCESS + memory + BLOCK_ELEMENTS * (2 * 4 + 3 * 8), disk=disk,
+        download=to_download(checkpoint),
+    )  # fmt: skip
 
 
 def estimate_live(checkpoint: Checkpoint, itemsize: int = 4, *, gpu: bool = False) -> Cost:
@@ -96,6 +106,7 @@ def estimate_live(checkpoint: Checkpoint, itemsize: int = 4, *, gpu: bool = Fals
         read=checkpoint.size,
         memory=PROCESS_WITH_TRANSFORMERS + (checkpoint.size if gpu else held),
         gpu_memory=held if gpu else 0,
+        download=to_download(checkpoint),
     )
 
 
@@ -129,6 +140,7 @@ def decompose_cost(
         gpu_memory=tables + one if on_gpu else 0,
         # The shards stay until the channel set that is made of them is complete.
         disk=channels * (2 * width + CHANNEL_BYTES),
+        download=to_download(checkpoint),
     )
 
 
@@ -167,6 +179,14 @@ def table_memory(checkpoint: Checkpoint) -> int:
     """Bytes of the vocabulary's tables while they are read and prepared."""
     copies = TABLES if checkpoint.tied else TABLES_UNTIED
     return copies * checkpoint.vocabulary_size * checkpoint.hidden_size * 4
+
+
+def to_download(checkpoint: Checkpoint) -> int:
+    """Bytes of its shards that the Hub's cache does not hold yet; 0 for a folder."""
+    found = checkpoint.hub
+    if found is None:
+        return 0
+    return sum(found.files[shard].size or 0 for shard in checkpoint.headers if not hub.is_here(found, shard))
 
 
 def parameters(checkpoint: Checkpoint) -> int:
@@ -272,6 +292,8 @@ def described(cost: Cost, output: Path, device: str = "cpu") -> list[list[str]]:
         rows.append(["GPU memory", f"{cost.gpu_memory / 1e9:.2f} GB at most", has])
     else:
         rows.append(["GPU memory", "none", "no GPU is used"])
+    if cost.download:
+        rows.append(["download", f"{cost.download / 1e9:.3f} GB at most", "not counted in the time"])
     rows.append(["disk", f"{cost.disk / 1e9:.3f} GB", f"{free_space(output) / 1e9:.1f} GB free"])
     return rows
 

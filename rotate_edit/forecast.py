@@ -21,6 +21,7 @@ from rotate_edit.estimate import (
     search_operations,
     shard_memory,
     table_memory,
+    to_download,
 )
 from rotate_edit.evaluate import divide, texts_about
 from rotate_edit.recipe import Recipe
@@ -60,6 +61,7 @@ def recipe_cost(
         memory=PROCESS_WITH_TRANSFORMERS + tables + searched,
         gpu_memory=tables + searched if on_gpu else 0,
         disk=candidates * SEARCHES * settings.channels * (4 * checkpoint.hidden_size + CHANNEL_BYTES),
+        download=to_download(checkpoint),
     )
     if live:
         model = estimate_live(checkpoint, 2 if on_gpu else 4, gpu=on_gpu)

@@ -23,6 +23,7 @@ from rotate_edit.estimate import (
     product_speed,
     seconds,
 )
+from rotate_edit.hub import HubFile, HubModel
 from rotate_edit.patch import write_checkpoint
 from rotate_edit.rotate import SolverSettings
 
@@ -51,8 +52,22 @@ def test_live_memory_is_on_the_device_that_holds_the_model(tmp_path: Path) -> No
 
 
 def test_costs_add_up() -> None:
-    total = Cost(1e9, 3.0, 4, 10, 0, 5) + Cost(2e9, 7.0, 5, 7, 3, 6)
-    assert total == Cost(3e9, 7.0, 9, 10, 3, 11)
+    total = Cost(1e9, 3.0, 4, 10, 0, 5, 8) + Cost(2e9, 7.0, 5, 7, 3, 6, 8)
+    assert total == Cost(3e9, 7.0, 9, 10, 3, 11, 8)
+
+
+def test_what_the_hub_cache_lacks_is_downloaded(tmp_path: Path) -> None:
+    base = open_checkpoint(save_tiny("llama", tmp_path / "base", tied=False, dtype=torch.float32))
+    first, *others = base.headers
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    (cache / first).write_bytes(base.path(first).read_bytes())
+    files = {shard: HubFile(base.path(shard).stat().st_size, None) for shard in base.headers}
+    remote = replace(base, hub=HubModel("someone/tiny", "c0ffee", cache, files))
+    wanted = sum(base.path(shard).stat().st_size for shard in others)
+    assert estimate_live(remote).download == estimate_patch(remote).download == wanted
+    assert estimate_live(base).download == 0
+    assert any(row[0] == "download" for row in described(estimate_live(remote), tmp_path))
 
 
 def test_time_is_work_over_the_speeds_of_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
