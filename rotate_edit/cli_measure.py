@@ -190,8 +190,15 @@ def tune(recipe: str, output: Path | None, **how: Any) -> None:
     print_line(f"Recipe: {where / CHOSEN}")
 
 
+FRONT_MEASURES = ("efficacy", "specificity")
+
+
+def _share(measure: dict[str, Any] | None) -> str:
+    return "" if measure is None or measure["value"] is None else f"{measure['value']:.3f}"
+
+
 def _print_front(record: dict[str, Any]) -> None:
-    rows = []
+    rows, asked = [], record.get("front_summaries")
     for number, place in enumerate(record["front"]):
         trial = record["trials"][place]
         settings = [
@@ -203,12 +210,15 @@ def _print_front(record: dict[str, Any]) -> None:
             str(number + 1),
             f"{trial['removal']:.3f}",
             f"{trial['damage']:.5f}",
+            *(_share(asked[number][key]) for key in FRONT_MEASURES if asked),
             strengths,
             ", ".join(settings),
             mark,
         ]
         rows.append(cells)
-    print_table("front", ["", "removal", "collateral KL", "strength", "settings", ""], rows)
+    print_table(
+        "front", ["", "removal", "collateral KL", *(FRONT_MEASURES if asked else ()), "strength", "settings", ""], rows
+    )
     held = record["report"]
     line = f"On other texts the choice removes {held['removal']:.1%} at a collateral KL of {held['damage']:.5f}"
     if held["own_damage"] is not None:

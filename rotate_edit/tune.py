@@ -16,15 +16,18 @@ from typing import Any
 
 from rotate_edit import curves, measures, pareto
 from rotate_edit.checkpoint import load_model
+from rotate_edit.comparison import Plan
 from rotate_edit.console import Report, silent
 from rotate_edit.edit import Edit
 from rotate_edit.errors import BadInput, Failure
-from rotate_edit.evaluate import texts_about
+from rotate_edit.evaluate import evaluate, texts_about
 from rotate_edit.files import write_atomically
 from rotate_edit.live import applied
 from rotate_edit.locate import Located, choose_channels
 from rotate_edit.pipeline import GROUP_DISTANCES, Opened, edits_of, locate, open_recipe
 from rotate_edit.recipe import Recipe, parse_recipe, recipe_text
+from rotate_edit.scoring import Settings
+from rotate_edit.variants import Variant
 
 JOURNAL, RECORD, CHOSEN, FIGURE = "trials.journal", "front.json", "recipe.yaml", "front.png"
 STUDY = "rotate-edit tune"
@@ -275,12 +278,14 @@ def search(
     pick: str = "knee",
     seed: int = 0,
     tokens: int = TOKENS,
+    lm_eval: bool = False,
     report: Report = silent,
 ) -> dict[str, Any]:
     """Try settings until `trials` are done, write the front and the chosen recipe to `output`, and return the record.
 
     The trials are kept in a journal in `output`: the same command goes on where an earlier one was stopped. pick:
-    `knee`, a number of the front, or `damage=X`. Raises BadInput when `output` holds the search of another recipe or
+    `knee`, a number of the front, or `damage=X`; lm_eval: also ask the front's edits the recipe's items and tasks (a
+    minute each). Raises BadInput when `output` holds the search of another recipe or
     the pick means nothing, and Failure when no trial worked.
     """
     import optuna
@@ -323,6 +328,8 @@ def search(
         interrupted = True
     report("tune", len(finished(study)), trials)
     record = summary(prepared, study, pick, seed, tokens)
+    if lm_eval and not interrupted:
+        record["front_summaries"] = asked_front(prepared, record, report)
     record |= {"interrupted": interrupted, "seconds": round(time.monotonic() - started, 1)}
     write_record(recipe, record, output)
     return record
@@ -399,6 +406,27 @@ def summary(prepared: Prepared, study: Any, pick: str, seed: int, tokens: int) -
         "seed": seed,
         "tokens": tokens,
     }
+
+
+def asked_front(prepared: Prepared, record: dict[str, Any], report: Report) -> list[dict[str, Any]]:
+    """Efficacy, specificity and first-token KL of every edit of the front, as lm-eval measures them; plain JSON."""
+    opened, recipe = prepared.opened, prepared.opened.recipe
+    variants: list[Variant] = []
+    for place in record["front"]:
+        tried = Tried(**record["trials"][place])
+        edit = at_strengths(built(prepared, tried.settings), tried.strengths)
+        variants.append(Variant(str(len(variants) + 1), edit))
+    plan = Plan(
+        concepts=tuple(concept.name for concept in recipe.concepts),
+        neighbours=tuple(name for concept in recipe.concepts for name in concept.neighbours),
+        tasks=tuple(recipe.evaluate.tasks),
+        items=recipe.evaluate.limit or Plan.items,
+        settings=Settings(batch_size=recipe.evaluate.batch_size, limit=recipe.evaluate.limit),
+        generations=0,
+        seed=recipe.seed,
+    )
+    found = evaluate(prepared.model, opened.tokenizer, variants, plan, opened.items, report=report)
+    return [found.result["variants"][variant.name]["summary"] for variant in variants]
 
 
 def held_out(prepared: Prepared, chosen: Tried, tokens: int) -> dict[str, Any] | None:

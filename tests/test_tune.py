@@ -88,6 +88,17 @@ def test_a_search_goes_on_where_it_was(folder: Path, record: dict[str, Any]) -> 
     assert more["trials"][: len(record["trials"])] == record["trials"]
 
 
+def test_picking_anew_tries_nothing_and_the_front_can_be_asked(folder: Path, record: dict[str, Any]) -> None:
+    done = len(json.loads((folder / tune.RECORD).read_text())["trials"])
+    limited = recipe(evaluate={"items": "demo", "limit": 6})
+    with mock.patch.object(tune, "_own_folder"):
+        again = tune.search(limited, folder, trials=2, tokens=TOKENS, pick="1", lm_eval=True)
+    assert len(again["trials"]) == done
+    assert again["chosen"] == 0
+    assert len(again["front_summaries"]) == len(again["front"])
+    assert all(summary["efficacy"]["n"] > 0 for summary in again["front_summaries"])
+
+
 def test_another_recipes_folder_is_refused(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(BadInput, match="holds the search of another recipe"):
         tune.search(recipe(seed=3), folder, trials=6, tokens=TOKENS)
