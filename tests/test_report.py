@@ -292,7 +292,8 @@ def test_whatever_stands_in_an_evaluation_is_refused_or_harmless(
         text = (folder / "report.md").read_text()
         assert "<script" not in text.replace("\\<", "")
         assert "\x1b" not in text
-    assert len(chosen) - refused > 0
+    assert all("evaluation.json" in sentence for sentence in refused)
+    assert len(refused) < len(chosen)
 
 
 # In a browser.
