@@ -174,6 +174,7 @@ def inspect(model: str, revision: str | None, as_json: bool) -> None:
 )
 @click.option("--pick", default="knee", show_default=True, help="knee, a number of the front, or damage=0.01 (nats).")
 @click.option("--tokens", default=1200, show_default=True, type=click.IntRange(256), help="Of text for each trial.")
+@click.option("--lm-eval", is_flag=True, help="Also ask the edits of the front the recipe's items and tasks.")
 @click.option("--seed", default=0, show_default=True, help="Of the search.")
 def tune(recipe: str, output: Path | None, **how: Any) -> None:
     """Search for the settings of RECIPE that remove most for least damage, and write the chosen recipe."""
