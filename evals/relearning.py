@@ -2,8 +2,7 @@
 
 `python evals/relearning.py --output evals/results/relearning-demo`. Every edit leaves a tenth of the concept's
 probability mass (on the `choose` texts); then the model is fine-tuned on paragraphs about the concept that do not hold
-what is asked, and asked again after each epoch. The paper's learning rate of 1e-5 is meant for models of billions of
-parameters; `--learning-rate` gives another.
+what is asked, and asked again after each epoch, with EMBER's settings unless `--learning-rate` or `--epochs` say otherwise.
 """
 
 import argparse
@@ -24,12 +23,13 @@ from rotate_edit.comparison import Plan
 from rotate_edit.demo.world import concepts
 from rotate_edit.edit import TOKEN_METHOD
 from rotate_edit.errors import Failure
+from rotate_edit.live import applied
 from rotate_edit.pipeline import edits_of, locate, open_recipe, reference
 from rotate_edit.recipe import EditRecipe, parse_recipe
 from rotate_edit.relearn import Training, relearn
 from rotate_edit.variants import Variant
 
-CHOSEN = "dogs,ships,music,horses"
+CHOSEN = "dogs,ships"
 BASELINES = (
     "lm-head-located", "direction-everywhere", "least-collateral-everywhere", "layer-kernel", "difference-of-means",
     "snmf-features",
@@ -68,6 +68,12 @@ def measure_concept(name: str, model: Any, training: Training, target: float) ->
     result = relearn(model, opened.tokenizer, variants, plan, opened.items, training=training, probe=mass)
     for method, row in result["models"].items():
         row["strength"] = strengths.get(method)
+        row["collateral_kl"] = 0.0
+    for variant in variants:
+        assert variant.edit is not None
+        with applied(model, variant.edit):
+            damage = measures.collateral_kl(model, held.others, held.others_base, draws=1).value
+        result["models"][variant.name]["collateral_kl"] = damage
     never = [method for method, strength in strengths.items() if strength is None]
     return {"concept": name, "never_reached": never, **result}
 
@@ -76,7 +82,7 @@ def table(results: Sequence[dict[str, Any]]) -> str:
     """By method: mass before and after each epoch, accuracy before and after, both over all concepts."""
     methods = list(dict.fromkeys(name for result in results for name in result["models"]))
     epochs = results[0]["training"]["epochs"]
-    head = ["method", "mass left, edited", *(f"after epoch {number + 1}" for number in range(epochs))]
+    head = ["method", "collateral KL", "mass left, edited", *(f"after epoch {number + 1}" for number in range(epochs))]
     head += ["accuracy, edited", *(f"after epoch {number + 1}" for number in range(epochs)), "concepts"]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for method in methods:
@@ -84,7 +90,14 @@ def table(results: Sequence[dict[str, Any]]) -> str:
         masses = [gmean([row["probe"][step] for row in rows]) for step in range(epochs + 1)]
         asked = [[row["before"], *row["epochs"]] for row in rows]
         correct = [sum(steps[step]["value"] for steps in asked) / len(asked) for step in range(epochs + 1)]
-        cells = [method, *(f"{mass:.4f}" for mass in masses), *(f"{value:.3f}" for value in correct), str(len(rows))]
+        damage = sum(row["collateral_kl"] for row in rows) / len(rows)
+        cells = [
+            method,
+            f"{damage:.4f}",
+            *(f"{mass:.4f}" for mass in masses),
+            *(f"{value:.3f}" for value in correct),
+            str(len(rows)),
+        ]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -93,7 +106,7 @@ def main() -> None:
     """Measure every concept, print the table so far after each, and write the JSON and the Markdown."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--concepts", default=CHOSEN, help="names of the demo's concepts, separated by commas")
-    parser.add_argument("--learning-rate", type=float, default=1e-4)
+    parser.add_argument("--learning-rate", type=float, default=1e-5)
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--target", type=float, default=0.1, help="share of the mass that every edit leaves")
     parser.add_argument("--output", type=Path, required=True, help="path without its ending")
