@@ -2,7 +2,7 @@
 
 `python evals/relearning.py --output evals/results/relearning-demo`. Every edit leaves a tenth of the concept's
 probability mass (on the `choose` texts); then the model is fine-tuned on paragraphs about the concept that do not hold
-what is asked, and asked again after each epoch, with EMBER's settings unless `--learning-rate` or `--epochs` say otherwise.
+what is asked, and asked again after each epoch, with EMBER's settings unless options say otherwise.
 """
 
 import argparse
