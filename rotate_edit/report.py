@@ -79,7 +79,7 @@ def number(value: Any) -> str:
 
 def figure(value: Any, share: bool) -> str:
     """A figure for a tile, in per cent when it is a share."""
-    return f"{100 * value:.3g} %" if share and isinstance(value, int | float) else number(value)
+    return f"{100 * value:.3g}\u00a0%" if share and isinstance(value, int | float) else number(value)
 
 
 def interval(measure: dict[str, Any] | None) -> str:

@@ -171,7 +171,7 @@ def test_the_page_needs_nothing_from_outside(page: str) -> None:
 
 
 def test_both_reports_hold_what_was_measured(page: str, text: str) -> None:
-    seen = html.unescape(page)
+    seen = html.unescape(page).replace("\u00a0", " ")
     for value in ("90 %", "80 %", "25 %", "never removes that much", "512 MB", "4 seconds", "seed", "How to undo it"):
         assert value in seen
     assert "0.9 (0.45 to 1.8)" in text
