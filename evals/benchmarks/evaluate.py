@@ -34,6 +34,51 @@ def slight_edit(checkpoint: Checkpoint, seed: int) -> Edit:
     return Edit("random", tuple(changes))
 
 
+Time = tuple[float, float]
+
+
+def timed(device: str, call: Callable[[], object], repeats: int = 1) -> Time:
+    """The shortest time of a call, and the least processor time: a busy machine makes only the first longer."""
+    both = []
+    for _ in range(repeats):
+        begin = time.process_time()
+        both.append((seconds(call, device), time.process_time() - begin))
+    return min(wall for wall, _ in both), min(busy for _, busy in both)
+
+
+def measure(model_name: str, device: str, count: int, most: int) -> tuple[dict[str, Time], int]:
+    """Every part and every whole, timed, and the number of items; `count` variants, at most `most` items a part."""
+    checkpoint, items = open_checkpoint(model_name), open_items("demo")
+    plan = Plan(concepts=("dogs",), neighbours=("cats", "horses", "wildlife"), items=most)
+    variants = [Variant(f"variant {number}", slight_edit(checkpoint, number)) for number in range(count)]
+    tasks = divide(items.tasks, plan)[0]
+    harness = scoring.open_harness(tasks, plan.settings)
+    tokenizer = load_tokenizer(checkpoint)
+    # The first of everything warms up: imports, memory, lm-eval's own tables.
+    model = load_model(checkpoint, device=device)
+    scoring.score(harness, model, tokenizer)
+
+    def load() -> None:
+        load_model(checkpoint, device=device)
+        load_tokenizer(checkpoint)
+
+    def whole(cache: Path | None, asked: Items = items) -> None:
+        loaded = load_model(checkpoint, device=device)
+        evaluate(loaded, load_tokenizer(checkpoint), variants, plan, asked, weights_hash="benchmark", cache=cache)
+
+    found = {
+        "load": timed(device, load, 2),
+        "alone": timed(device, lambda: scoring.score(harness, model, tokenizer), 2),
+        # A pass is everything that is measured on one model: lm-eval's items, prompts, continuations.
+        "pass": timed(device, lambda: evaluate(model, tokenizer, [], plan, items), 2),
+        "whole alone": timed(device, lambda: whole(None, replace(items, texts={}, prompts=(), generation=()))),
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        found["whole"] = timed(device, lambda: whole(Path(folder)))
+        found["cached"] = timed(device, lambda: whole(Path(folder)))
+    return found, sum(len(task.rows) for task in tasks)
+
+
 def main() -> None:
     """Time the parts, then the whole, then the whole with a cached baseline."""
     options = parser(__doc__.splitlines()[0])
@@ -43,79 +88,40 @@ def main() -> None:
     choice = options.parse_args()
     if choice.threads:
         torch.set_num_threads(choice.threads)
-    checkpoint = open_checkpoint(choice.model)
-    items = open_items("demo")
-    plan = Plan(concepts=("dogs",), neighbours=("cats", "horses", "wildlife"), items=choice.items)
-    edits = [slight_edit(checkpoint, seed) for seed in range(choice.variants)]
-    variants = [Variant(f"variant {number}", edit) for number, edit in enumerate(edits)]
-    harness = scoring.open_harness(divide(items.tasks, plan)[0], plan.settings)
-    tokenizer = load_tokenizer(checkpoint)
-    # The first of everything warms up: imports, memory, lm-eval's own tables.
-    model = load_model(checkpoint, device=choice.device)
-    scoring.score(harness, model, tokenizer)
-
-    def load() -> None:
-        load_model(checkpoint, device=choice.device)
-        load_tokenizer(checkpoint)
-
-    def whole(cache: Path | None, asked: Items = items) -> None:
-        loaded = load_model(checkpoint, device=choice.device)
-        evaluate(loaded, load_tokenizer(checkpoint), variants, plan, asked, weights_hash="benchmark", cache=cache)
-
-    def timed(call: Callable[[], object], repeats: int = 1) -> tuple[float, float]:
-        """The shortest time of a call, and the least processor time: a busy machine makes only the first longer."""
-        both = []
-        for _ in range(repeats):
-            begin = time.process_time()
-            both.append((seconds(call, choice.device), time.process_time() - begin))
-        return min(wall for wall, _ in both), min(busy for _, busy in both)
-
-    loading = timed(load, 2)
-    # A pass is everything that is measured on one model: lm-eval's items, prompts, continuations.
-    scored = timed(lambda: scoring.score(harness, model, tokenizer), 2)
-    passed = timed(lambda: evaluate(model, tokenizer, [], plan, items), 2)
+    found, items = measure(choice.model, choice.device, choice.variants, choice.items)
     passes = choice.variants + 1
-    alone = timed(lambda: whole(None, replace(items, texts={}, prompts=(), generation=())))
-    parts_alone = [load_time + passes * pass_time for load_time, pass_time in zip(loading, scored)]
-    with tempfile.TemporaryDirectory() as folder:
-        uncached = timed(lambda: whole(Path(folder)))
-        cached = timed(lambda: whole(Path(folder)))
-    parts = [load_time + passes * pass_time for load_time, pass_time in zip(loading, passed)]
+
+    def sum_of(part: str) -> Time:
+        wall, busy = (load + passes * each for load, each in zip(found["load"], found[part]))
+        return wall, busy
+
     lines = {
-        "one load": loading,
-        "one pass: lm-eval alone": scored,
-        "one pass: with prompts and continuations": passed,
-        f"one load and {passes} passes of lm-eval alone": parts_alone,
-        "evaluated in one process, lm-eval alone": alone,
-        f"one load and {passes} passes": parts,
-        "evaluated in one process": uncached,
-        "the same with a cached baseline": cached,
+        "one load": found["load"],
+        "one pass: lm-eval alone": found["alone"],
+        "one pass: with prompts and continuations": found["pass"],
+        f"one load and {passes} passes of lm-eval alone": sum_of("alone"),
+        "evaluated in one process, lm-eval alone": found["whole alone"],
+        f"one load and {passes} passes": sum_of("pass"),
+        "evaluated in one process": found["whole"],
+        "the same with a cached baseline": found["cached"],
     }
+    wholes = {"": ("whole", "pass"), "_lm_eval_alone": ("whole alone", "alone"), "_cached_baseline": ("cached", "pass")}
+    ratios = {name: [a / b for a, b in zip(found[whole], sum_of(part))] for name, (whole, part) in wholes.items()}
     figures = {
         "seconds": {name: pair[0] for name, pair in lines.items()},
         "processor_seconds": {name: pair[1] for name, pair in lines.items()},
-        "ratio": uncached[0] / parts[0],
-        "ratio_lm_eval_alone": alone[0] / parts_alone[0],
-        "ratio_cached_baseline": cached[0] / parts[0],
-        "ratio_processor": uncached[1] / parts[1],
-        "ratio_processor_cached_baseline": cached[1] / parts[1],
-        "items": sum(len(task.rows) for task in divide(items.tasks, plan)[0]),
+        **{f"ratio{name}": pair[0] for name, pair in ratios.items()},
+        **{f"ratio_processor{name}": pair[1] for name, pair in ratios.items()},
+        "items": items,
         "variants": choice.variants,
         "machine": machine(choice.device),
     }
+    rows = [[name, *(f"{figure:.2f}" for figure in pair)] for name, pair in lines.items()]
+    rows += [[f"ratio{name.replace('_', ' ')}", *(f"{figure:.3f}" for figure in pair)] for name, pair in ratios.items()]
     show(
-        f"Base and {choice.variants} variants of {choice.model}, {figures['items']} items ({figures['machine']})",
+        f"Base and {choice.variants} variants of {choice.model}, {items} items ({figures['machine']})",
         ["what", "seconds", "processor seconds"],
-        [
-            *([name, f"{pair[0]:.2f}", f"{pair[1]:.2f}"] for name, pair in lines.items()),
-            ["evaluated / parts", f"{figures['ratio']:.3f}", f"{figures['ratio_processor']:.3f}"],
-            ["lm-eval alone / its parts", f"{figures['ratio_lm_eval_alone']:.3f}", f"{alone[1] / parts_alone[1]:.3f}"],
-            [
-                "cached baseline / parts",
-                f"{figures['ratio_cached_baseline']:.3f}",
-                f"{figures['ratio_processor_cached_baseline']:.3f}",
-            ],
-        ],
+        rows,
     )
     write_figures(choice.json, figures)
 
