@@ -79,11 +79,19 @@ def diff(edit_folder: Path, base: str | None, neurons: int) -> None:
 
     loaded = load_edit(_inside(edit_folder, "edit"))
     rows = compare_edit(loaded, open_checkpoint(base) if base else None)
-    columns = ["matrix", "vectors", "rank", "largest change", "norm of the change", "of the matrix"]
+    columns = [
+        "matrix",
+        "vectors",
+        "rank",
+        "largest change",
+        "norm of the change",
+        *(["of the matrix"] if base else []),
+    ]
     cells = []
     for row in rows:
-        share = f"{row.relative:.2%}" if row.relative is not None else ""
-        cells.append([row.address, str(row.rows), str(row.rank), f"{row.largest:.4g}", f"{row.norm:.4g}", share])
+        share = "" if row.relative is None else f"{row.relative:.2%}"
+        figures = [str(row.rows), str(row.rank), f"{row.largest:.4g}", f"{row.norm:.4g}"]
+        cells.append([row.address, *figures, *([share] if base else [])])
     print_table(f"{loaded.method}: {counted(len(rows), 'matrix', 'matrices')}", columns, cells)
     columns = ["neuron", "concept", "score", "cosine", "norm before", "norm after"]
     cells = []
