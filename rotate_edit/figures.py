@@ -217,7 +217,7 @@ def _damage_axis(axes: "Axes", lines: Mapping[str, Sequence[tuple[float, float]]
     text = "damage: KL divergence on texts without the concept, nats (log)"
     if axes.get_window_extent().width < 400:
         text = "damage: KL without the concept, nats (log)"
-    axes.annotate(text, (0, 1), (-40, 12), "axes fraction", "offset pixels", color=LIGHT["muted"], fontsize=12)
+    axes.annotate(text, (0, 1), (-40, 12), "axes fraction", "offset points", color=LIGHT["muted"], fontsize=12)
 
 
 def _place_labels(axes: "Axes", lines: Mapping[str, Sequence[tuple[float, float]]], labels: Mapping[str, str]) -> None:
@@ -241,7 +241,7 @@ def _place_labels(axes: "Axes", lines: Mapping[str, Sequence[tuple[float, float]
                 if box[0] < frame.x0 or box[2] > width - 2 or box[1] < frame.y0 + 2 or box[3] > frame.y1 + 4:
                     continue
                 covered = sum(box[0] - 2 < x < box[2] + 2 and box[1] - 1 < y < box[3] + 1 for x, y in ink)
-                price = 12 * back + 1.5 * rank + 4 * covered + 400 * sum(_overlap(box, other) for other in taken)
+                price = 12 * back + 1.5 * rank + 12 * covered + 400 * sum(_overlap(box, other) for other in taken)
                 if price < cost:
                     best, cost = box, price
         if best is None or cost >= 400:
@@ -319,12 +319,12 @@ def layer_strip(neurons: Sequence[EditedNeuron], layers: int, width: int, *, nar
         axes.set_xticks([0, width // 2, width - 1])
         axes.set_xlabel("neuron")
         axes.spines[["left", "bottom"]].set_visible(False)
-        axes.annotate("layer", (0, 1), (-40, 12), "axes fraction", "offset pixels", color=LIGHT["muted"], fontsize=12)
+        axes.annotate("layer", (0, 1), (-40, 12), "axes fraction", "offset points", color=LIGHT["muted"], fontsize=12)
         _draw_counts(figure, counts, left=whole - right + 10, row=row, step=step, narrow=narrow)
         if len(matrices) > 1:
             for place, matrix in enumerate(matrices):
                 text: Any = {"color": LIGHT[MATRIX_COLOURS[matrix]], "fontsize": 12, "fontweight": "bold"}
-                axes.annotate(matrix, (0, 1), (30 + 48 * place, 12), "axes fraction", "offset pixels", **text)
+                axes.annotate(matrix, (0, 1), (30 + 48 * place, 12), "axes fraction", "offset points", **text)
     return figure
 
 
@@ -345,15 +345,24 @@ def _draw_counts(figure: "Figure", counts: Sequence[int], *, left: float, row: f
     axes.set_xlim(0, largest)
     axes.set_ylim(len(counts), 0)
     axes.set_axis_off()
-    for layer, count in enumerate(counts):
-        if count and (step == 1 or count == max(counts[layer : layer + step])):
-            place = 0 if narrow else count
+    written: list[int] = []
+    for layer, count in sorted(enumerate(counts), key=lambda pair: -pair[1]):
+        # The largest are written first; in a tall model the others have no room.
+        if count and all(abs(layer - other) >= step for other in written):
+            written.append(layer)
             axes.annotate(
-                str(count), (place, layer + 0.5), (5, 0), "data", "offset pixels", va="center", fontsize=12,
-                color=LIGHT["ink"], annotation_clip=False,
-            )  # fmt: skip
+                str(count),
+                (0 if narrow else count, layer + 0.5),
+                (5, 0),
+                "data",
+                "offset points",
+                va="center",
+                fontsize=12,
+                color=LIGHT["ink"],
+                annotation_clip=False,
+            )
     title = "count" if narrow else "edited in the layer"
-    axes.annotate(title, (0, 1), (0, 12), "axes fraction", "offset pixels", color=LIGHT["muted"], fontsize=12)
+    axes.annotate(title, (0, 1), (0, 12), "axes fraction", "offset points", color=LIGHT["muted"], fontsize=12)
 
 
 # Differences with their intervals.
@@ -403,9 +412,9 @@ def _forest_panel(axes: "Axes", title: str, rows: Sequence[ForestRow], *, narrow
         behind = {"facecolor": LIGHT["paper"], "edgecolor": "none", "pad": 1}
         text: Any = {"va": "center", "fontsize": 12, "annotation_clip": False, "bbox": behind, "zorder": 5}
         edge = ("axes fraction", "data")
-        axes.annotate(label, (0, level), (0 if narrow else 8 - left, 0), edge, "offset pixels", **text)
+        axes.annotate(label, (0, level), (0 if narrow else 8 - left, 0), edge, "offset points", **text)
         axes.annotate(
-            row.values, (1, level), (0 if narrow else 182, 0), edge, "offset pixels", ha="right",
+            row.values, (1, level), (0 if narrow else 182, 0), edge, "offset points", ha="right",
             color=LIGHT["muted"], **text,
         )  # fmt: skip
     axes.set_yticks([])
@@ -414,6 +423,6 @@ def _forest_panel(axes: "Axes", title: str, rows: Sequence[ForestRow], *, narrow
     axes.set_axisbelow(True)
     axes.locator_params(axis="x", nbins=5 if narrow else 7)
     axes.annotate(
-        title, (0, 1), (0 if narrow else 8 - left, 14), "axes fraction", "offset pixels", color=LIGHT["muted"],
+        title, (0, 1), (0 if narrow else 8 - left, 14), "axes fraction", "offset points", color=LIGHT["muted"],
         fontsize=12, fontweight="bold",
     )  # fmt: skip
