@@ -241,10 +241,10 @@ def _place_labels(axes: "Axes", lines: Mapping[str, Sequence[tuple[float, float]
                 if box[0] < frame.x0 or box[2] > width - 2 or box[1] < frame.y0 + 2 or box[3] > frame.y1 + 4:
                     continue
                 covered = sum(box[0] - 2 < x < box[2] + 2 and box[1] - 1 < y < box[3] + 1 for x, y in ink)
-                price = 12 * back + 1.5 * rank + 12 * covered + 400 * sum(_overlap(box, other) for other in taken)
+                price = 12 * back + 1.5 * rank + 12 * covered + 4000 * sum(_overlap(box, other) for other in taken)
                 if price < cost:
                     best, cost = box, price
-        if best is None or cost >= 400:
+        if best is None or cost >= 4000:
             # There is no room for it: the table under the figure names every method.
             sample.remove()
             continue
