@@ -166,14 +166,8 @@ def decompose(
     check_output_free(output)
     if engine == "local":
         # What a cluster has is not known here.
-        check_cost(
-            decompose_cost(
-                checkpoint, settings, matrices=targets.matrices, layers=targets.layers, vectors=vectors,
-                words_only=vocabulary.rules.words_only, block=block, threads=threads, workers=workers,
-                device=job["device"],
-            ),
-            output,
-        )  # fmt: skip
+        words_only, where = vocabulary.rules.words_only, job["device"]
+        _check_room(checkpoint, output, targets, settings, words_only, vectors, block, threads, workers, where)
     folder = output.with_name(f"{output.name}.shards")
     _begin(folder, job)
     shards = job_shards(checkpoint, job)
@@ -185,6 +179,25 @@ def decompose(
     if not keep_shards:
         shutil.rmtree(folder)
     return result
+
+
+def _check_room(
+    checkpoint: Checkpoint,
+    output: Path,
+    targets: Targets,
+    settings: SolverSettings,
+    words_only: bool,
+    vectors: str | None,
+    block: int,
+    threads: int,
+    workers: int | None,
+    device: str,
+) -> None:
+    cost = decompose_cost(
+        checkpoint, settings, matrices=targets.matrices, layers=targets.layers, words_only=words_only,
+        vectors=vectors, block=block, threads=threads, workers=workers, device=device,
+    )  # fmt: skip
+    check_cost(cost, output)
 
 
 def _finish(
