@@ -36,6 +36,7 @@ MATRIX_COLOURS = {"gate": "ochre", "in": "green", "out": "blue"}
 GROUP_COLOURS = {"concept": "blue", "neighbour": "ochre", "general": "grey"}
 
 LEAST_MASS = 1e-4
+NEAR_SPOTS = 8
 
 
 @dataclass(frozen=True)
@@ -241,7 +242,9 @@ def _place_labels(axes: "Axes", lines: Mapping[str, Sequence[tuple[float, float]
                 if box[0] < frame.x0 or box[2] > width - 2 or box[1] < frame.y0 + 2 or box[3] > frame.y1 + 4:
                     continue
                 covered = sum(box[0] - 2 < x < box[2] + 2 and box[1] - 1 < y < box[3] + 1 for x, y in ink)
-                price = 12 * back + 1.5 * rank + 12 * covered + 4000 * sum(_overlap(box, other) for other in taken)
+                # The last spots are far from the line, for labels that would lie on another one anywhere else.
+                away = 300 if rank >= NEAR_SPOTS else 1.5 * rank
+                price = 12 * back + away + 12 * covered + 4000 * sum(_overlap(box, other) for other in taken)
                 if price < cost:
                     best, cost = box, price
         if best is None or cost >= 4000:
@@ -254,7 +257,7 @@ def _place_labels(axes: "Axes", lines: Mapping[str, Sequence[tuple[float, float]
 
 
 def _spots(across: float, up: float, width: float, height: float) -> list[tuple[float, float]]:
-    """Lower left corners of a label around a point: right, left, above, below and the corners."""
+    """Lower left corners of a label around a point: right, left, above, below, the corners, and further off."""
     gap, middle = 11, up - height / 2
     return [
         (across + gap, middle),
@@ -265,6 +268,10 @@ def _spots(across: float, up: float, width: float, height: float) -> list[tuple[
         (across - width / 2, up + 9),
         (across - width / 2, up - height - 10),
         (across - width - 6, up - height - 6),
+        (across + 7, up + 24),
+        (across + 7, up - height - 26),
+        (across - width / 2, up + 40),
+        (across - width / 2, up - height - 42),
     ]
 
 
