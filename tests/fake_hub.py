@@ -21,7 +21,7 @@ READ_ONLY = "hf_reader"
 
 class Hub(ThreadingHTTPServer):
     """A Hub: `models` holds the files of each repository by name; `requests` lists (method, path, range) of all that
-    was asked. Who writes needs `TOKEN`."""
+    was asked; the first download of a file in `breaking` breaks off halfway. Who writes needs `TOKEN`."""
 
     def __init__(self, folder: Path | None = None) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
@@ -30,6 +30,7 @@ class Hub(ThreadingHTTPServer):
             self.models[MODEL] = {file.name: file.read_bytes() for file in folder.iterdir() if file.is_file()}
         self.uploads: dict[str, bytes] = {}
         self.private: set[str] = set()
+        self.breaking: set[str] = set()
         self.requests: list[tuple[str, str, str | None]] = []
         self.endpoint = f"http://127.0.0.1:{self.server_address[1]}"
 
@@ -157,8 +158,17 @@ class Handler(BaseHTTPRequestHandler):
         etag = entry["lfs"]["sha256"] if "lfs" in entry else entry["oid"]
         headers = {"ETag": f'"{etag}"', "X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes"}
         part = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or "")
-        if part is None:
+        if part is None and self.command == "GET" and name in self.server.breaking:
+            self.server.breaking.remove(name)
+            self.send_response(200)
+            for header, value in (headers | {"Content-Length": str(len(content))}).items():
+                self.send_header(header, value)
+            self.end_headers()
+            self.wfile.write(content[: len(content) // 2])
+            self.close_connection = True
+        elif part is None:
             self.reply(content, **headers)
+        if part is None:
             return
         first, last = int(part[1]), min(int(part[2] or len(content) - 1), len(content) - 1)
         headers["Content-Range"] = f"bytes {first}-{last}/{len(content)}"

@@ -110,6 +110,20 @@ def test_a_full_patch_fetches_the_rest_and_works_offline_afterwards(hub: Hub, fo
     assert looked["identity"]["revision"] == COMMIT
 
 
+def test_a_download_that_breaks_off_is_taken_up_again(hub: Hub, folder: Path, tmp_path: Path) -> None:
+    origin = open_checkpoint(folder)
+    shard = origin.stored["model.layers.1.mlp.down_proj.weight"].file
+    hub.breaking = {shard}
+    found = run(PRELUDE + LOOK, hub.endpoint, tmp_path / "cache")
+    assert hub.breaking == set()
+    header = {"bytes=0-", "bytes=8-"}
+    asked = [part or "" for method, path, part in hub.requests if method == "GET" and path.endswith(shard)]
+    assert len([part for part in asked if part[:8] not in header]) >= 2
+    (blob,) = (tmp_path / "cache").rglob(f"snapshots/*/{shard}")
+    assert blob.read_bytes() == (folder / shard).read_bytes()
+    assert shard in found["after"]
+
+
 REFUSALS = """
 print(json.dumps([
     refused(lambda: open_checkpoint("someone/absent")),
