@@ -37,7 +37,6 @@ SEARCHES, GROUPS = 3, 6
 # Forward passes over a concept's texts to find a strength, three times while divisions are tried and once at the end.
 SOLVING_PASSES = 10
 CHARACTERS_OF_A_TOKEN = 4
-NEW_TOKENS = 40
 LONGEST_WORD = 12
 
 
@@ -99,9 +98,13 @@ def tokens_read(recipe: Recipe, items: Items | None, *, measured: bool = True) -
     if measured:
         names = tuple(concept.name for concept in recipe.concepts)
         close = tuple(name for concept in recipe.concepts for name in concept.neighbours)
-        asked, _ = divide(items.tasks, Plan(names, close))
+        plan = Plan(names, close)
+        asked, _ = divide(items.tasks, plan)
         steps["items"] = 2 * sum(_tokens(row) for task in asked for row in task.rows[: evaluation.limit])
-        steps["generations"] = 2 * len(items.generation) * NEW_TOKENS
+        own = sum(row.get("concept") in names for row in items.generation)
+        prompts = min(len(items.generation), own + plan.generations)
+        # Each prompt is continued once greedily, and sampled to see whether the concept leaks.
+        steps["generations"] = 2 * prompts * (1 + plan.samples) * plan.new_tokens
     return steps
 
 
