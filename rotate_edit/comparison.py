@@ -236,9 +236,11 @@ def conclusion(summary: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], pl
     said = []
     efficacy, specificity = summary["efficacy"], summary["specificity"]
     names = ", ".join(plan.concepts)
+    asked = any(row["used"] and row["group"] == "concept" and row["scale"] == "accuracy" for row in rows)
+    known = f"what the base model knew of {names} above chance" if asked else f"the probability of words of {names}"
     if efficacy["value"] is not None:
         said.append(
-            f"Of what the base model knew of {names} above chance, {efficacy['value']:.0%} is gone "
+            f"Of {known}, {efficacy['value']:.0%} is gone "
             f"({efficacy['low']:.0%} to {efficacy['high']:.0%}, {efficacy['n']} items)."
         )
     elif not plan.amplified:

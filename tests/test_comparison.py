@@ -76,3 +76,11 @@ def test_gates():
     assert "0.95" in failed_gates(summary, minimum={"efficacy": 0.96})[0]
     assert "not measured" in failed_gates(summary, minimum={"harmonic": 0.1})[0]
     assert "not measured" in failed_gates(summary, maximum={"unknown": 0.1})[0]
+
+
+def test_a_probability_is_not_called_knowledge_above_chance():
+    base, after = reading([0.5] * 40, "probability"), reading([0.1] * 40, "probability")
+    said = compare(base, after, [part(range(40))], PLAN)["words"][0]
+    assert said.startswith("Of the probability of words of dogs, 80% is gone")
+    asked = compare(reading([1.0] * 40), reading([0.0] * 40), [part(range(40))], PLAN)["words"][0]
+    assert asked.startswith("Of what the base model knew of dogs above chance, 100% is gone")
