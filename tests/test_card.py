@@ -49,6 +49,7 @@ def test_numbers_limits_recipe_and_undo_are_told(run: Path) -> None:
         "strength 1.7",
         "This edit alone is no safety measure.",
         "rotate-edit verify FOLDER --base BASE",
+        "rotate-edit reproduce FOLDER/reproduce.json",
         "rotate-edit revert",
         "words:\n  - dog\n",
         "Every other byte of its weights is the base's.",
@@ -62,6 +63,7 @@ def test_an_edit_that_was_not_measured_says_so(run: Path) -> None:
     write_cards(run)
     text = (run / "model" / "README.md").read_text()
     assert "Nothing was measured" in text
+    assert "reproduce.json" not in text
     assert "model-index" not in card_metadata(text)
 
 
