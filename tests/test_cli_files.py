@@ -10,9 +10,10 @@ import torch
 from safetensors.torch import load_file
 from tiny_models import random_edit, save_tiny
 
-from rotate_edit import cli, estimate
+from rotate_edit import cli, estimate, repeat
 from rotate_edit.checkpoint import open_checkpoint
 from rotate_edit.edit_file import save_edit
+from rotate_edit.reproduce import Difference
 
 
 class Shell:
@@ -230,3 +231,25 @@ def test_the_changed_tensors_of_a_large_base_are_hashed_and_all_on_request(
     assert shell("edit", "r.yaml", "--output", "full", "--no-checkpoint", "--full-hash") == 0
     content = json.loads((tmp_path / "full" / "edit" / "edit.json").read_text())
     assert set(content["base"]["tensors"]) == set(open_checkpoint("demo").stored)
+
+
+def test_reproduce_names_differences_and_fails_on_serious_ones(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = [Difference("serious", "efficacy", "1", "0.5"), Difference("note", "torch", "2.13", "3.0")]
+    monkeypatch.setattr(repeat, "repeat", lambda *given, **options: (found, 40))
+    assert shell("reproduce", "reproduce.json") == 1
+    for word in ("2 differences", "serious", "efficacy", "0.5", "torch"):
+        assert word in shell.out
+    assert "1 serious difference: this is not the same result." in shell.error
+    found.pop(0)
+    assert shell("reproduce", "reproduce.json") == 0
+    assert "Reproduced: 40 hashes, numbers and settings agree." in shell.out
+
+
+def test_push_and_reproduce_refuse_what_is_not_there(shell: Shell, tmp_path: Path) -> None:
+    assert shell("push", "nothing", "me/model") == 2
+    assert "holds no model/" in shell.error
+    assert shell("push", "nothing", "model") == 2
+    assert "owner/name" in shell.error
+    assert shell("reproduce", "nothing.json") == 2
+    assert "has no readable nothing.json" in shell.error
+    assert list(tmp_path.iterdir()) == []
