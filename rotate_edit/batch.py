@@ -18,6 +18,8 @@ from rotate_edit.objective import Objective
 
 CPU_CHUNK, DEVICE_CHUNK = 1 << 18, 1 << 26
 """Elements of a projection worked on at once: on the CPU the temporaries stay in the cache."""
+PRODUCT_ROWS = 8
+"""Rows that are projected together at least: a product of fewer takes as long as reading the vocabulary matrix."""
 HOPELESS, HOPELESS_FROM, MARGIN = 30.0, 5, 1e-3
 """A start gives up, from its fifth iteration on, when it lies 30 times its last gain and 1e-3 behind another start."""
 SAME, SAME_FROM = 0.998, 3
@@ -213,9 +215,9 @@ def _has_met(search: Search, best: Tensor, owners: Tensor) -> Tensor:
     return (leader >= 0) & (leader != rows) & (cosine > SAME) & (search.iterations[:n] >= SAME_FROM)
 
 
-def chunks(rows: int, width: int, device: torch.device) -> list[slice]:
-    """Slices of `rows` rows of [_, width] that hold about as many elements as are worked on at once."""
-    size = max(1, (CPU_CHUNK if device.type == "cpu" else DEVICE_CHUNK) // width)
+def chunks(rows: int, width: int, device: torch.device, least: int = 1) -> list[slice]:
+    """Slices of `rows` rows of [_, width], about as many elements as are worked on at once, `least` rows or more."""
+    size = max(least, (CPU_CHUNK if device.type == "cpu" else DEVICE_CHUNK) // width)
     return [slice(low, min(low + size, rows)) for low in range(0, rows, size)]
 
 

@@ -171,14 +171,15 @@ def memory_bound(
 ) -> int:
     """Bytes the circle solver takes on the CPU beside its arguments, at most.
 
-    `width · [3/2 V d + r (2 V + 8 d) + 10 max(2¹⁸, V) + N (1 + C) d] + 24 N C k + 48 r · claimed`, with
+    `width · [3/2 V d + r (2 V + 8 d) + 10 max(2¹⁸, 8 V) + N (1 + C) d] + 24 N C k + 48 r · claimed`, with
     r = settings.rows rows at once (no more than the neurons have starts), C channels, k top tokens, and `claimed` the
     tokens a neuron has lost to its channels so far: one copy of the vocabulary matrix and half of one for what the
     matrix library packs, two projections and a few vectors a row, the temporaries of one chunk, and the results.
     width: bytes of a number.
     """
     rows = min(settings.rows, STARTS * neurons)
-    numbers = vocabulary * size * 3 // 2 + rows * (2 * vocabulary + 8 * size) + 10 * max(batch.CPU_CHUNK, vocabulary)
+    numbers = vocabulary * size * 3 // 2 + rows * (2 * vocabulary + 8 * size)
+    numbers += 10 * max(batch.CPU_CHUNK, batch.PRODUCT_ROWS * vocabulary)
     numbers += neurons * (1 + settings.channels) * size
     return width * numbers + 24 * neurons * settings.channels * settings.top_tokens + 48 * rows * claimed
 
@@ -378,7 +379,7 @@ def _tails(work: _Work, neurons: Sequence[int]) -> list[Tensor]:
     count = min(work.settings.top_tokens, len(matrix))
     tails = [torch.empty_like(unit), torch.empty_like(unit)]
     ignored = work.objective.token_weights <= work.objective.claimed_weight
-    for rows in batch.chunks(len(unit), len(matrix), matrix.device):
+    for rows in batch.chunks(len(unit), len(matrix), matrix.device, batch.PRODUCT_ROWS):
         values = unit[rows] @ matrix.T
         for tail, sign in zip(tails, (1, -1)):
             values.masked_fill_(ignored, -sign * torch.inf)
@@ -392,7 +393,7 @@ def _tails(work: _Work, neurons: Sequence[int]) -> list[Tensor]:
 def _record(work: _Work, neurons: Sequence[int]) -> list[int]:
     """Describe one more channel of each neuron, whose vector is there already; who goes on to the next."""
     going_on = []
-    for rows in batch.chunks(len(neurons), len(work.objective.reading), work.unit.device):
+    for rows in batch.chunks(len(neurons), len(work.objective.reading), work.unit.device, batch.PRODUCT_ROWS):
         some = list(neurons[rows])
         with _products(work.unit, "float32"):
             supports = _describe(work, some)

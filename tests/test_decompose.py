@@ -346,13 +346,14 @@ from typing import Any
 sys.path.insert(0, sys.argv[3])
 from test_decompose import RULES, SETTINGS, run
 from rotate_edit.checkpoint import open_checkpoint
-run(open_checkpoint(sys.argv[1]), Path(sys.argv[2]), block=2, workers=1)
+run(open_checkpoint(sys.argv[1]), Path(sys.argv[2]), block=int(sys.argv[4]), workers=1)
 """
 
 
-def start(checkpoint: Checkpoint, output: Path) -> subprocess.Popen:
+def start(checkpoint: Checkpoint, output: Path, block: int = 2) -> subprocess.Popen:
     here = str(Path(__file__).parent)
-    return subprocess.Popen([sys.executable, "-c", KILLED_RUN, str(checkpoint.folder), str(output), here])
+    words = [sys.executable, "-c", KILLED_RUN, str(checkpoint.folder), str(output), here, str(block)]
+    return subprocess.Popen(words)
 
 
 def wait_for_shards(output: Path, process: subprocess.Popen, count: int = 1) -> None:
@@ -380,28 +381,28 @@ def test_a_killed_run_is_resumed_to_the_same_bytes(checkpoint: Checkpoint, tmp_p
 
 @pytest.mark.slow
 def test_twenty_kills_at_random_moments_change_nothing(checkpoint: Checkpoint, tmp_path: Path) -> None:
-    begin = time.monotonic()
-    process = start(checkpoint, tmp_path / "calm")
-    assert process.wait() == 0
-    duration = time.monotonic() - begin
+    assert start(checkpoint, tmp_path / "calm", block=1).wait() == 0
     calm = shard_files(tmp_path / "calm")
     chance = random.Random(20)
-    finished: list[int] = []
+    finished = [0]
     for attempt in range(20):
-        process = start(checkpoint, tmp_path / "killed")
-        try:
-            process.wait(chance.uniform(0, duration / 2))
-        except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGKILL)
-            process.wait()
+        process = start(checkpoint, tmp_path / "killed", block=1)
+        # A moment of the start, or one a little after so many more shards.
+        more = chance.randrange(4)
+        if more:
+            wait_for_shards(tmp_path / "killed", process, finished[-1] + more)
+        time.sleep(chance.uniform(0, 0.02 if more else 3))
+        process.send_signal(signal.SIGKILL)
+        process.wait()
         left = shard_files(tmp_path / "killed")
         assert left.items() <= calm.items(), attempt
         finished.append(len(left))
-    assert start(checkpoint, tmp_path / "killed").wait() == 0
+    assert 0 < finished[10] < len(calm)
+    assert start(checkpoint, tmp_path / "killed", block=1).wait() == 0
     assert shard_files(tmp_path / "killed") == calm
     for file in (tmp_path / "calm").iterdir():
         assert file.read_bytes() == (tmp_path / "killed" / file.name).read_bytes()
-    print(f"decompose: killed 20 times, with {finished} of {len(calm)} shards finished; resumed to the same bytes")
+    print(f"decompose: killed 20 times, with {finished[1:]} of {len(calm)} shards finished; resumed to the same bytes")
 
 
 def ray_workers() -> Iterator[int]:

@@ -61,7 +61,7 @@ def share(vocabulary: int, choice) -> dict[str, float]:
     found = find_channels(neurons, unembedding, weights, settings)
     batch.step = step
     # What is projected once a channel, to begin and to describe it, comes in blocks of the size of a chunk.
-    block = max(1, batch.CPU_CHUNK // vocabulary) if choice.device == "cpu" else choice.neurons
+    block = max(batch.PRODUCT_ROWS, batch.CPU_CHUNK // vocabulary) if choice.device == "cpu" else choice.neurons
     single = [block] * ((found.products - 2 * sum(counts)) // block)
     projections = torch.empty(max(counts), vocabulary, device=choice.device)
     directions = torch.randn(max(counts), choice.size, device=choice.device)

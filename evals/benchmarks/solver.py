@@ -44,7 +44,7 @@ def main() -> None:
         torch.set_num_threads(choice.threads)
     if not choice.model and not choice.planted:
         choice.model, choice.planted = ["demo"], [8192, 32_768]
-    how = {name: getattr(choice, name) for name in ("neurons", "seeds", "moments", "layer")}
+    how = {name: getattr(choice, name) for name in ("neurons", "moments", "layer")}
     how["machine"] = machine(choice.device)
     measured = read_problems(choice.json, how)
     problems = {f"planted V {size:,} d {choice.size}": (planted_problem, size) for size in choice.planted}
@@ -57,7 +57,8 @@ def main() -> None:
     columns += ["not worse", "AdamW between seeds", "kurtosis", "AdamW k.", "Jaccard", "cosine"]
     names = ["seconds", "adamw_seconds", "speedup", "products", "adamw_products", "projections_ratio", "loss"]
     names += ["adamw_loss", "loss_not_worse", "adamw_between_seeds", "kurtosis", "adamw_kurtosis", "jaccard", "cosine"]
-    title = f"First channel of {choice.neurons} neurons, {choice.moments} moments, {choice.seeds} AdamW seeds"
+    columns, names = [*columns, "seeds"], [*names, "seeds"]
+    title = f"First channel of {choice.neurons} neurons, {choice.moments} moments"
     rows = [[name, *(figures[column] for column in names)] for name, figures in measured.items()]
     show(f"{title}\n{machine(choice.device)}", columns, rows)
 
@@ -126,6 +127,7 @@ def compare(neurons: Tensor, unembedding: Tensor, choice) -> dict[str, float]:
         "kurtosis": float(ours.kurtosis.median()),
         "adamw_kurtosis": mean(float(run.kurtosis.median()) for run in theirs),
         "jaccard": mean(jaccard(ours, run) for run in theirs),
+        "seeds": choice.seeds,
         "cosine": mean(float(torch.cosine_similarity(ours.vectors, run.vectors, dim=2).mean()) for run in theirs),
     }
 
