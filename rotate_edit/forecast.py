@@ -28,9 +28,9 @@ from rotate_edit.recipe import Recipe
 from rotate_edit.rotate import SolverSettings
 from rotate_edit.tasks import Items
 
-# Products with the vocabulary matrix of a search that asks for one concept: 24 to 30 measured.
-PRODUCTS_ASKING = 30
-# Seconds of the demo model's forward passes over the seconds of their products alone: 1.3 to 1.7 measured.
+# Products with the vocabulary matrix of a search that asks for one concept: 20 to 26 measured.
+PRODUCTS_ASKING = 26
+# Seconds of the demo model's forward passes over the seconds of their products alone: 1.1 to 1.9 measured.
 FORWARD_OVERHEAD = 1.6
 # `group_distance: auto` tries three divisions of a concept; together they search about so many times the candidates.
 SEARCHES, GROUPS = 3, 6

@@ -90,8 +90,8 @@ def test_a_decomposition_grows_with_what_is_asked(tmp_path: Path) -> None:
     assert both.operations == 2 * one.operations
     assert every.operations == pytest.approx(3 * both.operations)
     assert both.disk == 2 * one.disk > every.disk / 3
-    # Four experts of 48 neurons in each layer, two channels each, 65 products with 96 x 32 numbers each.
-    assert one.operations == pytest.approx(2 * 4 * 48 * 2 * 65 * 2 * 0.65 * 96 * 32)
+    # Four experts of 48 neurons in each layer, two channels each, 57 products with 96 x 32 numbers each.
+    assert one.operations == pytest.approx(3 * 4 * 48 * 2 * 57 * 2 * 0.65 * 96 * 32)
     published = replace(settings, solver="adamw")
     slow = decompose_cost(base, published, matrices=("out",), layers=(0,), workers=1)
     assert slow.operations > 100 * one.operations
