@@ -31,7 +31,7 @@ class Seen:
 
 
 @contextmanager
-def _recorded(model: Any, layers: Sequence[int]) -> Iterator[dict[int, dict[str, Tensor]]]:
+def recorded(model: Any, layers: Sequence[int]) -> Iterator[dict[int, dict[str, Tensor]]]:
     """Keeps what layers compute in the last forward pass: by layer `neurons` and `residual`, [rows, length, ...]."""
     kept: dict[int, dict[str, Tensor]] = {layer: {} for layer in layers}
     handles = []
@@ -77,7 +77,7 @@ def _modules(model: Any, layer: int) -> tuple[torch.nn.Module, torch.nn.Module]:
 def record(model: Any, passages: Passages, layers: Sequence[int], next_ids: Tensor | None) -> dict[int, Seen]:
     """What every layer computes on texts, at the positions before one of `next_ids` (at all positions without)."""
     found: dict[int, list[tuple[Tensor, Tensor]]] = {layer: [] for layer in layers}
-    with _recorded(model, layers) as kept:
+    with recorded(model, layers) as kept:
         for index, _ in enumerate(log_probabilities(model, passages)):
             batch = passages.batches[index]
             wanted = real_positions(batch, passages.lengths[index])

@@ -4,7 +4,7 @@ Every method here is one short function from a `Target` (one matrix and what was
 changes and the two factors of their change. `METHODS` finds it by the name that a recipe uses.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 
@@ -150,7 +150,8 @@ class Target:
     its neurons; located: int64, the neurons chosen by their channels; scored: int64, the neurons chosen by LM-head
     z-score alone; channel_vectors: for each located neuron the float32 [c, d_model] channels that located it;
     direction: the direction of the concept's (group of) tokens as the recipe wants it; plain: the plain unit direction
-    of the whole concept; seed: for methods that choose at random; evidence: for methods that need text.
+    of the whole concept; seed: for methods that choose at random; evidence: for methods that need text; keyed: by keyed
+    method the rows it takes here and their coefficients, int64 and float32 [n] (see `keys`).
     """
 
     layer: int
@@ -165,6 +166,7 @@ class Target:
     plain: Direction
     seed: int
     evidence: Evidence | None = None
+    keyed: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
 
 Factors = tuple[Tensor, Tensor, Tensor]
@@ -229,6 +231,18 @@ def least_collateral_direction(
     return Direction(mean, write.to(mean.dtype))
 
 
+def key_coefficients(second: Tensor, mean: Tensor, *, ridge: float) -> Tensor:
+    """The weights of neurons whose sum is 1 where a concept comes next and as small as can be elsewhere.
+
+    Minimises `c' (S + l I) c` subject to `m . c = 1`: `c = (S + l I)^-1 m / (m' (S + l I)^-1 m)`, with S the neurons'
+    second moments over all text [n, n], m their mean where the concept comes next [n], and l `ridge` times the mean of
+    S's diagonal. It is the key side of ROME's rank-one update (Meng et al. 2022, arXiv 2202.05262). Float64.
+    """
+    damped = second.double() + ridge * second.double().diagonal().mean() * torch.eye(len(second), dtype=torch.float64)
+    solved = torch.linalg.solve(damped, mean.double())
+    return solved / (mean.double() @ solved)
+
+
 def subtract_direction(vectors: Tensor, direction: Direction) -> tuple[Tensor, Tensor]:
     """Factors of `w <- w - (w . read) write` for vectors [n, d_model]: left [n, 1] and right [1, d_model]."""
     return -(vectors @ direction.read)[:, None], direction.write[None]
@@ -289,6 +303,36 @@ def project_channel(target: Target) -> Factors:
     return target.located, left, right
 
 
+def keyed(target: Target) -> Factors:
+    """The recipe's direction out of the last layer, by as much as its neurons say that the concept comes next.
+
+    `w_n <- w_n - strength * c_n * write` with `key_coefficients` c of all its neurons: what the layer writes changes
+    only where the concept is about to be said, and then along the direction that moves other logits least."""
+    return _keyed(target, "keyed")
+
+
+def channel_keyed(target: Target) -> Factors:
+    """The keyed edit with the neurons that channels located, in all layers together: what locating costs or gains."""
+    return _keyed(target, "channel-keyed")
+
+
+def lm_head_keyed(target: Target) -> Factors:
+    """The keyed edit with the neurons that the LM-head z-score alone points to, in all layers together."""
+    return _keyed(target, "lm-head-keyed")
+
+
+def random_keyed(target: Target) -> Factors:
+    """The keyed edit with as many neurons as channels located, drawn at random: the control for both."""
+    return _keyed(target, "random-keyed")
+
+
+def _keyed(target: Target, method: str) -> Factors:
+    if method not in target.keyed:
+        return _nothing(target)
+    rows, coefficients = target.keyed[method]
+    return rows, -coefficients[:, None], target.direction.write[None]
+
+
 def difference_of_means(target: Target) -> Factors:
     """The direction in which text about the concept moves the residual stream, out of every neuron of the layer.
 
@@ -321,6 +365,10 @@ def _nothing(target: Target) -> Factors:
 
 
 METHODS: dict[str, Callable[[Target], Factors]] = {
+    "keyed": keyed,
+    "channel-keyed": channel_keyed,
+    "lm-head-keyed": lm_head_keyed,
+    "random-keyed": random_keyed,
     "channel-located": channel_located,
     "lm-head-located": lm_head_located,
     "direction-everywhere": direction_everywhere,
@@ -336,7 +384,9 @@ METHODS: dict[str, Callable[[Target], Factors]] = {
 TOKEN_METHOD = "token-embeddings"
 # These cannot be written into weights, so they are controls on the live model only.
 LIVE_METHODS = ("clamp-neurons",)
-# These read activations, so they need text about the concept and other text.
+# These read activations on the model's own text.
+KEYED = ("keyed", "channel-keyed", "lm-head-keyed", "random-keyed")
+# These read activations too, so they need text about the concept and other text.
 NEEDS_TEXT = ("difference-of-means", "snmf-features", "clamp-neurons")
 
 # These take one direction for the whole concept, whatever groups its tokens fall into.

@@ -30,7 +30,7 @@ def generate(
     """
     device = next(model.parameters()).device
     encoded = [list(ids) for ids in tokenizer(list(prompts), add_special_tokens=True)["input_ids"]]
-    encoded = [ids or [_first_token(tokenizer)] for ids in encoded]
+    encoded = [ids or [first_token(tokenizer)] for ids in encoded]
     rows = [index for index in range(len(encoded)) for _ in range(samples)]
     texts: list[list[str]] = [[] for _ in prompts]
     # Every setting is given, because a checkpoint's generation_config.json may hold other ones.
@@ -56,7 +56,7 @@ def generate(
                     max_new_tokens=new_tokens,
                     num_beams=1,
                     repetition_penalty=1.0,
-                    pad_token_id=_padding(tokenizer),
+                    pad_token_id=padding_token(tokenizer),
                     **choice,
                 )
             for index, row_ids in zip(chosen, written[:, width:], strict=True):
@@ -64,15 +64,17 @@ def generate(
     return texts
 
 
-def _padding(tokenizer: Any) -> int:
+def padding_token(tokenizer: Any) -> int:
+    """A token to fill rows up with."""
     for index in (tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.bos_token_id):
         if index is not None:
             return int(index)
     return 0
 
 
-def _first_token(tokenizer: Any) -> int:
-    return int(tokenizer.bos_token_id if tokenizer.bos_token_id is not None else _padding(tokenizer))
+def first_token(tokenizer: Any) -> int:
+    """The token that a text from nothing starts with."""
+    return int(tokenizer.bos_token_id if tokenizer.bos_token_id is not None else padding_token(tokenizer))
 
 
 def repetition(texts: Sequence[str], *, n: int = 4) -> Measure:

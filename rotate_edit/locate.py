@@ -28,6 +28,10 @@ from rotate_edit.scan import TokenMoments, concept_z, token_moments
 ASKED = 1000
 
 
+# By keyed method and layer: rows and coefficients.
+Keys = Mapping[str, Mapping[int, tuple[Tensor, Tensor]]]
+
+
 @dataclass(frozen=True, order=True)
 class Site:
     """One neuron matrix of a checkpoint: `matrix` is gate, in or out; `expert` is -1 in dense layers."""
@@ -198,6 +202,26 @@ def solver_settings(checkpoint: Checkpoint, recipe: Recipe) -> SolverSettings:
     )
 
 
+def key_rows(checkpoint: Checkpoint, recipe: Recipe, located: Located, method: str) -> dict[int, Tensor]:
+    """The neurons a keyed method looks at, by layer: int64, ascending. Empty where no `out` matrix is looked at."""
+    writing = [site for site in sites(checkpoint, recipe) if site.matrix == "out"]
+    if method == "keyed":
+        return {site.layer: torch.arange(checkpoint.neurons) for site in writing[-1:]}
+    if method == "lm-head-keyed":
+        scored = {site.layer: located.scores[site].abs() >= recipe.select.lm_head_z for site in writing}
+        return {layer: chosen.nonzero()[:, 0] for layer, chosen in scored.items()}
+    own = {site: sorted({c.neuron for c in located.chosen if _site_of(c) == site}) for site in writing}
+    if method == "channel-keyed":
+        return {site.layer: torch.tensor(rows, dtype=torch.int64) for site, rows in own.items()}
+    generator = torch.Generator().manual_seed(recipe.seed)
+    everyone = torch.randperm(len(writing) * checkpoint.neurons, generator=generator)
+    drawn = everyone[: sum(map(len, own.values()))].sort().values
+    return {
+        site.layer: drawn[drawn // checkpoint.neurons == place] % checkpoint.neurons
+        for place, site in enumerate(writing)
+    }
+
+
 def directions(
     checkpoint: Checkpoint, recipe: Recipe, untrained: Tensor, located: Located, kept: Sequence[Tensor]
 ) -> Callable[[Site], tuple[Direction, Direction]]:
@@ -288,12 +312,13 @@ def build_edits(
     methods: Sequence[str],
     kept: dict[str, list[Tensor]],
     evidence: Mapping[str, Mapping[int, edits.Evidence]] | None = None,
+    keys: Mapping[tuple[str, int], Keys] | None = None,
 ) -> dict[str, Edit]:
     """The edit of every wanted method, all concepts together, in one pass over the matrices of each concept.
 
     untrained: bool [V]; kept: for each concept the token sets that its direction must leave alone; evidence: by concept
-    and layer, for methods that need text. Strengths are the recipe's, 1 where it says auto. Raises Failure when the
-    recipe's own method would change nothing.
+    and layer, for methods that need text; keys: by concept and group, for keyed methods. Strengths are the recipe's, 1
+    where it says auto. Raises Failure when the recipe's own method would change nothing.
     """
     changes: dict[str, list[edits.MatrixChange]] = {method: [] for method in methods}
     vectors: dict[str, list[edits.EditedVector]] = {method: [] for method in methods}
@@ -310,7 +335,12 @@ def build_edits(
             for method in on_tokens:
                 changes[method] += made_on_tokens
         for site, plain_target in targets(checkpoint, recipe, located, directions_of):
-            target = replace(plain_target, evidence=seen_in.get(site.layer))
+            keyed = {
+                method: layers[site.layer]
+                for method, layers in (keys or {}).get((name, located.group), {}).items()
+                if site.matrix == "out" and site.layer in layers
+            }
+            target = replace(plain_target, evidence=seen_in.get(site.layer), keyed=keyed)
             weight = recipe.edit.layer_strengths.get(site.layer, 1.0)
             before = taken.setdefault((name, site), set())
             fresh = [row for row in target.located.tolist() if row not in before]

@@ -68,10 +68,11 @@ def tokenise(
             total += len(rows[-1])
     if not rows:
         raise BadInput("there is no text to measure on; give texts that the tokenizer turns into at least one token.")
-    return _batched(rows, vocabulary_size)
+    return batched(rows, vocabulary_size)
 
 
-def _batched(rows: list[list[int]], vocabulary_size: int) -> Passages:
+def batched(rows: Sequence[Sequence[int]], vocabulary_size: int) -> Passages:
+    """Rows of token ids, none of them empty, in batches of similar length."""
     limit = max(1, min(TOKENS_IN_A_BATCH, CELLS_IN_A_BATCH // vocabulary_size))
     by_length = sorted(range(len(rows)), key=lambda index: -len(rows[index]))
     batches, lengths, order = [], [], []

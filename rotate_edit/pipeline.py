@@ -6,7 +6,7 @@ No formula stands here and nothing is computed twice: every step is one call of 
 import json
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -24,7 +24,7 @@ from rotate_edit.checkpoint import Checkpoint, identity, load_model, load_tokeni
 from rotate_edit.comparison import Plan
 from rotate_edit.concept import TokenSet, find_tokens
 from rotate_edit.console import Report, silent
-from rotate_edit.edit import NEEDS_TEXT, Edit, Evidence
+from rotate_edit.edit import KEYED, NEEDS_TEXT, Edit, Evidence
 from rotate_edit.edit_file import save_edit
 from rotate_edit.engines import pick_device
 from rotate_edit.errors import BadInput, Failure
@@ -32,7 +32,8 @@ from rotate_edit.estimate import Cost, check_cost
 from rotate_edit.evaluate import Variant, evaluate, texts_about
 from rotate_edit.files import check_output_free, whole_folder, write_atomically
 from rotate_edit.forecast import recipe_cost
-from rotate_edit.locate import Located, build_edits, locate_concept, sites, solver_settings
+from rotate_edit.keys import fit_keys, key_moments, own_samples
+from rotate_edit.locate import Keys, Located, build_edits, key_rows, locate_concept, sites, solver_settings
 from rotate_edit.patch import write_checkpoint
 from rotate_edit.projection import Vocabulary, VocabularyRules, read_projections, read_vocabulary
 from rotate_edit.provenance import cache_folder, peak_memory, plain, provenance, weights_hash
@@ -47,7 +48,14 @@ FORMAT = 1
 # Divisions of a concept into groups that `group_distance: auto` tries; the first keeps it whole.
 GROUP_DISTANCES = (2.0, 0.7, 0.5)
 # These methods have nothing to do for a concept that no channel carries.
-LOCATED_METHODS = ("channel-located", "project-channel", "zero-neurons", "random-neurons")
+LOCATED_METHODS = (
+    "channel-located",
+    "channel-keyed",
+    "random-keyed",
+    "project-channel",
+    "zero-neurons",
+    "random-neurons",
+)
 
 
 @dataclass(frozen=True)
@@ -127,7 +135,8 @@ def locate(opened: Opened, model: Any = None, report: Report = silent) -> tuple[
     """Find the neurons that carry each concept of the recipe: one entry for each group of a concept's tokens.
 
     model: the loaded base, for `group_distance: auto`, which takes the division into groups whose edit does least
-    damage at `edit.target` on the items' `choose` texts; without a model or such texts a concept is one group.
+    damage at `edit.target` on the items' `choose` texts; without a model or such texts, and for keyed methods, which
+    fit every place where the concept comes next, a concept is one group.
     """
     recipe = opened.recipe
     projections = read_projections(opened.checkpoint, opened.vocabulary, opened.device)
@@ -145,7 +154,7 @@ def locate(opened: Opened, model: Any = None, report: Report = silent) -> tuple[
 
         if wanted != "auto":
             found += at(wanted)
-        elif model is None or opened.items is None:
+        elif model is None or opened.items is None or recipe.edit.method in KEYED:
             found += at(GROUP_DISTANCES[0])
         else:
             found += _least_damage(opened, [at(distance) for distance in GROUP_DISTANCES], model)
@@ -177,9 +186,16 @@ def by_concept(found: Sequence[Located]) -> dict[str, list[Located]]:
     return groups
 
 
-def edits_of(opened: Opened, found: Sequence[Located], methods: Sequence[str], model: Any = None) -> dict[str, Edit]:
+def edits_of(
+    opened: Opened,
+    found: Sequence[Located],
+    methods: Sequence[str],
+    model: Any = None,
+    keys: Mapping[tuple[str, int], Keys] | None = None,
+) -> dict[str, Edit]:
     """The edits of the wanted methods. Each concept's direction leaves alone its kept words, what the recipe protects
-    and the other concepts. model: the loaded base, for methods that need text; it is loaded when left out."""
+    and the other concepts. model: the loaded base, for methods that need text; it is loaded when left out; keys: from
+    `keys_of`, which is called when they are left out."""
     texts = list(opened.vocabulary.texts)
 
     def ids_of(where: str, words: Sequence[str], plurals: bool = False) -> Tensor:
@@ -194,7 +210,39 @@ def edits_of(opened: Opened, found: Sequence[Located], methods: Sequence[str], m
     evidence = {}
     if any(method in NEEDS_TEXT for method in methods):
         evidence = _evidence(opened, found, methods, model)
-    return build_edits(opened.checkpoint, opened.recipe, opened.vocabulary.untrained, found, methods, kept, evidence)
+    if keys is None:
+        keys = keys_of(opened, found, methods, model)
+    untrained = opened.vocabulary.untrained
+    return build_edits(opened.checkpoint, opened.recipe, untrained, found, methods, kept, evidence, keys)
+
+
+def keys_of(
+    opened: Opened, found: Sequence[Located], methods: Sequence[str], model: Any = None
+) -> dict[tuple[str, int], Keys]:
+    """For the keyed ones among the methods: which neurons they take and by how much, by concept and group.
+
+    The model writes the text that they are read on; it is loaded when left out.
+    """
+    recipe, keyed = opened.recipe, [method for method in methods if method in KEYED]
+    if not keyed:
+        return {}
+    model = model if model is not None else load_model(opened.checkpoint, device=opened.device)
+    rows = [{method: key_rows(opened.checkpoint, recipe, located, method) for method in keyed} for located in found]
+    every: dict[int, list[Tensor]] = {}
+    for by_method in rows:
+        for layers in by_method.values():
+            for layer, wanted in layers.items():
+                every.setdefault(layer, []).append(wanted)
+    union = {layer: torch.cat(wanted).unique() for layer, wanted in every.items()}
+    samples = own_samples(model, opened.tokenizer, tokens=recipe.edit.key_tokens, seed=recipe.seed)
+    moments = key_moments(model, samples, union, [located.ids for located in found])
+    return {
+        (located.concept.name, located.group): {
+            method: fit_keys(moments, place, layers, ridge=recipe.edit.key_ridge)
+            for method, layers in rows[place].items()
+        }
+        for place, located in enumerate(found)
+    }
 
 
 def _evidence(
@@ -273,10 +321,11 @@ def edit_only(
     if _is_missing(recipe, found):
         raise Failure(_why_nothing(found))
     method = recipe.edit.method
-    edit = edits_of(opened, found, [method], model)[method]
+    keys = keys_of(opened, found, [method], model)
+    edit = edits_of(opened, found, [method], model, keys)[method]
     if any(concept.strength == "auto" for concept in recipe.concepts):
         solved = at_strengths(found, solve_strengths(opened, found, edit, model))
-        edit = edits_of(opened, solved, [method], model)[method]
+        edit = edits_of(opened, solved, [method], model, keys)[method]
     with whole_folder(output, overwrite=overwrite) as folder:
         write_atomically(folder / "recipe.yaml", recipe_text(recipe))
         _save_channels(opened, found, folder)
@@ -320,7 +369,9 @@ def _edit_and_measure(
     recipe = opened.recipe
     method = recipe.edit.method
     with _timed(seconds, "build edits"):
-        edits = edits_of(opened, found, list(dict.fromkeys([method, *recipe.evaluate.controls])), model)
+        methods = list(dict.fromkeys([method, *recipe.evaluate.controls]))
+        keys = keys_of(opened, found, methods, model)
+        edits = edits_of(opened, found, methods, model, keys)
     with _timed(seconds, "curves"):
         strengths = solve_strengths(opened, found, edits[method], model)
         drawn = {}
@@ -329,7 +380,7 @@ def _edit_and_measure(
             if known is not None:
                 own = {other: curves.only(edit, name) for other, edit in edits.items()}
                 drawn[name] = curves.draw(model, known, own, recipe.evaluate.strengths, strengths[name], report)
-    edit = edits_of(opened, at_strengths(found, strengths), [method], model)[method]
+    edit = edits_of(opened, at_strengths(found, strengths), [method], model, keys)[method]
     result["curves"], result["chosen_method"] = drawn, method
     result["matched"] = {name: curves.matched_table(points, method) for name, points in drawn.items()}
     for entry in result["concepts"]:

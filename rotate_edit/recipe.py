@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from rotate_edit.edit import LIVE_METHODS, METHODS, TOKEN_METHOD, WHOLE_CONCEPT
+from rotate_edit.edit import KEYED, LIVE_METHODS, METHODS, TOKEN_METHOD, WHOLE_CONCEPT
 from rotate_edit.errors import BadInput
 from rotate_edit.files import data_folder
 
@@ -73,7 +73,8 @@ class LocateRecipe(_Section):
     group_distance: Annotated[float, Field(gt=0, le=2, allow_inf_nan=False)] | Literal["auto"] = Field(
         "auto",
         description="Cosine distance at which a concept's tokens fall into groups with a direction of their own; 2 "
-        "keeps one group; auto does too, unless groups halve the damage on the texts for choosing.",
+        "keeps one group; auto does too, unless the method is located and groups halve the damage on the texts for "
+        "choosing.",
     )
     projection: Literal["auto", "unembedding", "embedding"] | Annotated[int, Field(ge=0, strict=True)] = Field(
         "auto",
@@ -115,7 +116,7 @@ class SelectRecipe(_Section):
 class EditRecipe(_Section):
     """How the located neurons are rewritten."""
 
-    method: str = Field("channel-located", description="One of: " + ", ".join((*METHODS, TOKEN_METHOD)) + ".")
+    method: str = Field("keyed", description="One of: " + ", ".join((*METHODS, TOKEN_METHOD)) + ".")
     direction: Literal["least-collateral", "plain"] = Field(
         "least-collateral", description="The concept's direction, plain or chosen to move other logits least."
     )
@@ -123,6 +124,12 @@ class EditRecipe(_Section):
         0.3, description="Ridge of the least-collateral direction, as a multiple of the median eigenvalue."
     )
     fold_norm: bool = Field(True, description="Fold the gain of the norm before the vocabulary into the direction.")
+    key_tokens: Annotated[int, Field(ge=100)] = Field(
+        24000, description="How many tokens of its own text the model writes for the keyed methods."
+    )
+    key_ridge: Annotated[float, Field(gt=0, allow_inf_nan=False)] = Field(
+        0.03, description="Ridge of the keyed methods, as a multiple of the neurons' mean square."
+    )
     embeddings: bool = Field(
         False,
         description="Also take the concept out of its own tokens' embeddings and head rows: it survives relearning "
@@ -170,9 +177,10 @@ class EvaluateRecipe(_Section):
     tokens: Positive = Field(4000, description="At most this many tokens of text for each point of a curve.")
     controls: list[str] = Field(
         [
+            "channel-located",
+            "channel-keyed",
             "lm-head-located",
             "direction-everywhere",
-            "least-collateral-everywhere",
             "project-channel",
             "zero-neurons",
             "random-neurons",
@@ -232,6 +240,11 @@ class Recipe(_Section):
         ):
             raise ValueError(
                 f"the method {self.edit.method} takes one direction as it is and can keep or protect nothing"
+            )
+        if self.edit.method in KEYED and "out" not in self.locate.matrices:
+            raise ValueError(
+                f"edit.method: {self.edit.method} rewrites out matrices only; add out to locate.matrices, or set "
+                "edit.method to channel-located"
             )
         if any(concept.strength == "auto" for concept in self.concepts) and not (
             self.evaluate.items or self.evaluate.text

@@ -1,0 +1,118 @@
+"""Where a concept is written: what neurons do in the model's own text where the concept comes next.
+
+The keyed edit methods (`edit.KEYED`) need it. The text is drawn from the model itself, so no corpus is needed, and a
+position counts by the probability that the model gives the concept there, so no label is needed.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rotate_edit.activations import recorded
+from rotate_edit.edit import key_coefficients
+from rotate_edit.generations import first_token, padding_token
+from rotate_edit.measures import Passages, batched, log_probabilities, real_positions
+
+SAMPLE_LENGTH = 100
+SAMPLES_AT_ONCE = 128
+
+
+@dataclass(frozen=True)
+class KeyMoments:
+    """Moments of neurons' activations (inputs of the MLP's last matrix) over texts.
+
+    rows: by layer the neurons looked at, int64 ascending; second: float64 [n, n], the mean product of two activations
+    over all positions, n counting the layers' neurons one after another; means: float64 [groups, n], the mean
+    activation weighted by the probability of the group's tokens as the next one; size: float64 [groups], the residual
+    stream's root mean square before the final norm, weighted likewise.
+    """
+
+    rows: Mapping[int, Tensor]
+    second: Tensor
+    means: Tensor
+    size: Tensor
+
+
+def own_samples(model: Any, tokenizer: Any, *, tokens: int, seed: int) -> Passages:
+    """About `tokens` tokens that the model writes from nothing, at temperature 1, in samples of 100.
+
+    Samples go on after an end of text, as training texts do. torch's own generator is left as it was; the same seed,
+    device and number of threads give the same samples.
+    """
+    device = next(model.parameters()).device
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None) or SAMPLE_LENGTH
+    length = min(SAMPLE_LENGTH, longest)
+    wanted = max(1, tokens // length)
+    samples: list[list[int]] = []
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.no_grad():
+        torch.manual_seed(seed)
+        while len(samples) < wanted:
+            start = torch.full((min(SAMPLES_AT_ONCE, wanted - len(samples)), 1), first_token(tokenizer), device=device)
+            written = model.generate(
+                input_ids=start,
+                attention_mask=torch.ones_like(start),
+                max_new_tokens=length - 1,
+                do_sample=True,
+                temperature=1.0,
+                top_k=0,
+                top_p=1.0,
+                num_beams=1,
+                repetition_penalty=1.0,
+                eos_token_id=None,
+                pad_token_id=padding_token(tokenizer),
+            )
+            samples += written.tolist()
+    return batched(samples, model.config.get_text_config().vocab_size)
+
+
+def key_moments(model: Any, texts: Passages, rows: Mapping[int, Tensor], groups: Sequence[Tensor]) -> KeyMoments:
+    """One pass over texts. rows: by layer the neurons wanted; groups: token ids, int64 each.
+
+    Raises BadInput for a model whose layers are mixtures of experts.
+    """
+    last = model.config.get_text_config().num_hidden_layers - 1
+    total = sum(len(wanted) for wanted in rows.values())
+    second = torch.zeros(total, total, dtype=torch.float64)
+    means = torch.zeros(len(groups), total, dtype=torch.float64)
+    sizes, weights = torch.zeros(len(groups)).double(), torch.zeros(len(groups)).double()
+    positions = 0
+    with recorded(model, sorted({*rows, last})) as kept:
+        for index, predicted in enumerate(log_probabilities(model, texts)):
+            shape = texts.batches[index].shape
+            real = real_positions(texts.batches[index], texts.lengths[index]).to(predicted.device)
+            seen = [kept[layer]["neurons"].reshape(*shape, -1)[real][:, rows[layer]] for layer in sorted(rows)]
+            neurons = torch.cat(seen, dim=1).float()
+            residual = kept[last]["residual"][real].float().square().mean(1).sqrt()
+            chance = torch.stack([predicted[real][:, ids.to(real.device)].exp().sum(1) for ids in groups])
+            second += (neurons.T @ neurons).double().cpu()
+            means += (chance @ neurons).double().cpu()
+            sizes += (chance @ residual).double().cpu()
+            weights += chance.double().sum(1).cpu()
+            positions += len(neurons)
+    floor = weights.clamp_min(1e-30)
+    return KeyMoments(dict(rows), second / positions, means / floor[:, None], sizes / floor)
+
+
+def fit_keys(
+    moments: KeyMoments, group: int, rows: Mapping[int, Tensor], *, ridge: float
+) -> dict[int, tuple[Tensor, Tensor]]:
+    """One group's key on some of the neurons: by layer their rows, int64, and coefficients, float32.
+
+    rows: by layer, among `moments.rows`. Their weighted sum at a position, over the residual stream's size, is 1 on
+    average where the group comes next, so that one unit of strength moves the group's mean logit by about 1 nat.
+    """
+    layers = [layer for layer in sorted(rows) if len(rows[layer])]
+    if not layers:
+        return {}
+    places, start = {}, 0
+    for layer in sorted(moments.rows):
+        places[layer] = start + torch.searchsorted(moments.rows[layer], rows[layer]) if layer in layers else None
+        start += len(moments.rows[layer])
+    chosen = torch.cat([place for layer in layers if (place := places[layer]) is not None])
+    second, mean = moments.second[chosen][:, chosen], moments.means[group][chosen]
+    coefficients = (moments.size[group] * key_coefficients(second, mean, ridge=ridge)).float()
+    pieces = coefficients.split([len(rows[layer]) for layer in layers])
+    return {layer: (rows[layer], piece) for layer, piece in zip(layers, pieces)}

@@ -1,0 +1,109 @@
+"""Keys: samples that repeat, moments equal to a direct computation, a fit that no other weights beat."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny_words import WORDS, ids, tiny_model, tiny_tokenizer
+
+from rotate_edit import measures
+from rotate_edit.edit import key_coefficients
+from rotate_edit.keys import fit_keys, key_moments, own_samples
+
+TEXTS = ["the dog ran under a big dog", "a cat saw the small dog", "the bird sat on the mat", "it was big"]
+
+
+def test_the_model_writes_the_same_samples_again_and_leaves_torch_alone():
+    model = tiny_model(0)
+    torch.manual_seed(7)
+    expected = torch.rand(3)
+    torch.manual_seed(7)
+    first = own_samples(model, tiny_tokenizer(), tokens=1000, seed=3)
+    assert torch.equal(torch.rand(3), expected)
+    again = own_samples(model, tiny_tokenizer(), tokens=1000, seed=3)
+    other = own_samples(model, tiny_tokenizer(), tokens=1000, seed=4)
+    assert all(torch.equal(one, two) for one, two in zip(first.batches, again.batches, strict=True))
+    assert not all(torch.equal(one, two) for one, two in zip(first.batches, other.batches, strict=True))
+    # The model's context holds 64 tokens, so that is a sample's length.
+    assert first.batches[0].shape[1] == 64
+    assert first.tokens() == 1000 // 64 * 64
+    assert bool((first.batches[0][:, 0] == 1).all())
+
+
+def by_hand(model, passages):
+    """Activations of both layers, the residual stream's size and next-word chances at every real position."""
+    kept = {}
+    hooks = [
+        layer.mlp.down_proj.register_forward_pre_hook(lambda _, seen, place=place: kept.update({place: seen[0]}))
+        for place, layer in enumerate(model.model.layers)
+    ]
+    rows, sizes, chances = [], [], []
+    for batch, lengths in zip(passages.batches, passages.lengths):
+        for row, length in zip(batch, lengths):
+            with torch.no_grad():
+                output = model.model(row[None, :length])
+                logits = model.lm_head(output.last_hidden_state)[0]
+                before = {}
+                hook = model.model.norm.register_forward_pre_hook(
+                    lambda _, seen, before=before: before.update(x=seen[0])
+                )
+                model.model(row[None, :length])
+                hook.remove()
+            rows.append(torch.cat([kept[0][0], kept[1][0]], dim=1))
+            sizes.append(before["x"][0].square().mean(1).sqrt())
+            chances.append(logits.softmax(-1))
+    for hook in hooks:
+        hook.remove()
+    return torch.cat(rows).double(), torch.cat(sizes).double(), torch.cat(chances).double()
+
+
+def test_moments_equal_those_of_a_direct_computation():
+    model = tiny_model(1)
+    passages = measures.tokenise(tiny_tokenizer(), TEXTS, vocabulary_size=len(WORDS))
+    rows = {0: torch.tensor([2, 5]), 1: torch.arange(24)}
+    groups = [ids("dog"), ids("cat", "bird")]
+    moments = key_moments(model, passages, rows, groups)
+    neurons, sizes, chances = by_hand(model, passages)
+    wanted = neurons[:, [2, 5, *range(24, 48)]]
+    torch.testing.assert_close(moments.second, wanted.T @ wanted / len(wanted), rtol=1e-4, atol=1e-6)
+    for place, group in enumerate(groups):
+        weight = chances[:, group].sum(1)
+        mean = (weight[:, None] * wanted).sum(0) / weight.sum()
+        torch.testing.assert_close(moments.means[place], mean, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(moments.size[place], (weight * sizes).sum() / weight.sum(), rtol=1e-4, atol=1e-6)
+
+
+def test_a_key_on_some_neurons_is_the_fit_of_those_alone():
+    model = tiny_model(2)
+    passages = measures.tokenise(tiny_tokenizer(), TEXTS, vocabulary_size=len(WORDS))
+    every = key_moments(model, passages, {0: torch.arange(24), 1: torch.arange(24)}, [ids("dog")])
+    some = {0: torch.tensor([1, 7]), 1: torch.tensor([0, 3, 23])}
+    alone = key_moments(model, passages, some, [ids("dog")])
+    fitted, own = fit_keys(every, 0, some, ridge=0.03), fit_keys(alone, 0, some, ridge=0.03)
+    assert fitted.keys() == {0, 1}
+    for layer, rows in some.items():
+        assert torch.equal(fitted[layer][0], rows)
+        torch.testing.assert_close(fitted[layer][1], own[layer][1], rtol=1e-5, atol=1e-7)
+    # Together they are 1 nat a unit of the residual stream's size where the group comes next.
+    means = alone.means[0].split([2, 3])
+    total = sum(float(mean @ own[layer][1].double()) for mean, layer in zip(means, own))
+    assert total == pytest.approx(float(alone.size[0]), rel=1e-5)
+    assert fit_keys(every, 0, {0: torch.tensor([], dtype=torch.int64)}, ridge=0.03) == {}
+
+
+@given(st.integers(0, 10**6), st.integers(2, 12), st.floats(1e-3, 10))
+def test_no_other_weights_with_the_same_mean_fire_less(seed: int, size: int, ridge: float):
+    generator = torch.Generator().manual_seed(seed)
+    activations = torch.randn(40, size, generator=generator, dtype=torch.float64)
+    second = activations.T @ activations / 40
+    mean = torch.randn(size, generator=generator, dtype=torch.float64)
+    key = key_coefficients(second, mean, ridge=ridge)
+    assert float(mean @ key) == pytest.approx(1, abs=1e-9)
+
+    def cost(weights):
+        return float(weights @ second @ weights + ridge * second.diagonal().mean() * weights @ weights)
+
+    for _ in range(5):
+        step = torch.randn(size, generator=generator, dtype=torch.float64)
+        step -= mean * (mean @ step) / (mean @ mean)
+        assert cost(key + 0.1 * step) >= cost(key) * (1 - 1e-9)
