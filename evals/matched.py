@@ -32,7 +32,7 @@ from rotate_edit.concept import find_tokens, token_texts
 from rotate_edit.edit import LIVE_METHODS, METHODS, TOKEN_METHOD, Edit
 from rotate_edit.errors import Failure
 from rotate_edit.pipeline import Opened, edits_of, locate, open_recipe
-from rotate_edit.recipe import EditRecipe, Recipe, parse_recipe
+from rotate_edit.recipe import Recipe, parse_recipe
 from rotate_edit.tasks import Items, open_items
 from rotate_edit.text_items import sentences_together
 
@@ -226,7 +226,7 @@ def main() -> None:
         materials = book_materials(content, arguments.texts, names)
     else:
         materials = demo_materials(only)
-    chosen = settings.get("edit", {}).get("method", EditRecipe().method)
+    chosen = settings.get("edit", {}).get("method", "keyed")
     methods = list(dict.fromkeys([chosen, *arguments.methods.split(",")]))
     about = {
         "model": Path(arguments.model).name,

@@ -116,7 +116,11 @@ class SelectRecipe(_Section):
 class EditRecipe(_Section):
     """How the located neurons are rewritten."""
 
-    method: str = Field("keyed", description="One of: " + ", ".join((*METHODS, TOKEN_METHOD)) + ".")
+    method: str = Field(
+        "auto",
+        description="keyed, or channel-located where a concept is amplified or no `out` matrix is looked at. Or one "
+        "of: " + ", ".join((*METHODS, TOKEN_METHOD)) + ".",
+    )
     direction: Literal["least-collateral", "plain"] = Field(
         "least-collateral", description="The concept's direction, plain or chosen to move other logits least."
     )
@@ -149,7 +153,7 @@ class EditRecipe(_Section):
             raise ValueError(
                 f"{method} works while the model runs and cannot be written; name it under evaluate.controls"
             )
-        if method not in (*METHODS, TOKEN_METHOD):
+        if method not in ("auto", *METHODS, TOKEN_METHOD):
             raise ValueError(f"unknown method {method!r}; choose one of {', '.join((*METHODS, TOKEN_METHOD))}")
         return method
 
@@ -286,7 +290,7 @@ def bundled_recipes() -> list[str]:
 def parse_recipe(content: dict[str, Any], name: str = "recipe") -> Recipe:
     """Check a recipe's content. Raises BadInput that lists every error with its key."""
     try:
-        return Recipe.model_validate(content)
+        return _settled(Recipe.model_validate(content))
     except ValidationError as error:
         messages: dict[str, list[str]] = {}
         for key, message in map(_explain, error.errors()):
@@ -295,6 +299,18 @@ def parse_recipe(content: dict[str, Any], name: str = "recipe") -> Recipe:
         lines = [f"{key}: {', or '.join(found)}." for key, found in messages.items()]
         count = f"{len(lines)} errors" if len(lines) > 1 else "an error"
         raise BadInput(f"{name} has {count}: " + " ".join(lines)) from error
+
+
+def _settled(recipe: Recipe) -> Recipe:
+    """The recipe with the edit method that `auto` stands for.
+
+    A keyed edit works where the concept comes next anyway, so it cannot bring a concept up where it does not.
+    """
+    if recipe.edit.method != "auto":
+        return recipe
+    amplifies = any(concept.strength != "auto" and concept.strength < 0 for concept in recipe.concepts)
+    method = "channel-located" if amplifies or "out" not in recipe.locate.matrices else "keyed"
+    return recipe.model_copy(update={"edit": recipe.edit.model_copy(update={"method": method})})
 
 
 def recipe_text(recipe: Recipe) -> str:

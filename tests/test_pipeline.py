@@ -12,7 +12,6 @@ from transformers import AutoModelForCausalLM
 
 from rotate_edit import load_edit, load_model, open_checkpoint, pipeline, verify
 from rotate_edit.channels import load_channels
-from rotate_edit.checkpoint import load_tokenizer
 from rotate_edit.demo import demo_model_folder
 from rotate_edit.demo.world import concepts
 from rotate_edit.errors import BadInput, Failure
@@ -36,6 +35,7 @@ def recipe(**changes: Any) -> Recipe:
         "concepts": [dogs | changes.pop("concept", {})],
         "locate": {"group_distance": 2.0},
         "decompose": {"channels": 1},
+        "edit": {"key_tokens": 6000},
         "evaluate": {
             "items": "demo",
             "controls": ["direction-everywhere", "random-neurons"],
@@ -145,19 +145,31 @@ def test_revert_gives_the_base_back_bit_for_bit(folder: Path, tmp_path: Path) ->
     assert all(torch.equal(original[name], restored[name]) for name in original)
 
 
-def test_amplifying_makes_the_concept_likelier(folder: Path) -> None:
-    base = open_checkpoint("demo")
-    model, tokenizer = load_model(base), load_tokenizer(base)
+def test_amplifying_makes_the_concept_likelier() -> None:
+    wanted = recipe(concept={"strength": -12.0})
+    assert wanted.edit.method == "channel-located"
+    opened = pipeline.open_recipe(wanted)
+    model, tokenizer = load_model(opened.checkpoint), opened.tokenizer
     ids = tokenizer("Simon talked about the", return_tensors="pt").input_ids
-    words = [tokenizer.convert_tokens_to_ids("\u0120" + word) for word in ("dog", "collie", "poodle", "hound")]
 
     def probability() -> float:
         with torch.no_grad():
-            return float(model(ids).logits[0, -1].softmax(-1)[words].sum())
+            return float(model(ids).logits[0, -1].softmax(-1)[opened.tokens[0].ids].sum())
 
     before = probability()
-    with load_edit(folder / "edit").applied(model, strength=-20):
+    edit = pipeline.edits_of(opened, pipeline.locate(opened), ["channel-located"])["channel-located"]
+    with edit.applied(model):
         assert probability() > 2 * before
+
+
+def test_a_keyed_edit_changes_the_last_layer_and_repeats() -> None:
+    opened = pipeline.open_recipe(recipe())
+    found = pipeline.locate(opened)
+    edit = pipeline.edits_of(opened, found, ["keyed"])["keyed"]
+    assert [(change.matrix, change.layer) for change in edit.changes] == [("out", opened.checkpoint.layers - 1)]
+    assert len(edit.changes[0].rows) == opened.checkpoint.neurons
+    again = pipeline.edits_of(opened, found, ["keyed"])["keyed"]
+    assert torch.equal(edit.changes[0].delta(), again.changes[0].delta())
 
 
 def test_groups_are_edited_together_and_the_whole_concept_is_covered() -> None:
@@ -166,7 +178,8 @@ def test_groups_are_edited_together_and_the_whole_concept_is_covered() -> None:
     together = torch.cat([located.ids for located in found]).sort().values
     assert len(found) > 3
     assert torch.equal(together, opened.tokens[0].ids)
-    edits = pipeline.edits_of(opened, found, ["channel-located", "direction-everywhere", "zero-neurons"])
+    methods = ["keyed", "channel-located", "direction-everywhere", "zero-neurons"]
+    edits = pipeline.edits_of(opened, found, methods)
     layers = [change.layer for change in edits["direction-everywhere"].changes]
     assert layers == sorted(set(layers))
     zeroed = [(change.layer, int(row)) for change in edits["zero-neurons"].changes for row in change.rows]
@@ -174,7 +187,11 @@ def test_groups_are_edited_together_and_the_whole_concept_is_covered() -> None:
 
 
 def test_nothing_located_is_a_failure_with_a_report_and_no_checkpoint(tmp_path: Path) -> None:
-    nothing = recipe(select={"support": 50.0}, locate={"candidates": 20, "group_distance": 2.0})
+    nothing = recipe(
+        select={"support": 50.0},
+        locate={"candidates": 20, "group_distance": 2.0},
+        edit={"method": "channel-located"},
+    )
     with pytest.raises(Failure, match=r"No channel of the 20 candidate neurons carries dogs"):
         pipeline.run(nothing, tmp_path / "run")
     assert "No channel" in (tmp_path / "run" / "report.md").read_text().replace("\\", "")
@@ -217,6 +234,7 @@ def test_real_checkpoints_run_with_plain_text(tmp_path: Path, name: str) -> None
             "concepts": [{"name": "things", "words": ["dog", "tree", "ball"], "strength": 1.0}],
             "decompose": {"channels": 1, "words_only": False},
             "select": {"top": 5, "share": 0.2, "support": 0.5},
+            "edit": {"key_tokens": 2000},
             "evaluate": {
                 "text": str(SHARED / "corpora" / "tinystories_1000.json"),
                 "controls": ["direction-everywhere"],

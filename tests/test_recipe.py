@@ -100,3 +100,14 @@ def test_a_filled_recipe_does_not_tell_the_home_folder_and_reads_back(monkeypatc
     assert parse_recipe(content | {"model": "/home/adam/x"}).model in recipe_text(
         parse_recipe(content | {"model": "/home/adam/x"})
     )
+
+
+def test_auto_is_keyed_unless_a_concept_is_amplified_or_only_the_read_side_is_edited() -> None:
+    dogs = {"name": "dogs", "words": ["dog"], "strength": 1.0}
+    assert parse_recipe({"model": "demo", "concepts": [dogs]}).edit.method == "keyed"
+    louder = parse_recipe({"model": "demo", "concepts": [dogs, dogs | {"name": "hounds", "strength": -1.0}]})
+    assert louder.edit.method == "channel-located"
+    reading = {"model": "demo", "concepts": [dogs], "locate": {"matrices": ["gate", "in"]}}
+    assert parse_recipe(reading).edit.method == "channel-located"
+    with pytest.raises(BadInput, match=r"edit\.method: keyed rewrites out matrices only"):
+        parse_recipe(reading | {"edit": {"method": "keyed"}})
