@@ -26,7 +26,7 @@ from rotate_edit.errors import Failure
 from rotate_edit.generations import generate, repetition
 from rotate_edit.live import applied
 from rotate_edit.pipeline import edits_of, locate, open_recipe
-from rotate_edit.recipe import EditRecipe, Recipe, parse_recipe
+from rotate_edit.recipe import Recipe, parse_recipe
 
 TIMES = 5.0
 WORDS_OF_A_PROMPT = 8
@@ -182,7 +182,7 @@ def main() -> None:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "seed": 0,
-        "method": settings.get("edit", {}).get("method", EditRecipe().method),
+        "method": settings.get("edit", {}).get("method", "channel-located"),
         "goals": goals(rows),
     }
     arguments.output.with_suffix(".json").write_text(json.dumps({**about, "rows": rows}, indent=1, allow_nan=False))

@@ -25,7 +25,7 @@ from rotate_edit.edit import TOKEN_METHOD
 from rotate_edit.errors import Failure
 from rotate_edit.live import applied
 from rotate_edit.pipeline import edits_of, locate, open_recipe, reference
-from rotate_edit.recipe import EditRecipe, parse_recipe
+from rotate_edit.recipe import parse_recipe
 from rotate_edit.relearn import Training, relearn
 from rotate_edit.variants import Variant
 
@@ -38,7 +38,7 @@ BASELINES = (
 
 def measure_concept(name: str, model: Any, training: Training, target: float) -> dict[str, Any]:
     """Every method's edit of one concept at `target` of its mass, relearned; plain JSON."""
-    own = EditRecipe().method
+    own = "keyed"
     concept = {"name": name, "words": list(concepts()[name].words), "plurals": True, "strength": 1.0}
     plain = parse_recipe({"model": "demo", "concepts": [concept], "evaluate": {"items": "demo", "tokens": 1500}})
     opened = open_recipe(plain)
