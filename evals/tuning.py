@@ -55,7 +55,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         held = row["report"]
         own, ratio = "never", ""
         if held["own_damage"] is not None:
-            own = f"{held['own_damage']:.5f} at {held['own_removal']:.3f}"
+            own = f"{held['own_damage']:.5f}"
             ratio = f"{held['damage'] / held['own_damage']:.2f}"
         lines.append(
             f"| {row['concept']} | {row['trials']} ({row['failed']}) | {row['seconds']} | "

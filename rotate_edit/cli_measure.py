@@ -223,7 +223,7 @@ def _print_front(record: dict[str, Any]) -> None:
     held = record["report"]
     line = f"On other texts the choice removes {held['removal']:.1%} at a collateral KL of {held['damage']:.5f}"
     if held["own_damage"] is not None:
-        line += f"; the recipe as it was needs {held['own_damage']:.5f} for {held['own_removal']:.1%}"
+        line += f"; the recipe as it was needs {held['own_damage']:.5f} for as much"
     print_line(
         f"{line}. {len(record['trials'])} trials, {len(record['failed'])} that removed nothing, {record['seconds']} s."
     )

@@ -7,101 +7,40 @@ strength that reaches it, so that no trial is spent on a strength that does noth
 """
 
 import json
-import math
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rotate_edit import curves, measures, pareto
-from rotate_edit.checkpoint import load_model
+from rotate_edit import pareto
 from rotate_edit.comparison import Plan
 from rotate_edit.console import Report, silent
-from rotate_edit.edit import Edit
 from rotate_edit.errors import BadInput, Failure
-from rotate_edit.evaluate import evaluate, texts_about
+from rotate_edit.evaluate import evaluate
 from rotate_edit.files import write_atomically
-from rotate_edit.live import applied
-from rotate_edit.locate import Located, choose_channels
-from rotate_edit.pipeline import GROUP_DISTANCES, Opened, edits_of, locate, open_recipe
-from rotate_edit.recipe import Recipe, parse_recipe, recipe_text
+from rotate_edit.pipeline import open_recipe
+from rotate_edit.recipe import Recipe, recipe_text
 from rotate_edit.scoring import Settings
+from rotate_edit.trials import (
+    TOKENS,
+    Prepared,
+    Tried,
+    at_strengths,
+    built,
+    compared,
+    prepare,
+    references,
+    try_settings,
+    with_settings,
+)
 from rotate_edit.variants import Variant
 
 JOURNAL, RECORD, CHOSEN, FIGURE = "trials.journal", "front.json", "recipe.yaml", "front.png"
 STUDY = "rotate-edit tune"
-TOKENS = 1200
 # Shares of the concept's mass that a trial may aim at, and those that the recipe itself is tried at.
 LEAST_LEFT, MOST_LEFT = 0.02, 0.5
 OWN_TARGETS = (0.1, 0.3, 0.05)
-SECANTS = 4
-NEAR_ENOUGH = 1.1
 STARTUP_TRIALS = 15
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """What all trials share: the opened recipe, the loaded base, what was located for each division into groups,
-    and the base's answers for each concept on a split of the texts."""
-
-    opened: Opened
-    model: Any
-    found: dict[float, tuple[Located, ...]]
-    known: dict[str, measures.Reference]
-
-
-@dataclass(frozen=True)
-class Tried:
-    """One trial: its settings, each concept's strength, and what they do.
-
-    removal: 1 - the share of the concept's mass that is left (for an amplified concept 1 - before / after), mean over
-    concepts; damage: collateral KL in nats; seconds: how long it took.
-    """
-
-    settings: dict[str, Any]
-    strengths: dict[str, float]
-    removal: float
-    damage: float
-    seconds: float
-
-    @property
-    def point(self) -> pareto.Point:
-        """(removal, damage)."""
-        return self.removal, self.damage
-
-
-def prepare(opened: Opened, *, tokens: int = TOKENS, report: Report = silent) -> Prepared:
-    """Load the model, search the channels and measure the base. Raises BadInput without texts to measure on."""
-    if opened.items is None:
-        raise BadInput("tune needs texts to measure on; give evaluate.items or evaluate.text in the recipe.")
-    model = load_model(opened.checkpoint, device=opened.device)
-    wanted = opened.recipe.locate.group_distance
-    found = {}
-    for distance in GROUP_DISTANCES if wanted == "auto" else (wanted,):
-        settings = {"locate.group_distance": distance}
-        found[distance] = locate(replace(opened, recipe=with_settings(opened.recipe, settings)), report=report)
-    return Prepared(opened, model, found, references(opened, model, "choose", tokens))
-
-
-def references(opened: Opened, model: Any, split: str, tokens: int) -> dict[str, measures.Reference]:
-    """The base's answers for each concept; the texts without a concept hold none of the recipe's.
-
-    Raises BadInput when a concept has no texts in the split.
-    """
-    assert opened.items is not None  # prepare refuses items that are missing
-    names = [concept.name for concept in opened.recipe.concepts]
-    known = {}
-    for name, ids in zip(names, (found.ids for found in opened.tokens)):
-        own = texts_about(opened.items, [name], split)[0]
-        free = texts_about(opened.items, names, split)[1]
-        if not own or not free:
-            raise BadInput(f"the items hold no texts to tune on with and without {name}; give others, or more text.")
-        longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-        known[name] = measures.reference(
-            model, opened.tokenizer, ids, concept_texts=own, other_texts=free, longest=longest, token_limit=tokens
-        )
-    return known
 
 
 # Settings.
@@ -152,119 +91,6 @@ def own_parameters(recipe: Recipe, prepared: Prepared, target: float) -> dict[st
     if len(recipe.locate.matrices) > 1:
         parameters["locate.matrices"] = "+".join(recipe.locate.matrices)
     return parameters
-
-
-def with_settings(recipe: Recipe, settings: dict[str, Any]) -> Recipe:
-    """The recipe with other values at dotted keys such as `edit.ridge`; `target` is the search's own and left out."""
-    content = recipe.model_dump(mode="json", by_alias=True)
-    for key, value in settings.items():
-        if key != "target":
-            section, name = key.split(".")
-            content[section][name] = value
-    return parse_recipe(content)
-
-
-# One trial.
-
-
-def built(prepared: Prepared, settings: dict[str, Any]) -> Edit:
-    """The edit of some settings. Raises Failure when they leave no neuron to change."""
-    recipe = with_settings(prepared.opened.recipe, settings)
-    distance = settings.get("locate.group_distance", next(iter(prepared.found)))
-    inside = None if recipe.locate.layers is None else set(recipe.locate.layers)
-    found = []
-    for located in prepared.found[distance]:
-        channels = [
-            channel
-            for channel in located.channels
-            if (inside is None or channel.layer in inside) and channel.matrix in recipe.locate.matrices
-        ]
-        found.append(replace(located, chosen=choose_channels(channels, located.tokens, located.ids, recipe)))
-    opened = replace(prepared.opened, recipe=recipe)
-    return edits_of(opened, found, [recipe.edit.method], prepared.model)[recipe.edit.method]
-
-
-def try_settings(prepared: Prepared, settings: dict[str, Any]) -> Tried:
-    """Build the edit, solve each concept's strength for the trial's target, and measure removal and damage.
-
-    A concept whose strength in the recipe is negative is amplified at that strength times `target / 0.1`. Raises
-    Failure when nothing is left to change or no strength reaches the target.
-    """
-    started = time.monotonic()
-    edit = built(prepared, settings)
-    strengths = {}
-    for concept in prepared.opened.recipe.concepts:
-        own = curves.only(edit, concept.name)
-        if not own.changes:
-            raise Failure(f"no neuron is left to change for {concept.name}.")
-        given = concept.strength
-        if given != "auto" and float(given) < 0:
-            strengths[concept.name] = float(given) * settings["target"] / OWN_TARGETS[0]
-        else:
-            strengths[concept.name] = _solved(prepared, own, concept.name, settings["target"])
-    removal, damage = effect(prepared.model, prepared.known, at_strengths(edit, strengths), strengths)
-    return Tried(settings, strengths, removal, damage, time.monotonic() - started)
-
-
-def at_strengths(edit: Edit, strengths: dict[str, float]) -> Edit:
-    """The edit with each concept's changes at its own strength."""
-    return replace(edit, changes=tuple(replace(change, strength=strengths[change.concept]) for change in edit.changes))
-
-
-def effect(
-    model: Any, known: dict[str, measures.Reference], edit: Edit, strengths: dict[str, float]
-) -> tuple[float, float]:
-    """Mean removal over concepts and collateral KL of an edit as it stands."""
-    removals = []
-    with applied(model, edit):
-        for name, reference in known.items():
-            left = _left(model, reference)
-            removals.append(1 - left if strengths[name] > 0 else 1 - 1 / max(left, 1e-9))
-        reference = next(iter(known.values()))
-        sums, counts = measures.kl_by_text(model, reference.others, reference.others_base)
-    return sum(removals) / len(removals), float(sums.sum() / counts.sum())
-
-
-def _left(model: Any, reference: measures.Reference) -> float:
-    sums, _ = measures.mass_by_text(model, reference.concept, reference.concept_ids)
-    return float(sums.sum() / reference.concept_mass[0].sum())
-
-
-def _solved(prepared: Prepared, edit: Edit, name: str, target: float) -> float:
-    def left(strength: float) -> float:
-        with applied(prepared.model, edit, strength):
-            return _left(prepared.model, prepared.known[name])
-
-    return secant_strength(left, target)
-
-
-def secant_strength(left: Callable[[float], float], target: float) -> float:
-    """A strength that leaves about `target` (within a tenth, usually after three measurements).
-
-    left: the share of the mass that a strength leaves. The logarithm of the share is taken as linear in the strength
-    through 0 and the last point, then between the two last points around the target. Raises Failure when no strength
-    up to 64 gets there.
-    """
-    low, high = (0.0, 1.0), None
-    strength = 4.0
-    for _ in range(SECANTS + 6):
-        share = max(left(strength), 1e-9)
-        if 1 / NEAR_ENOUGH < share / target < NEAR_ENOUGH:
-            return strength
-        if share > target:
-            low = (strength, share)
-        else:
-            high = (strength, share)
-        if high is None:
-            if strength >= curves.STRONGEST:
-                raise Failure(f"no strength up to {curves.STRONGEST:g} leaves {target:.0%} of the concept.")
-            fall = math.log(1 / share) / strength
-            guess = math.log(1 / target) / fall if fall > 0 else 2 * strength
-            strength = min(max(guess, 1.5 * strength), 3 * strength, curves.STRONGEST)
-        else:
-            part = math.log(low[1] / target) / math.log(low[1] / high[1])
-            strength = low[0] + min(0.9, max(0.1, part)) * (high[0] - low[0])
-    return strength
 
 
 # The search.
@@ -394,18 +220,46 @@ def summary(prepared: Prepared, study: Any, pick: str, seed: int, tokens: int) -
     if not tried:
         raise Failure("no trial removed the concept: " + (failures[-1] if failures else "none was finished."))
     places = pareto.front([one.point for one in tried])
-    front = [tried[place] for place in places]
-    chosen = picked([one.point for one in front], pick)
+    chosen = picked([tried[place].point for place in places], pick)
+    if pick == "knee":
+        places, chosen = confirmed(prepared, tried, places, tokens)
+    held_out = references(prepared.opened, prepared.model, "report", tokens)
     return {
         "trials": [vars(one) for one in tried],
         "failed": failures,
         "front": places,
         "pick": pick,
         "chosen": chosen,
-        "report": held_out(prepared, front[chosen], tokens),
+        "report": compared(prepared, held_out, tried[places[chosen]]),
         "seed": seed,
         "tokens": tokens,
     }
+
+
+def confirmed(prepared: Prepared, tried: Sequence[Tried], places: list[int], tokens: int) -> tuple[list[int], int]:
+    """The knee that holds on texts for choosing which the trials did not see: the front, and the place on it.
+
+    The best of many trials is partly the luckiest, so each candidate is compared with the recipe as it was, at equal
+    removal, the knee first and then the rest of the front from the strongest removal down. When none does less damage
+    there, the recipe's own trial is taken, and put into the front if it is not on it.
+    """
+    others = references(prepared.opened, prepared.model, "choose", tokens, from_the_end=True)
+    front = [tried[place].point for place in places]
+    first = pareto.knee(front)
+    for candidate in [first, *(place for place in reversed(range(len(front))) if place != first)]:
+        found = compared(prepared, others, tried[places[candidate]])
+        if found["own_damage"] is None or found["damage"] <= found["own_damage"]:
+            return places, candidate
+    own = next((place for place, one in enumerate(tried) if _is_own(prepared, one)), None)
+    if own is None:
+        return places, first
+    together = sorted({*places, own}, key=lambda place: tried[place].removal)
+    return together, together.index(own)
+
+
+def _is_own(prepared: Prepared, tried: Tried) -> bool:
+    own = own_parameters(prepared.opened.recipe, prepared, 0.0)
+    return all(own.get(key, value) == value for key, value in tried.settings.items() if key != "target")
 
 
 def asked_front(prepared: Prepared, record: dict[str, Any], report: Report) -> list[dict[str, Any]]:
@@ -427,29 +281,6 @@ def asked_front(prepared: Prepared, record: dict[str, Any], report: Report) -> l
     )
     found = evaluate(prepared.model, opened.tokenizer, variants, plan, opened.items, report=report)
     return [found.result["variants"][variant.name]["summary"] for variant in variants]
-
-
-def held_out(prepared: Prepared, chosen: Tried, tokens: int) -> dict[str, Any] | None:
-    """The choice and the recipe's own settings at the same removal on the texts for reporting.
-
-    None when the recipe's own settings find no neuron or never reach that removal."""
-    known = references(prepared.opened, prepared.model, "report", tokens)
-    there = replace(prepared, known=known)
-    removal, damage = effect(
-        prepared.model, known, at_strengths(built(there, chosen.settings), chosen.strengths), chosen.strengths
-    )
-    result: dict[str, Any] = {"removal": removal, "damage": damage, "own_removal": None, "own_damage": None}
-    recipe = prepared.opened.recipe
-    own = {"target": 1 - removal} | (
-        {"locate.group_distance": next(iter(prepared.found))} if len(prepared.found) > 1 else {}
-    )
-    if removal < 1 and all(strength > 0 for strength in chosen.strengths.values()):
-        try:
-            default = try_settings(there, own)
-        except Failure as failure:
-            return result | {"own_failure": str(failure), "method": recipe.edit.method}
-        result |= {"own_removal": default.removal, "own_damage": default.damage}
-    return result | {"method": recipe.edit.method}
 
 
 def write_record(recipe: Recipe, record: dict[str, Any], output: Path) -> None:

@@ -1,0 +1,246 @@
+"""One trial of a search: settings in, the edit built on one loaded model, removal and damage out.
+
+Nothing is written. Channels are searched once for each division of the concept into groups; a trial only chooses among
+them, and solves for the strength that leaves the share of the concept it aims at.
+"""
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from rotate_edit import curves, measures, pareto, statistics
+from rotate_edit.checkpoint import load_model
+from rotate_edit.console import Report, silent
+from rotate_edit.edit import Edit
+from rotate_edit.errors import BadInput, Failure
+from rotate_edit.evaluate import texts_about
+from rotate_edit.live import applied
+from rotate_edit.locate import Located, choose_channels
+from rotate_edit.pipeline import GROUP_DISTANCES, Opened, edits_of, locate
+from rotate_edit.recipe import Recipe, parse_recipe
+
+TOKENS = 1200
+# What an amplified concept's strength is multiplied by is its target over this.
+USUAL_TARGET = 0.1
+SECANTS = 10
+NEAR_ENOUGH = 1.1
+# The recipe's own damage is interpolated between strengths this far apart, around the one that was solved for.
+AROUND = (0.85, 1.15)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What all trials share: the opened recipe, the loaded base, what was located for each division into groups,
+    and the base's answers for each concept on a split of the texts."""
+
+    opened: Opened
+    model: Any
+    found: dict[float, tuple[Located, ...]]
+    known: dict[str, measures.Reference]
+
+
+@dataclass(frozen=True)
+class Tried:
+    """One trial: its settings, each concept's strength, and what they do.
+
+    removal: 1 - the share of the concept's mass that is left (for an amplified concept 1 - before / after), mean over
+    concepts; damage: collateral KL in nats; seconds: how long it took.
+    """
+
+    settings: dict[str, Any]
+    strengths: dict[str, float]
+    removal: float
+    damage: float
+    seconds: float
+
+    @property
+    def point(self) -> pareto.Point:
+        """(removal, damage)."""
+        return self.removal, self.damage
+
+
+def prepare(opened: Opened, *, tokens: int = TOKENS, report: Report = silent) -> Prepared:
+    """Load the model, search the channels and measure the base. Raises BadInput without texts to measure on."""
+    if opened.items is None:
+        raise BadInput("tune needs texts to measure on; give evaluate.items or evaluate.text in the recipe.")
+    model = load_model(opened.checkpoint, device=opened.device)
+    wanted = opened.recipe.locate.group_distance
+    found = {}
+    for distance in GROUP_DISTANCES if wanted == "auto" else (wanted,):
+        settings = {"locate.group_distance": distance}
+        found[distance] = locate(replace(opened, recipe=with_settings(opened.recipe, settings)), report=report)
+    return Prepared(opened, model, found, references(opened, model, "choose", tokens))
+
+
+def references(
+    opened: Opened, model: Any, split: str, tokens: int, *, from_the_end: bool = False
+) -> dict[str, measures.Reference]:
+    """The base's answers for each concept; the texts without a concept hold none of the recipe's.
+
+    from_the_end: take the split's last texts instead of its first, for a second look at other texts. Raises BadInput
+    when a concept has no texts in the split.
+    """
+    assert opened.items is not None  # prepare refuses items that are missing
+    names = [concept.name for concept in opened.recipe.concepts]
+    known = {}
+    for name, ids in zip(names, (found.ids for found in opened.tokens)):
+        own = texts_about(opened.items, [name], split)[0]
+        free = texts_about(opened.items, names, split)[1]
+        if not own or not free:
+            raise BadInput(f"the items hold no texts to tune on with and without {name}; give others, or more text.")
+        if from_the_end:
+            own, free = own[::-1], free[::-1]
+        longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        known[name] = measures.reference(
+            model, opened.tokenizer, ids, concept_texts=own, other_texts=free, longest=longest, token_limit=tokens
+        )
+    return known
+
+
+def with_settings(recipe: Recipe, settings: dict[str, Any]) -> Recipe:
+    """The recipe with other values at dotted keys such as `edit.ridge`; `target` is the search's own and left out."""
+    content = recipe.model_dump(mode="json", by_alias=True)
+    for key, value in settings.items():
+        if key != "target":
+            section, name = key.split(".")
+            content[section][name] = value
+    return parse_recipe(content)
+
+
+def built(prepared: Prepared, settings: dict[str, Any]) -> Edit:
+    """The edit of some settings. Raises Failure when they leave no neuron to change."""
+    recipe = with_settings(prepared.opened.recipe, settings)
+    distance = settings.get("locate.group_distance", next(iter(prepared.found)))
+    inside = None if recipe.locate.layers is None else set(recipe.locate.layers)
+    found = []
+    for located in prepared.found[distance]:
+        channels = [
+            channel
+            for channel in located.channels
+            if (inside is None or channel.layer in inside) and channel.matrix in recipe.locate.matrices
+        ]
+        found.append(replace(located, chosen=choose_channels(channels, located.tokens, located.ids, recipe)))
+    opened = replace(prepared.opened, recipe=recipe)
+    return edits_of(opened, found, [recipe.edit.method], prepared.model)[recipe.edit.method]
+
+
+def try_settings(prepared: Prepared, settings: dict[str, Any]) -> Tried:
+    """Build the edit, solve each concept's strength for the trial's target, and measure removal and damage.
+
+    A concept whose strength in the recipe is negative is amplified at that strength times `target / 0.1`. Raises
+    Failure when nothing is left to change or no strength reaches the target.
+    """
+    started = time.monotonic()
+    edit = built(prepared, settings)
+    strengths = {}
+    for concept in prepared.opened.recipe.concepts:
+        own = curves.only(edit, concept.name)
+        if not own.changes:
+            raise Failure(f"no neuron is left to change for {concept.name}.")
+        given = concept.strength
+        if given != "auto" and float(given) < 0:
+            strengths[concept.name] = float(given) * settings["target"] / USUAL_TARGET
+        else:
+            strengths[concept.name] = _solved(prepared, own, concept.name, settings["target"])
+    removal, damage = effect(prepared.model, prepared.known, at_strengths(edit, strengths), strengths)
+    return Tried(settings, strengths, removal, damage, time.monotonic() - started)
+
+
+def at_strengths(edit: Edit, strengths: dict[str, float]) -> Edit:
+    """The edit with each concept's changes at its own strength."""
+    return replace(edit, changes=tuple(replace(change, strength=strengths[change.concept]) for change in edit.changes))
+
+
+def effect(
+    model: Any, known: dict[str, measures.Reference], edit: Edit, strengths: dict[str, float]
+) -> tuple[float, float]:
+    """Mean removal over concepts and collateral KL of an edit as it stands."""
+    removals = []
+    with applied(model, edit):
+        for name, reference in known.items():
+            left = _left(model, reference)
+            removals.append(1 - left if strengths[name] > 0 else 1 - 1 / max(left, 1e-9))
+        reference = next(iter(known.values()))
+        sums, counts = measures.kl_by_text(model, reference.others, reference.others_base)
+    return sum(removals) / len(removals), float(sums.sum() / counts.sum())
+
+
+def _left(model: Any, reference: measures.Reference) -> float:
+    sums, _ = measures.mass_by_text(model, reference.concept, reference.concept_ids)
+    return float(sums.sum() / reference.concept_mass[0].sum())
+
+
+def _solved(prepared: Prepared, edit: Edit, name: str, target: float) -> float:
+    def left(strength: float) -> float:
+        with applied(prepared.model, edit, strength):
+            return _left(prepared.model, prepared.known[name])
+
+    return secant_strength(left, target)
+
+
+def secant_strength(left: Callable[[float], float], target: float) -> float:
+    """A strength that leaves about `target` (within a tenth, usually after three measurements).
+
+    left: the share of the mass that a strength leaves. The logarithm of the share is taken as linear in the strength
+    through 0 and the last point, then between the two last points around the target. Raises Failure when no strength
+    up to 64 gets there.
+    """
+    low, high = (0.0, 1.0), None
+    strength = 4.0
+    for _ in range(SECANTS):
+        share = max(left(strength), 1e-9)
+        if 1 / NEAR_ENOUGH < share / target < NEAR_ENOUGH:
+            return strength
+        if share > target:
+            low = (strength, share)
+        else:
+            high = (strength, share)
+        if high is None:
+            if strength >= curves.STRONGEST:
+                raise Failure(f"no strength up to {curves.STRONGEST:g} leaves {target:.0%} of the concept.")
+            fall = math.log(1 / share) / strength
+            guess = math.log(1 / target) / fall if fall > 0 else 2 * strength
+            strength = min(max(guess, 1.5 * strength), 3 * strength, curves.STRONGEST)
+        else:
+            part = math.log(low[1] / target) / math.log(low[1] / high[1])
+            strength = low[0] + min(0.9, max(0.1, part)) * (high[0] - low[0])
+    return strength
+
+
+# Against the recipe as it was.
+
+
+def own_settings(prepared: Prepared) -> dict[str, Any]:
+    """The settings that leave the recipe as it is."""
+    return {"locate.group_distance": next(iter(prepared.found))} if len(prepared.found) > 1 else {}
+
+
+def compared(prepared: Prepared, known: dict[str, measures.Reference], tried: Tried) -> dict[str, Any]:
+    """A trial's edit on other texts, and the recipe's own settings at the same removal there.
+
+    known: the base's answers on those texts. Returns removal, damage and own_damage (None where concepts are amplified,
+    or when the recipe's own settings find no neuron or never remove as much; `why` then says which). The own damage is
+    interpolated to exactly the same removal, its logarithm linear in that of the mass.
+    """
+    there = replace(prepared, known=known)
+    edit = at_strengths(built(there, tried.settings), tried.strengths)
+    removal, damage = effect(prepared.model, known, edit, tried.strengths)
+    result: dict[str, Any] = {"removal": removal, "damage": damage, "own_damage": None, "why": ""}
+    if any(strength < 0 for strength in tried.strengths.values()):
+        return result | {"why": "amplified concepts are not compared"}
+    own = own_settings(prepared)
+    try:
+        solved = try_settings(there, own | {"target": max(1e-4, 1 - removal)})
+    except Failure as failure:
+        return result | {"why": str(failure)}
+    unscaled = built(there, own)
+    masses, damages = [], []
+    for factor in AROUND:
+        strengths = {name: factor * strength for name, strength in solved.strengths.items()}
+        reached, cost = effect(prepared.model, known, at_strengths(unscaled, strengths), strengths)
+        masses.append(1 - reached)
+        damages.append(cost)
+    crossing = statistics.matched_removal(AROUND, masses, damages, target=1 - removal)
+    return result | {"own_damage": crossing.damage if crossing else solved.damage}
