@@ -19,7 +19,7 @@ from rotate_edit.pipeline import run
 from rotate_edit.recipe import parse_recipe
 
 CHOSEN = "dogs,cats,horses,farm,ships,birds,music,war,medicine,trees,weather,food"
-METHODS = ("lm-head-located", "direction-everywhere", "least-collateral-everywhere", "zero-neurons", "random-neurons")
+METHODS = ("channel-located", "lm-head-located", "direction-everywhere", "zero-neurons", "random-neurons")
 
 
 def run_concept(name: str) -> dict[str, Any]:
@@ -60,7 +60,7 @@ def table(rows: list[dict[str, Any]]) -> str:
     lines = ["| " + " | ".join([*head, *(f"{name}, times ours" for name in METHODS)]) + " |"]
     lines.append("|" + "---|" * (len(head) + len(METHODS)))
     for row in rows:
-        own = row["matched"]["channel-located"]["collateral_kl"]
+        own = row["matched"]["keyed"]["collateral_kl"]
         cells = [row["concept"], str(row["neurons"]), f"{row['strength']:.2f}"]
         cells += [_interval(row["summary"][key]) for key in ("efficacy", "specificity")]
         cells += [f"{row['summary']['first_token_kl']['value']:.4f}", "never" if own is None else f"{own:.4f}"]

@@ -18,7 +18,11 @@ if TYPE_CHECKING:
 
 # Colour, dash pattern and marker of each edit method, the same in every report, so that no method is told by hue alone.
 STYLES: dict[str, tuple[str, Any, str]] = {
-    "channel-located": ("blue", "-", "o"),
+    "keyed": ("blue", "-", "o"),
+    "channel-keyed": ("blue", (0, (5, 2)), "d"),
+    "lm-head-keyed": ("green", (0, (1, 2)), "d"),
+    "random-keyed": ("grey", (0, (5, 2)), "d"),
+    "channel-located": ("teal", "-", "o"),
     "lm-head-located": ("green", "-", "s"),
     "direction-everywhere": ("red", "-", "^"),
     "least-collateral-everywhere": ("ochre", "-", "D"),
