@@ -258,7 +258,10 @@ def decompose(
             progress=report,
             **how,
         )
-    print_line(f"{found.channels} channels in {target}")
+    size = sum(file["bytes"] for file in found.files.values())
+    print_line(
+        f"{found.channels} channels in {target}, {size / 1e6:.1f} MB, {size / max(found.channels, 1):.0f} bytes each"
+    )
 
 
 @cli.command()

@@ -15,7 +15,7 @@ from rotate_edit.channels import MANIFEST, Channel, ChannelSet, open_channels, w
 from rotate_edit.checkpoint import Checkpoint, read_matrix
 from rotate_edit.errors import BadInput
 from rotate_edit.estimate import check_cost, decompose_cost, shard_memory, shard_workers
-from rotate_edit.files import check_output_free, write_atomically
+from rotate_edit.files import write_atomically
 from rotate_edit.projection import Projections, Vocabulary
 from rotate_edit.rotate import SolverSettings
 from rotate_edit.shards import (
@@ -163,7 +163,8 @@ def decompose(
         done = open_channels(output)
         if (done.base, done.settings) == (base, how):
             return done
-    check_output_free(output)
+    if os.path.lexists(output):
+        raise BadInput(f"the output {output} exists already and is not the result of this job; name another one.")
     if engine == "local":
         # What a cluster has is not known here.
         words_only, where = vocabulary.rules.words_only, job["device"]

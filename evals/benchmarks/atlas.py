@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from measure import machine, parser, seconds, show, write_figures
+from measure import busy_seconds, machine, parser, show, write_figures
 
 from rotate_edit.channels import channel_size
 from rotate_edit.rotate import FoundChannels, SolverSettings, find_channels
@@ -79,12 +79,12 @@ def measure_shape(shape: str, neurons: int, channels: int, choice) -> dict[str, 
         found.append(find_channels(some, unembedding, weights, how))
 
     warm_up = replace(settings, channels=1, iterations=2)
-    preparation = seconds(lambda: decompose(warm_up, vectors[:1]), choice.device)
-    preparation = min(preparation, seconds(lambda: decompose(warm_up, vectors[:1]), choice.device))
-    taken = seconds(lambda: decompose(settings, vectors), choice.device)
+    preparation = busy_seconds(lambda: decompose(warm_up, vectors[:1]), choice.device)
+    preparation = min(preparation, busy_seconds(lambda: decompose(warm_up, vectors[:1]), choice.device))
+    taken = busy_seconds(lambda: decompose(settings, vectors), choice.device)
     circle = (taken - preparation) / (neurons * channels)
     timed = replace(settings, solver="adamw", channels=1, steps=choice.adamw_steps)
-    taken = seconds(lambda: decompose(timed, vectors), choice.device)
+    taken = busy_seconds(lambda: decompose(timed, vectors), choice.device)
     adamw = (taken - preparation) / (neurons * choice.adamw_steps) * choice.adamw_total
     if min(circle, adamw) <= 0:
         raise SystemExit("the sample takes no longer than the preparation of the vocabulary; name more --neurons.")
