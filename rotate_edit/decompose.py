@@ -1,6 +1,7 @@
 """Many neurons into vocabulary channels: a few in memory for an edit, or whole models in resumable shards."""
 
 import json
+import os
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
