@@ -149,7 +149,8 @@ def markdown(summary: dict[str, Any], rows: list[dict[str, Any]], methods: list[
         lines.append(f"| {name} | {entry['concepts']} | {numbers} | {never} |")
     words = {
         "direction-everywhere": f"damage at most {LIMITS['direction-everywhere']:g} of direction-everywhere's",
-        "the best other method": f"damage at most half of the best other method's (LM-head location and variants of ours apart)",
+        "the best other method": "damage at most half of the best other method's (LM-head location and our variants "
+        "apart)",
         "perplexity": f"perplexity on text without the concept rises at most {MOST_PERPLEXITY:.0%}",
         "neighbours": f"neighbours keep at least {LEAST_NEAR:.0%} of their probability mass",
     }
