@@ -6,18 +6,21 @@ them, and solves for the strength that leaves the share of the concept it aims a
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
+
+import torch
 
 from rotate_edit import curves, measures, pareto, statistics
 from rotate_edit.checkpoint import load_model
 from rotate_edit.console import Report, silent
-from rotate_edit.edit import Edit
+from rotate_edit.edit import KEYED, Edit
 from rotate_edit.errors import BadInput, Failure
 from rotate_edit.evaluate import texts_about
+from rotate_edit.keys import KeyMoments, fit_keys, key_moments, own_samples
 from rotate_edit.live import applied
-from rotate_edit.locate import Located, choose_channels
+from rotate_edit.locate import Keys, Located, choose_channels
 from rotate_edit.pipeline import GROUP_DISTANCES, Opened, edits_of, locate
 from rotate_edit.recipe import Recipe, parse_recipe
 
@@ -33,12 +36,14 @@ AROUND = (0.85, 1.15)
 @dataclass(frozen=True)
 class Prepared:
     """What all trials share: the opened recipe, the loaded base, what was located for each division into groups,
-    and the base's answers for each concept on a split of the texts."""
+    and the base's answers for each concept on a split of the texts; for the keyed method also its moments on text of
+    the model's own, in the layers that may be the last one edited."""
 
     opened: Opened
     model: Any
     found: dict[float, tuple[Located, ...]]
     known: dict[str, measures.Reference]
+    moments: KeyMoments | None = None
 
 
 @dataclass(frozen=True)
@@ -66,12 +71,27 @@ def prepare(opened: Opened, *, tokens: int = TOKENS, report: Report = silent) ->
     if opened.items is None:
         raise BadInput("tune needs texts to measure on; give evaluate.items or evaluate.text in the recipe.")
     model = load_model(opened.checkpoint, device=opened.device)
-    wanted = opened.recipe.locate.group_distance
+    recipe = opened.recipe
+    wanted = recipe.locate.group_distance
+    distances = GROUP_DISTANCES if wanted == "auto" else (wanted,)
     found = {}
-    for distance in GROUP_DISTANCES if wanted == "auto" else (wanted,):
+    # A keyed edit fits every place where the concept comes next, so there is nothing for groups to add.
+    for distance in distances[:1] if recipe.edit.method in KEYED else distances:
         settings = {"locate.group_distance": distance}
         found[distance] = locate(replace(opened, recipe=with_settings(opened.recipe, settings)), report=report)
-    return Prepared(opened, model, found, references(opened, model, "choose", tokens))
+    moments = None
+    if recipe.edit.method == KEYED[0]:
+        groups = [located.ids for located in next(iter(found.values()))]
+        rows = {layer: torch.arange(opened.checkpoint.neurons) for layer in last_layers(opened)}
+        samples = own_samples(model, opened.tokenizer, tokens=recipe.edit.key_tokens, seed=recipe.seed)
+        moments = key_moments(model, samples, rows, groups)
+    return Prepared(opened, model, found, references(opened, model, "choose", tokens), moments)
+
+
+def last_layers(opened: Opened) -> list[int]:
+    """The layers that may be the last one edited: of those the recipe looks at, the upper half, for keyed edits two."""
+    layers = sorted(opened.recipe.locate.layers or range(opened.checkpoint.layers))
+    return layers[-2:] if opened.recipe.edit.method in KEYED else layers[len(layers) // 2 :]
 
 
 def references(
@@ -122,8 +142,22 @@ def built(prepared: Prepared, settings: dict[str, Any]) -> Edit:
             if (inside is None or channel.layer in inside) and channel.matrix in recipe.locate.matrices
         ]
         found.append(replace(located, chosen=choose_channels(channels, located.tokens, located.ids, recipe)))
-    opened = replace(prepared.opened, recipe=recipe)
-    return edits_of(opened, found, [recipe.edit.method], prepared.model)[recipe.edit.method]
+    opened, method = replace(prepared.opened, recipe=recipe), recipe.edit.method
+    return edits_of(opened, found, [method], prepared.model, _keys(prepared, recipe, found))[method]
+
+
+def _keys(prepared: Prepared, recipe: Recipe, found: Sequence[Located]) -> dict[tuple[str, int], Keys] | None:
+    """The keys of a trial from the moments that all trials share; None for other methods (none, or their own)."""
+    if prepared.moments is None:
+        return None
+    last = max(recipe.locate.layers or prepared.moments.rows)
+    rows = {last: prepared.moments.rows[last]}
+    return {
+        (located.concept.name, located.group): {
+            KEYED[0]: fit_keys(prepared.moments, place, rows, ridge=recipe.edit.key_ridge)
+        }
+        for place, located in enumerate(found)
+    }
 
 
 def try_settings(prepared: Prepared, settings: dict[str, Any]) -> Tried:

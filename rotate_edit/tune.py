@@ -15,6 +15,7 @@ from typing import Any
 from rotate_edit import pareto
 from rotate_edit.comparison import Plan
 from rotate_edit.console import Report, silent
+from rotate_edit.edit import KEYED
 from rotate_edit.errors import BadInput, Failure
 from rotate_edit.evaluate import evaluate
 from rotate_edit.files import write_atomically
@@ -28,6 +29,7 @@ from rotate_edit.trials import (
     at_strengths,
     built,
     compared,
+    last_layers,
     prepare,
     references,
     try_settings,
@@ -52,16 +54,20 @@ def suggest(trial: Any, prepared: Prepared) -> dict[str, Any]:
     settings: dict[str, Any] = {}
     if len(prepared.found) > 1:
         settings["locate.group_distance"] = trial.suggest_categorical("locate.group_distance", list(prepared.found))
-    # Both ranges hold the middle layer, so that a concept is never looked for in one end of the model alone.
-    first = trial.suggest_int("first layer", 0, layers // 2)
-    last = trial.suggest_int("last layer", layers // 2, layers - 1)
-    settings["locate.layers"] = list(range(first, last + 1))
+    looked_at = recipe.locate.layers or range(layers)
+    last = trial.suggest_categorical("last layer", last_layers(prepared.opened))
+    first = min(looked_at)
+    if recipe.edit.method not in KEYED:
+        first = trial.suggest_int("first layer", first, min(last_layers(prepared.opened)))
+    settings["locate.layers"] = [layer for layer in sorted(looked_at) if first <= layer <= last]
     if len(recipe.locate.matrices) > 1:
         choices = ["+".join(recipe.locate.matrices), *recipe.locate.matrices]
         settings["locate.matrices"] = trial.suggest_categorical("locate.matrices", choices).split("+")
-    if recipe.edit.method == "lm-head-located":
+    if recipe.edit.method in KEYED:
+        settings["edit.key_ridge"] = trial.suggest_float("edit.key_ridge", 0.001, 1.0, log=True)
+    if recipe.edit.method in ("lm-head-located", "lm-head-keyed"):
         settings["select.lm_head_z"] = trial.suggest_float("select.lm_head_z", 0.2, 3.0, log=True)
-    else:
+    elif recipe.edit.method != KEYED[0]:
         settings["select.share"] = trial.suggest_float("select.share", 0.05, 0.9)
         settings["select.support"] = trial.suggest_float("select.support", 0.5, 4.0)
         settings["select.top"] = trial.suggest_int("select.top", 3, 20)
@@ -84,6 +90,7 @@ def own_parameters(recipe: Recipe, prepared: Prepared, target: float) -> dict[st
         "edit.direction": recipe.edit.direction,
         "edit.ridge": recipe.edit.ridge,
         "edit.fold_norm": recipe.edit.fold_norm,
+        "edit.key_ridge": recipe.edit.key_ridge,
         "target": target,
     }
     if len(prepared.found) > 1:

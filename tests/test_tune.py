@@ -13,7 +13,7 @@ from rotate_edit import trials, tune
 from rotate_edit.demo.world import concepts
 from rotate_edit.errors import BadInput, Failure
 from rotate_edit.live import applied
-from rotate_edit.pipeline import open_recipe
+from rotate_edit.pipeline import edits_of, open_recipe
 from rotate_edit.recipe import Recipe, parse_recipe, read_recipe
 
 TOKENS = 512
@@ -26,6 +26,7 @@ def recipe(**changes: Any) -> Recipe:
         "concepts": [dogs],
         "locate": {"group_distance": 2.0, "candidates": 120},
         "decompose": {"channels": 1},
+        "edit": {"method": "channel-located"},
         "evaluate": {"items": "demo"},
     }
     return parse_recipe(small | changes)
@@ -167,6 +168,27 @@ def test_the_recipe_against_itself_costs_the_same(prepared: trials.Prepared) -> 
     assert found["removal"] == pytest.approx(own.removal, abs=1e-6)
     # Interpolated between two strengths, fifteen per cent to either side.
     assert found["own_damage"] == pytest.approx(found["damage"], rel=0.03)
+
+
+def test_a_keyed_recipe_is_tuned_on_shared_moments(tmp_path: Path) -> None:
+    keyed = recipe(edit={"method": "keyed", "key_tokens": 2000})
+    with mock.patch.object(trials, "key_moments", wraps=trials.key_moments) as read:
+        record = tune.search(keyed, tmp_path / "tune", trials=4, tokens=TOKENS)
+    assert read.call_count == 1
+    assert record["trials"][0]["settings"]["edit.key_ridge"] == keyed.edit.key_ridge
+    assert record["trials"][0]["removal"] == pytest.approx(0.9, abs=0.011)
+    assert {max(trial["settings"]["locate.layers"]) for trial in record["trials"]} <= {3, 4}
+    found = read_recipe(tmp_path / "tune" / tune.CHOSEN)
+    assert found.edit.method == "keyed"
+
+
+def test_the_shared_moments_give_the_recipes_own_edit() -> None:
+    opened = open_recipe(recipe(edit={"method": "keyed", "key_tokens": 2000}))
+    shared = trials.prepare(opened, tokens=TOKENS)
+    mine = trials.built(shared, {})
+    (own,) = edits_of(opened, next(iter(shared.found.values())), ["keyed"], shared.model).values()
+    assert [change.layer for change in mine.changes] == [change.layer for change in own.changes] == [4]
+    torch.testing.assert_close(mine.changes[0].delta(), own.changes[0].delta())
 
 
 def test_a_lucky_knee_gives_way_to_what_holds_on_other_texts(prepared: trials.Prepared) -> None:
