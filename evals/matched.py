@@ -38,7 +38,7 @@ from rotate_edit.text_items import sentences_together
 
 LONGEST = 64
 # Tokens of one evaluation, at most 20,000 together.
-CONCEPT_TOKENS, OTHER_TOKENS, NEAR_TOKENS = 5000, 7000, 3000
+CONCEPT_TOKENS, OTHER_TOKENS, NEAR_TOKENS = 2500, 4000, 1500
 PASSAGES_A_BOOK = 400
 CHOICE_TEXTS = 200
 # Leaves what a passage needs to be cut at a token.
