@@ -9,6 +9,7 @@ from typing import Any
 
 from rotate_edit.checkpoint import Checkpoint
 from rotate_edit.comparison import Plan
+from rotate_edit.edit import KEYED
 from rotate_edit.estimate import (
     CHANNEL_BYTES,
     PROCESS_WITH_TRANSFORMERS,
@@ -47,14 +48,17 @@ def recipe_cost(
 
     items: what is measured on; lm-eval tasks known by name alone are not counted, since their size is not known.
     """
-    live = measured or items is not None
+    keyed = _keyed(recipe, measured)
+    live = measured or items is not None or keyed
+    grouped = live and _tries_groups(recipe)
     on_gpu = device != "cpu"
     settings = SolverSettings(solver=recipe.decompose.solver, channels=recipe.decompose.channels)
     candidates = recipe.locate.candidates * len(recipe.locate.matrices)
     tables = table_memory(checkpoint)
     searched = shard_memory(checkpoint, settings, candidates)
     cost = Cost(
-        operations=len(recipe.concepts) * _locating(recipe, checkpoint, settings, candidates, grouped=live),
+        operations=len(recipe.concepts)
+        * _locating(recipe, checkpoint, settings, candidates, grouped=live and _tries_groups(recipe)),
         start=START_WITH_TRANSFORMERS,
         read=(len(recipe.concepts) + 1) * checkpoint.size,
         memory=PROCESS_WITH_TRANSFORMERS + tables + searched,
@@ -72,6 +76,9 @@ def recipe_cost(
             memory=model.memory + tables + searched + (0 if on_gpu else kept),
             gpu_memory=model.gpu_memory + tables + searched + kept if on_gpu else 0,
         )
+    if keyed:
+        # Second moments of a layer's activations, in float64: their sum, one more for a batch, and what the fit solves.
+        cost += Cost(memory=3 * 8 * checkpoint.neurons**2)
     if recipe.save.checkpoint:
         written = estimate_patch(checkpoint)
         cost += Cost(read=written.read, memory=written.memory, disk=written.disk)
@@ -82,14 +89,17 @@ def recipe_cost(
 
 def tokens_read(recipe: Recipe, items: Items | None, *, measured: bool = True) -> dict[str, int]:
     """About how many tokens the live model reads, by step."""
-    steps = dict.fromkeys(("groups", "strengths", "curves", "items", "generations"), 0)
+    steps = dict.fromkeys(("keys", "groups", "strengths", "curves", "items", "generations"), 0)
+    if _keyed(recipe, measured):
+        # Every token is written once and read once.
+        steps["keys"] = 2 * recipe.edit.key_tokens
     if items is None:
         return steps
     evaluation = recipe.evaluate
     methods, points = 1 + len(set(evaluation.controls)), len(set(evaluation.strengths)) + 1
     for concept in recipe.concepts:
         own, others = (min(evaluation.tokens, _length(texts)) for texts in texts_about(items, [concept.name]))
-        if recipe.locate.group_distance == "auto":
+        if _tries_groups(recipe):
             steps["groups"] += SEARCHES * (SOLVING_PASSES * own + others)
         if concept.strength == "auto":
             steps["strengths"] += SOLVING_PASSES * own
@@ -108,10 +118,18 @@ def tokens_read(recipe: Recipe, items: Items | None, *, measured: bool = True) -
     return steps
 
 
+def _keyed(recipe: Recipe, measured: bool) -> bool:
+    return any(method in KEYED for method in (recipe.edit.method, *(recipe.evaluate.controls if measured else ())))
+
+
+def _tries_groups(recipe: Recipe) -> bool:
+    return recipe.locate.group_distance == "auto" and recipe.edit.method not in KEYED
+
+
 def _locating(
     recipe: Recipe, checkpoint: Checkpoint, settings: SolverSettings, candidates: int, *, grouped: bool
 ) -> float:
-    searches = GROUPS if grouped and recipe.locate.group_distance == "auto" else 1
+    searches = GROUPS if grouped else 1
     channels = searches * candidates * settings.channels
     asked = searches * candidates * PRODUCTS_ASKING / PRODUCTS[settings.solver] if recipe.decompose.tilted_start else 0
     return search_operations(checkpoint, settings, channels + asked, recipe.decompose.words_only)

@@ -22,16 +22,22 @@ def recipe(**changes: Any) -> Recipe:
 
 def test_steps_are_counted_from_the_settings() -> None:
     steps = tokens_read(recipe(), ITEMS)
-    assert all(count > 0 for count in steps.values())
+    located = {"edit": {"method": "channel-located"}}
+    assert {name for name, count in steps.items() if not count} == {"groups"}
+    assert steps["keys"] == 2 * 24_000
     assert tokens_read(recipe(strength=2), ITEMS) == steps | {"strengths": 0}
-    assert tokens_read(recipe(locate={"group_distance": 2.0}), ITEMS) == steps | {"groups": 0}
+    # A located edit tries groups; beside it channel-keyed still reads what the model writes.
+    grouped = tokens_read(recipe(**located), ITEMS)
+    assert grouped["groups"] > 0
+    assert tokens_read(recipe(**located, locate={"group_distance": 2.0}), ITEMS) == grouped | {"groups": 0}
+    assert tokens_read(recipe(**located), ITEMS, measured=False)["keys"] == 0
     alone = tokens_read(recipe(evaluate={"items": "demo", "controls": []}), ITEMS)
-    # Seven methods at six strengths and the base, against one method.
-    assert steps["curves"] / alone["curves"] == pytest.approx(43 / 7)
+    # Eight methods at six strengths and the base, against one method.
+    assert steps["curves"] / alone["curves"] == pytest.approx(49 / 7)
     assert alone | {"curves": steps["curves"]} == steps
     unmeasured = tokens_read(recipe(), ITEMS, measured=False)
     assert unmeasured == steps | dict.fromkeys(("curves", "items", "generations"), 0)
-    assert set(tokens_read(recipe(), None).values()) == {0}
+    assert set(tokens_read(recipe(**located), None, measured=False).values()) == {0}
 
 
 def test_costs_follow_the_recipe() -> None:
