@@ -57,8 +57,7 @@ def recipe_cost(
     tables = table_memory(checkpoint)
     searched = shard_memory(checkpoint, settings, candidates)
     cost = Cost(
-        operations=len(recipe.concepts)
-        * _locating(recipe, checkpoint, settings, candidates, grouped=live and _tries_groups(recipe)),
+        operations=len(recipe.concepts) * _locating(recipe, checkpoint, settings, candidates, grouped=grouped),
         start=START_WITH_TRANSFORMERS,
         read=(len(recipe.concepts) + 1) * checkpoint.size,
         memory=PROCESS_WITH_TRANSFORMERS + tables + searched,
