@@ -43,6 +43,8 @@ STUDY = "rotate-edit tune"
 LEAST_LEFT, MOST_LEFT = 0.02, 0.5
 OWN_TARGETS = (0.1, 0.3, 0.05)
 STARTUP_TRIALS = 15
+# Other settings must save at least a tenth of the damage on texts that no trial saw, or the recipe's own are kept.
+CLEARLY_LESS = 0.9
 
 
 # Settings.
@@ -247,15 +249,18 @@ def confirmed(prepared: Prepared, tried: Sequence[Tried], places: list[int], tok
     """The knee that holds on texts for choosing which the trials did not see: the front, and the place on it.
 
     The best of many trials is partly the luckiest, so each candidate is compared with the recipe as it was, at equal
-    removal, the knee first and then the rest of the front from the strongest removal down. When none does less damage
-    there, the recipe's own trial is taken, and put into the front if it is not on it.
+    removal, the knee first and then the rest of the front from the strongest removal down. The first that is the
+    recipe itself or does clearly less damage there is taken; without one the recipe's own trial, put into the front
+    if it is not on it.
     """
     others = references(prepared.opened, prepared.model, "choose", tokens, from_the_end=True)
     front = [tried[place].point for place in places]
     first = pareto.knee(front)
     for candidate in [first, *(place for place in reversed(range(len(front))) if place != first)]:
+        if _is_own(prepared, tried[places[candidate]]):
+            return places, candidate
         found = compared(prepared, others, tried[places[candidate]])
-        if found["own_damage"] is None or found["damage"] <= found["own_damage"]:
+        if found["own_damage"] is None or found["damage"] <= CLEARLY_LESS * found["own_damage"]:
             return places, candidate
     own = next((place for place, one in enumerate(tried) if _is_own(prepared, one)), None)
     if own is None:
