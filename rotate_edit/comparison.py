@@ -113,24 +113,17 @@ def _compare_part(part: Part, before: Scores, after: Scores, plan: Plan) -> tupl
         estimate = statistics.kept_accuracy(base, edited, before.chance, **how)
         if not statistics.above_chance(right, len(base), before.chance):
             row["used"], row["reason"] = False, "the base model is not above chance on it"
-    elif before.kind == "probability":
-        levels = statistics.mean(base, **how), statistics.mean(edited, **how)
-        change = statistics.paired_bootstrap(base, edited, **how)
-        estimate = statistics.kept_probability(base, edited, **how)
     else:
-        weights = [before.weights[place] for place in part.rows]
-        levels = _perplexity(base, weights, plan.seed), _perplexity(edited, weights, plan.seed)
-        change = statistics.paired_perplexity(base, edited, weights, **how)
-        estimate = statistics.kept_perplexity(base, edited, weights, **how)
+        weights = [before.weights[place] for place in part.rows] if before.kind == "perplexity" else []
+        pair = (
+            statistics.paired_perplexities(base, edited, weights, **how)
+            if before.kind == "perplexity"
+            else statistics.paired_probabilities(base, edited, **how)
+        )
+        levels, change, estimate = (pair.base, pair.edited), pair.difference, pair.kept
     row |= {"base": levels[0].plain(), "edited": levels[1].plain(), **_difference(change)}
     row["kept"] = statistics.measure(estimate).plain() if row["used"] else None
     return row, estimate if row["used"] else None
-
-
-def _perplexity(values: Sequence[float], weights: Sequence[float], seed: int) -> Measure:
-    logs = statistics.ratio_of_sums(values, weights, seed=seed)
-    level = math.exp(-logs.value)
-    return Measure(level, math.exp(-logs.high), math.exp(-logs.low), logs.n, level * logs.standard_error)
 
 
 def _difference(change: Difference) -> dict[str, Any]:

@@ -287,7 +287,11 @@ def difference(
     p = `2 min(P(difference* <= 0), P(difference* >= 0))` over the bootstrap draws, with one added to both counts
     (Davison and Hinkley 1997, 4.2), so it is never 0.
     """
-    estimate = bootstrap(columns, statistic, draws=draws, seed=seed)
+    return tested(bootstrap(columns, statistic, draws=draws, seed=seed))
+
+
+def tested(estimate: Estimate) -> Difference:
+    """An estimate of a difference with its bootstrap p-value against 0 (see `difference`)."""
     below, above = (estimate.draws <= 0).sum(), (estimate.draws >= 0).sum()
     p = min(1.0, 2 * (min(below, above) + 1) / (len(estimate.draws) + 1)) if estimate.n else math.nan
     return Difference(measure(estimate), float(p))
@@ -316,6 +320,51 @@ def paired_perplexity(
 def paired_accuracy(base: ArrayLike, edited: ArrayLike, *, draws: int = DRAWS, seed: int = 0) -> Difference:
     """Difference of two accuracies on the same items: bootstrap interval, exact McNemar p."""
     return replace(paired_bootstrap(base, edited, draws=draws, seed=seed), p=mcnemar_exact(base, edited))
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two levels of the same items, their difference and the fraction kept, all from one resampling."""
+
+    base: Measure
+    edited: Measure
+    difference: Difference
+    kept: Estimate
+
+
+def paired_probabilities(base: ArrayLike, edited: ArrayLike, *, draws: int = DRAWS, seed: int = 0) -> Pair:
+    """Paired probabilities [n]: what `mean`, `paired_bootstrap` and `kept_probability` say, in one resampling."""
+    table = _paired(base, edited)
+    # The point itself is the first row of what every formula below is applied to.
+    before, after = np.vstack([table.mean(axis=0), resampled_means(table, draws=draws, seed=seed)]).T
+    with np.errstate(divide="ignore", invalid="ignore"):
+        kept = np.minimum(1, after / before)
+    levels = [measure(_estimate(column, len(table))) for column in (before, after)]
+    change = tested(_estimate(after - before, len(table)))
+    change = replace(change, measure=change.measure.against(float(before[0])))
+    return Pair(levels[0], levels[1], change, _estimate(kept, len(table)))
+
+
+def paired_perplexities(
+    base: ArrayLike, edited: ArrayLike, tokens: ArrayLike, *, draws: int = DRAWS, seed: int = 0
+) -> Pair:
+    """Paired texts: two perplexities, and what `paired_perplexity` and `kept_perplexity` say, in one resampling.
+
+    base, edited: summed log-likelihoods in nats [n]; tokens: how many tokens (or words) each text has [n].
+    """
+    table = np.concatenate([_paired(base, edited), np.asarray(tokens, dtype=float)[:, None]], axis=1)
+    before, after, length = np.vstack([table.mean(axis=0), resampled_means(table, draws=draws, seed=seed)]).T
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        first, second = np.exp(-before / length), np.exp(-after / length)
+        kept = np.minimum(1, np.exp((after - before) / length))
+    levels = [measure(_estimate(column, len(table))) for column in (first, second)]
+    change = tested(_estimate(second - first, len(table)))
+    change = replace(change, measure=change.measure.against(float(first[0])))
+    return Pair(levels[0], levels[1], change, _estimate(kept, len(table)))
+
+
+def _estimate(column: NDArray[np.float64], n: int) -> Estimate:
+    return Estimate(float(column[0]), column[1:], n)
 
 
 def paired_log_ratio(base: ArrayLike, other: ArrayLike, *, draws: int = DRAWS, seed: int = 0) -> Difference:

@@ -241,3 +241,32 @@ def test_texts_and_plain_values():
 def test_lists_of_different_length_are_refused():
     with pytest.raises(ValueError, match="one length"):
         ours.mcnemar_exact([1, 0], [1])
+
+
+def test_one_resampling_says_what_many_do():
+    generator = np.random.default_rng(3)
+    base, weights = generator.random(120), generator.integers(5, 40, 120)
+    edited = base * generator.random(120)
+    pair = ours.paired_probabilities(base, edited)
+    single = ours.paired_bootstrap(base, edited)
+    assert pair.difference.measure.plain() == pytest.approx(single.measure.plain(), rel=1e-9)
+    assert pair.difference.p == single.p
+    assert pair.base.plain() == pytest.approx(ours.mean(base).plain(), rel=1e-12)
+    assert pair.edited.plain() == pytest.approx(ours.mean(edited).plain(), rel=1e-12)
+    assert np.array_equal(pair.kept.draws, ours.kept_probability(base, edited).draws)
+    logs, other = -50 * base, -55 * base
+    texts = ours.paired_perplexities(logs, other, weights)
+    alone = ours.paired_perplexity(logs, other, weights)
+    assert texts.difference.measure.plain() == pytest.approx(alone.measure.plain(), rel=1e-9)
+    assert texts.difference.p == alone.p
+    assert np.array_equal(texts.kept.draws, ours.kept_perplexity(logs, other, weights).draws)
+    level = ours.ratio_of_sums(logs, weights)
+    assert texts.base.low == pytest.approx(np.exp(-level.high), rel=1e-6)
+    assert texts.base.high == pytest.approx(np.exp(-level.low), rel=1e-6)
+
+
+def test_an_unchanged_model_differs_by_nothing_at_all():
+    values = np.random.default_rng(0).random(90)
+    pair = ours.paired_probabilities(values, values)
+    assert (pair.difference.measure.value, pair.difference.measure.low, pair.difference.measure.high) == (0, 0, 0)
+    assert pair.difference.p == 1
