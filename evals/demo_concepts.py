@@ -56,7 +56,15 @@ def run_concept(name: str) -> dict[str, Any]:
 
 def table(rows: list[dict[str, Any]]) -> str:
     """The rows as Markdown, with the geometric mean of every ratio."""
-    head = ["concept", "neurons located", "strength", "efficacy", "specificity", "first-token KL", "collateral KL at 10 %"]
+    head = [
+        "concept",
+        "neurons located",
+        "strength",
+        "efficacy",
+        "specificity",
+        "first-token KL",
+        "collateral KL at 10 %",
+    ]
     lines = ["| " + " | ".join([*head, *(f"{name}, times ours" for name in METHODS)]) + " |"]
     lines.append("|" + "---|" * (len(head) + len(METHODS)))
     for row in rows:

@@ -32,6 +32,7 @@ def recipe(*wanted: tuple[str, float], items: str | None = "demo", **changes: An
         "concepts": entries,
         "locate": {"group_distance": 2.0, "candidates": 120},
         "decompose": {"channels": 1},
+        "edit": {"method": "channel-located", "key_tokens": 2000} | changes.pop("edit", {}),
         "evaluate": {"items": items, "tokens": 1000},
     }
     return parse_recipe(small | changes)
@@ -43,9 +44,9 @@ def demo() -> Any:
 
 
 @cache
-def edit(*wanted: tuple[str, float]) -> Edit:
-    opened = pipeline.open_recipe(recipe(*wanted))
-    return pipeline.edits_of(opened, pipeline.locate(opened), ["channel-located"])["channel-located"]
+def edit(*wanted: tuple[str, float], method: str = "channel-located") -> Edit:
+    opened = pipeline.open_recipe(recipe(*wanted, edit={"method": method}))
+    return pipeline.edits_of(opened, pipeline.locate(opened), [method], demo())[method]
 
 
 def kept(name: str, made: Edit) -> float:
@@ -73,6 +74,15 @@ def test_suppressing_and_amplifying_together_undo_nothing() -> None:
     assert raised > 1.05
     assert kept("dogs", both) < gone + 0.02
     assert kept("cats", both) > raised - 0.02
+
+
+def test_two_keyed_concepts_are_both_removed() -> None:
+    dogs, ships = ("dogs", 6.0), ("ships", 6.0)
+    both = edit(dogs, ships, method="keyed")
+    for name, alone in (("dogs", edit(dogs, method="keyed")), ("ships", edit(ships, method="keyed"))):
+        gone = kept(name, alone)
+        assert gone < 0.3
+        assert kept(name, both) < gone + 0.05
 
 
 def test_a_protected_concept_and_word_are_not_moved_to_first_order() -> None:
