@@ -141,6 +141,15 @@ def goals(rows: Sequence[dict[str, Any]]) -> dict[str, int]:
     }
 
 
+def _measured(file: Path, model: str, settings: dict[str, Any]) -> dict[str, Any]:
+    """The rows of an earlier run of the same model and settings, by concept."""
+    if not file.is_file():
+        return {}
+    earlier = json.loads(file.read_text(encoding="utf-8"))
+    same = earlier.get("model") == model and earlier.get("settings") == settings
+    return {row["concept"]: row for row in earlier["rows"]} if same else {}
+
+
 def main() -> None:
     """Measure every concept and write the JSON and the Markdown."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -166,7 +175,11 @@ def main() -> None:
         materials = demo_materials(only)
     model = load_model(open_checkpoint(arguments.model))
     rows = []
+    measured = _measured(arguments.output.with_suffix(".json"), Path(arguments.model).name, settings)
     for material in materials:
+        if material.name in measured:
+            rows.append(measured[material.name])
+            continue
         concept = {"name": material.name, "words": material.words, "plurals": material.plurals, "strength": -1.0}
         recipe = parse_recipe({"model": arguments.model, "concepts": [concept], **settings})
         rows.append(measure_concept(model, material, recipe))
@@ -178,6 +191,8 @@ def main() -> None:
             command += f" --{name} " + (f"'{value}'" if " " in str(value) else str(value))
     about = {
         "command": command,
+        "model": Path(arguments.model).name,
+        "settings": settings,
         "date": date.today().isoformat(),
         "python": platform.python_version(),
         "torch": torch.__version__,
