@@ -25,7 +25,8 @@ from rotate_edit.edit import Edit
 from rotate_edit.errors import Failure
 from rotate_edit.generations import generate, repetition
 from rotate_edit.live import applied
-from rotate_edit.pipeline import edits_of, locate, open_recipe
+from rotate_edit.opened import open_recipe
+from rotate_edit.pipeline import edits_of, locate
 from rotate_edit.recipe import Recipe, parse_recipe
 
 TIMES = 5.0

@@ -31,7 +31,8 @@ from rotate_edit import matched
 from rotate_edit.concept import find_tokens, token_texts
 from rotate_edit.edit import LIVE_METHODS, METHODS, TOKEN_METHOD, Edit
 from rotate_edit.errors import Failure
-from rotate_edit.pipeline import Opened, edits_of, locate, open_recipe
+from rotate_edit.opened import Opened, open_recipe
+from rotate_edit.pipeline import edits_of, locate
 from rotate_edit.recipe import Recipe, parse_recipe
 from rotate_edit.tasks import Items, open_items
 from rotate_edit.text_items import sentences_together

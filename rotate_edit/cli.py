@@ -53,12 +53,12 @@ def main() -> None:
 @OVERWRITE
 def run(recipe: str, output: Path | None, estimate: bool, full_hash: bool, allow_code: bool, overwrite: bool) -> None:
     """Locate, edit, save, evaluate and report, as RECIPE says."""
-    from rotate_edit import pipeline
+    from rotate_edit import opened, pipeline
 
     read = _recipe(recipe, full_hash)
     where = output or _next_run(Path(recipe).stem)
     if estimate:
-        _print_estimate(f"a run of {Path(recipe).name}", *pipeline.estimate(read), where)
+        _print_estimate(f"a run of {Path(recipe).name}", *opened.estimate(read), where)
         return
     with progress_bars() as report:
         result = pipeline.run(read, where, overwrite=overwrite, allow_code=allow_code, report=report)
@@ -314,14 +314,14 @@ def edit(
     overwrite: bool,
 ) -> None:
     """Build RECIPE's edit and write it (edit/, model/, adapter/), without evaluating it."""
-    from rotate_edit import pipeline
+    from rotate_edit import opened, pipeline
 
     read = _recipe(recipe, full_hash)
     where = output or _next_run(f"{Path(recipe).stem}-edit")
     if estimate:
         kept = read.save.model_copy(update={"checkpoint": not no_checkpoint})
         read = read.model_copy(update={"save": kept})
-        _print_estimate(f"the edit of {Path(recipe).name}", *pipeline.estimate(read, measured=False), where)
+        _print_estimate(f"the edit of {Path(recipe).name}", *opened.estimate(read, measured=False), where)
         return
     with progress_bars() as report:
         made, warnings = pipeline.edit_only(

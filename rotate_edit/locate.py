@@ -335,11 +335,7 @@ def build_edits(
             for method in on_tokens:
                 changes[method] += made_on_tokens
         for site, plain_target in targets(checkpoint, recipe, located, directions_of):
-            keyed = {
-                method: layers[site.layer]
-                for method, layers in (keys or {}).get((name, located.group), {}).items()
-                if site.matrix == "out" and site.layer in layers
-            }
+            keyed = _at(site, (keys or {}).get((name, located.group), {}))
             target = replace(plain_target, evidence=seen_in.get(site.layer), keyed=keyed)
             weight = recipe.edit.layer_strengths.get(site.layer, 1.0)
             before = taken.setdefault((name, site), set())
@@ -361,6 +357,23 @@ def build_edits(
                 changes[method].append(made)
                 if method == recipe.edit.method:
                     vectors[method] += _describe(made, site, target, located)
+    return _as_edits(checkpoint, recipe, changes, vectors, clamps)
+
+
+def _at(site: Site, keys: Keys) -> dict[str, tuple[Tensor, Tensor]]:
+    """What each keyed method takes at a site."""
+    if site.matrix != "out":
+        return {}
+    return {method: layers[site.layer] for method, layers in keys.items() if site.layer in layers}
+
+
+def _as_edits(
+    checkpoint: Checkpoint,
+    recipe: Recipe,
+    changes: Mapping[str, Sequence[edits.MatrixChange]],
+    vectors: Mapping[str, Sequence[edits.EditedVector]],
+    clamps: Sequence[edits.Clamp],
+) -> dict[str, Edit]:
     if not changes[recipe.edit.method]:
         raise Failure(
             f"the method {recipe.edit.method} found no neuron to change; lower select.share, select.support or "
@@ -378,7 +391,7 @@ def build_edits(
             settings,
             tuple(clamps) if method in edits.LIVE_METHODS else (),
         )
-        for method in methods
+        for method in changes
     }
 
 

@@ -8,7 +8,7 @@ import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,29 +20,26 @@ from rotate_edit.activations import SNMF_FEATURES, evidence_about
 from rotate_edit.adapter import write_adapter
 from rotate_edit.card import write_cards
 from rotate_edit.channels import save_channels
-from rotate_edit.checkpoint import Checkpoint, identity, load_model, load_tokenizer, open_checkpoint
+from rotate_edit.checkpoint import identity, load_model
 from rotate_edit.comparison import Plan
 from rotate_edit.concept import TokenSet, find_tokens
 from rotate_edit.console import Report, silent
 from rotate_edit.edit import KEYED, NEEDS_TEXT, Edit, Evidence
 from rotate_edit.edit_file import save_edit
-from rotate_edit.engines import pick_device
 from rotate_edit.errors import BadInput, Failure
-from rotate_edit.estimate import Cost, check_cost
 from rotate_edit.evaluate import Variant, evaluate, texts_about
 from rotate_edit.files import check_output_free, whole_folder, write_atomically
-from rotate_edit.forecast import recipe_cost
 from rotate_edit.keys import fit_keys, key_moments, own_samples
 from rotate_edit.locate import Keys, Located, build_edits, key_rows, locate_concept, sites, solver_settings
+from rotate_edit.opened import Opened, open_recipe
 from rotate_edit.patch import write_checkpoint
-from rotate_edit.projection import Vocabulary, VocabularyRules, read_projections, read_vocabulary
+from rotate_edit.projection import read_projections
 from rotate_edit.provenance import cache_folder, peak_memory, plain, provenance, weights_hash
 from rotate_edit.recipe import ConceptRecipe, Recipe, recipe_text
 from rotate_edit.report import write_report
 from rotate_edit.reproduce import write_reproduction
 from rotate_edit.scoring import Settings
-from rotate_edit.tasks import Items, open_items
-from rotate_edit.text_items import items_from_text, save_items
+from rotate_edit.text_items import save_items
 
 FORMAT = 1
 # Divisions of a concept into groups that `group_distance: auto` tries; the first keeps it whole.
@@ -56,79 +53,6 @@ LOCATED_METHODS = (
     "zero-neurons",
     "random-neurons",
 )
-
-
-@dataclass(frozen=True)
-class Opened:
-    """What a recipe names, opened and checked: nothing was written yet.
-
-    tokens: for each concept its token set; items: what the edit is measured on, or None.
-    """
-
-    recipe: Recipe
-    checkpoint: Checkpoint
-    tokenizer: Any
-    vocabulary: Vocabulary
-    tokens: tuple[TokenSet, ...]
-    items: Items | None
-    device: str
-
-    def warnings(self) -> list[str]:
-        """Everything the user should know about the words, one sentence each."""
-        return [warning for tokens in self.tokens for warning in tokens.warnings]
-
-
-def open_recipe(
-    recipe: Recipe, output: Path | None = None, *, measured: bool = True, allow_code: bool = False
-) -> Opened:
-    """Open everything a recipe names. Raises BadInput for whatever cannot work, before anything is written.
-
-    output: where a run will write; then a run that does not fit this machine's memory or disk is refused first;
-    allow_code: let the definitions of the items run code that they bring along.
-    """
-    checkpoint = open_checkpoint(recipe.model, recipe.revision)
-    sites(checkpoint, recipe)
-    device = pick_device(recipe.decompose.device)
-    if output is not None:
-        check_cost(recipe_cost(recipe, checkpoint, None, device=device, measured=measured), output)
-    tokenizer = load_tokenizer(checkpoint)
-    rules = VocabularyRules(
-        projection=recipe.locate.projection,
-        words_only=recipe.decompose.words_only,
-        ignore_undertrained=recipe.decompose.ignore_undertrained,
-        level_rarity=recipe.decompose.level_rarity,
-    )
-    vocabulary = read_vocabulary(checkpoint, rules, tokenizer)
-    texts = list(vocabulary.texts)
-    tokens = tuple(
-        find_tokens(concept.name, concept.words, tokenizer, texts, plurals=concept.plurals)
-        for concept in recipe.concepts
-    )
-    items = _open_items(recipe, tokenizer, allow_code)
-    return Opened(recipe, checkpoint, tokenizer, vocabulary, tokens, items, device)
-
-
-def estimate(recipe: Recipe, *, measured: bool = True) -> tuple[Cost, str]:
-    """What a run of a recipe (or, not `measured`, its edit alone) takes, and on which device; no weight is read."""
-    checkpoint = open_checkpoint(recipe.model, recipe.revision)
-    device = pick_device(recipe.decompose.device)
-    needs_tokenizer = recipe.evaluate.text is not None
-    items = _open_items(recipe, load_tokenizer(checkpoint) if needs_tokenizer else None)
-    return recipe_cost(recipe, checkpoint, items, device=device, measured=measured), device
-
-
-def _open_items(recipe: Recipe, tokenizer: Any, allow_code: bool = False) -> Items | None:
-    if recipe.evaluate.items is not None:
-        return open_items(recipe.evaluate.items, allow_code=allow_code)
-    if recipe.evaluate.text is not None:
-        return items_from_text(
-            recipe.evaluate.text,
-            {concept.name: concept.words for concept in recipe.concepts},
-            {concept.name: concept.neighbour_words for concept in recipe.concepts},
-            tokenizer,
-            plurals=any(concept.plurals for concept in recipe.concepts),
-        )
-    return None
 
 
 def locate(opened: Opened, model: Any = None, report: Report = silent) -> tuple[Located, ...]:

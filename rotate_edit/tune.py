@@ -19,7 +19,7 @@ from rotate_edit.edit import KEYED
 from rotate_edit.errors import BadInput, Failure
 from rotate_edit.evaluate import evaluate
 from rotate_edit.files import write_atomically
-from rotate_edit.pipeline import open_recipe
+from rotate_edit.opened import open_recipe
 from rotate_edit.recipe import Recipe, recipe_text
 from rotate_edit.scoring import Settings
 from rotate_edit.trials import (

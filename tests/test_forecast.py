@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from rotate_edit import pipeline
+from rotate_edit import opened, pipeline
 from rotate_edit.checkpoint import open_checkpoint
 from rotate_edit.errors import BadInput
 from rotate_edit.forecast import recipe_cost, tokens_read
@@ -72,6 +72,6 @@ def test_a_run_that_does_not_fit_is_refused_before_anything_is_read(
 def test_an_estimate_opens_no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("rotate_edit.checkpoint.read_tensor", None)
     monkeypatch.setattr("rotate_edit.checkpoint.read_place", None)
-    cost, device = pipeline.estimate(recipe())
+    cost, device = opened.estimate(recipe())
     assert cost.operations > 0
     assert device in ("cpu", "cuda", "mps")

@@ -18,7 +18,7 @@ from tiny_run import tiny_run
 
 from rotate_edit.checkpoint import open_checkpoint
 from rotate_edit.errors import BadInput
-from rotate_edit.pipeline import open_recipe
+from rotate_edit.opened import open_recipe
 from rotate_edit.repeat import repeat
 from rotate_edit.reproduce import check_same_base, differences, hashes, read_reproduction
 

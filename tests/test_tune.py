@@ -13,7 +13,8 @@ from rotate_edit import trials, tune
 from rotate_edit.demo.world import concepts
 from rotate_edit.errors import BadInput, Failure
 from rotate_edit.live import applied
-from rotate_edit.pipeline import edits_of, open_recipe
+from rotate_edit.opened import open_recipe
+from rotate_edit.pipeline import edits_of
 from rotate_edit.recipe import Recipe, parse_recipe, read_recipe
 
 TOKENS = 512

@@ -1,0 +1,89 @@
+"""What a recipe names, opened and checked before anything is written."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rotate_edit.checkpoint import Checkpoint, load_tokenizer, open_checkpoint
+from rotate_edit.concept import TokenSet, find_tokens
+from rotate_edit.engines import pick_device
+from rotate_edit.estimate import Cost, check_cost
+from rotate_edit.forecast import recipe_cost
+from rotate_edit.locate import sites
+from rotate_edit.projection import Vocabulary, VocabularyRules, read_vocabulary
+from rotate_edit.recipe import Recipe
+from rotate_edit.tasks import Items, open_items
+from rotate_edit.text_items import items_from_text
+
+
+@dataclass(frozen=True)
+class Opened:
+    """What a recipe names, opened and checked: nothing was written yet.
+
+    tokens: for each concept its token set; items: what the edit is measured on, or None.
+    """
+
+    recipe: Recipe
+    checkpoint: Checkpoint
+    tokenizer: Any
+    vocabulary: Vocabulary
+    tokens: tuple[TokenSet, ...]
+    items: Items | None
+    device: str
+
+    def warnings(self) -> list[str]:
+        """Everything the user should know about the words, one sentence each."""
+        return [warning for tokens in self.tokens for warning in tokens.warnings]
+
+
+def open_recipe(
+    recipe: Recipe, output: Path | None = None, *, measured: bool = True, allow_code: bool = False
+) -> Opened:
+    """Open everything a recipe names. Raises BadInput for whatever cannot work, before anything is written.
+
+    output: where a run will write; then a run that does not fit this machine's memory or disk is refused first;
+    allow_code: let the definitions of the items run code that they bring along.
+    """
+    checkpoint = open_checkpoint(recipe.model, recipe.revision)
+    sites(checkpoint, recipe)
+    device = pick_device(recipe.decompose.device)
+    if output is not None:
+        check_cost(recipe_cost(recipe, checkpoint, None, device=device, measured=measured), output)
+    tokenizer = load_tokenizer(checkpoint)
+    rules = VocabularyRules(
+        projection=recipe.locate.projection,
+        words_only=recipe.decompose.words_only,
+        ignore_undertrained=recipe.decompose.ignore_undertrained,
+        level_rarity=recipe.decompose.level_rarity,
+    )
+    vocabulary = read_vocabulary(checkpoint, rules, tokenizer)
+    texts = list(vocabulary.texts)
+    tokens = tuple(
+        find_tokens(concept.name, concept.words, tokenizer, texts, plurals=concept.plurals)
+        for concept in recipe.concepts
+    )
+    items = _open_items(recipe, tokenizer, allow_code)
+    return Opened(recipe, checkpoint, tokenizer, vocabulary, tokens, items, device)
+
+
+def estimate(recipe: Recipe, *, measured: bool = True) -> tuple[Cost, str]:
+    """What a run of a recipe (or, not `measured`, its edit alone) takes, and on which device; no weight is read."""
+    checkpoint = open_checkpoint(recipe.model, recipe.revision)
+    device = pick_device(recipe.decompose.device)
+    needs_tokenizer = recipe.evaluate.text is not None
+    items = _open_items(recipe, load_tokenizer(checkpoint) if needs_tokenizer else None)
+    return recipe_cost(recipe, checkpoint, items, device=device, measured=measured), device
+
+
+def _open_items(recipe: Recipe, tokenizer: Any, allow_code: bool = False) -> Items | None:
+    if recipe.evaluate.items is not None:
+        return open_items(recipe.evaluate.items, allow_code=allow_code)
+    if recipe.evaluate.text is not None:
+        return items_from_text(
+            recipe.evaluate.text,
+            {concept.name: concept.words for concept in recipe.concepts},
+            {concept.name: concept.neighbour_words for concept in recipe.concepts},
+            tokenizer,
+            plurals=any(concept.plurals for concept in recipe.concepts),
+        )
+    return None
