@@ -43,6 +43,8 @@ STUDY = "rotate-edit tune"
 LEAST_LEFT, MOST_LEFT = 0.02, 0.5
 OWN_TARGETS = (0.1, 0.3, 0.05)
 STARTUP_TRIALS = 15
+# A choice is confirmed and reported on so many times the text of a trial, since few comparisons are made there.
+CONFIRMING, PROVING = 2, 4
 # Other settings must save at least a tenth of the damage on texts that no trial saw, or the recipe's own are kept.
 CLEARLY_LESS = 0.9
 
@@ -232,7 +234,7 @@ def summary(prepared: Prepared, study: Any, pick: str, seed: int, tokens: int) -
     chosen = picked([tried[place].point for place in places], pick)
     if pick == "knee":
         places, chosen = confirmed(prepared, tried, places, tokens)
-    held_out = references(prepared.opened, prepared.model, "report", tokens)
+    held_out = references(prepared.opened, prepared.model, "report", PROVING * tokens)
     return {
         "trials": [vars(one) for one in tried],
         "failed": failures,
@@ -253,7 +255,7 @@ def confirmed(prepared: Prepared, tried: Sequence[Tried], places: list[int], tok
     recipe itself or does clearly less damage there is taken; without one the recipe's own trial, put into the front
     if it is not on it.
     """
-    others = references(prepared.opened, prepared.model, "choose", tokens, from_the_end=True)
+    others = references(prepared.opened, prepared.model, "choose", CONFIRMING * tokens, from_the_end=True)
     front = [tried[place].point for place in places]
     first = pareto.knee(front)
     for candidate in [first, *(place for place in reversed(range(len(front))) if place != first)]:
