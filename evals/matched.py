@@ -247,7 +247,13 @@ def main() -> None:
                 {
                     "model": arguments.model,
                     "concepts": [
-                        {"name": material.name, "words": material.words, "plurals": material.plurals, "strength": 1.0}
+                        {
+                            "name": material.name,
+                            "words": material.words,
+                            "plurals": material.plurals,
+                            "strength": 1.0,
+                            "neighbour_words": material.near_words,
+                        }
                     ],
                     **settings,
                 }

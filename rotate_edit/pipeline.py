@@ -117,9 +117,9 @@ def edits_of(
     model: Any = None,
     keys: Mapping[tuple[str, int], Keys] | None = None,
 ) -> dict[str, Edit]:
-    """The edits of the wanted methods. Each concept's direction leaves alone its kept words, what the recipe protects
-    and the other concepts. model: the loaded base, for methods that need text; it is loaded when left out; keys: from
-    `keys_of`, which is called when they are left out."""
+    """The edits of the wanted methods. Each concept's direction leaves alone its kept and neighbour words, what the
+    recipe protects and the other concepts. model: the loaded base, for methods that need text or samples; it is loaded
+    when left out; keys: from `keys_of`, which is called when they are left out."""
     texts = list(opened.vocabulary.texts)
 
     def ids_of(where: str, words: Sequence[str], plurals: bool = False) -> Tensor:
@@ -130,7 +130,8 @@ def edits_of(
     for concept in opened.recipe.concepts:
         words = [ids_of(f"{concept.name}.keep", [word], concept.plurals) for word in concept.keep]
         others = [tokens.ids for tokens in opened.tokens if tokens.name != concept.name]
-        kept[concept.name] = words + others + protected
+        own = next(tokens.ids for tokens in opened.tokens if tokens.name == concept.name)
+        kept[concept.name] = words + _neighbours(opened, concept, own) + others + protected
     evidence = {}
     if any(method in NEEDS_TEXT for method in methods):
         evidence = _evidence(opened, found, methods, model)
@@ -138,6 +139,22 @@ def edits_of(
         keys = keys_of(opened, found, methods, model)
     untrained = opened.vocabulary.untrained
     return build_edits(opened.checkpoint, opened.recipe, untrained, found, methods, kept, evidence, keys)
+
+
+def _neighbours(opened: Opened, concept: ConceptRecipe, own: Tensor) -> list[Tensor]:
+    """The neighbour words that a concept's direction leaves alone, each by itself.
+
+    Many together, above a sixteenth of the model's width, count as one, or little room would be left for the direction.
+    """
+    texts = list(opened.vocabulary.texts)
+    found = [
+        find_tokens("neighbours", [word], opened.tokenizer, texts, plurals=concept.plurals, required=False).ids
+        for word in concept.neighbour_words
+    ]
+    apart = [ids[~torch.isin(ids, own)] for ids in found]
+    kept = [ids for ids in apart if len(ids)]
+    many = len(kept) > opened.checkpoint.hidden_size // 16
+    return [torch.cat(kept).unique()] if many else kept
 
 
 def keys_of(

@@ -42,7 +42,11 @@ class ConceptRecipe(_Section):
     neighbours: list[str] = Field(
         [], description="Names of concepts of the evaluation items that lie close and must be kept."
     )
-    neighbour_words: list[str] = Field([], description="Words that lie close and must be kept, measured on `text`.")
+    neighbour_words: list[str] = Field(
+        [],
+        description="Words that lie close and must be kept: edits with a direction "
+        "leave them alone to first order, and they are measured on `text`.",
+    )
     keep: list[str] = Field([], description="Words whose mean logit the edit must not move (first order).")
 
     @field_validator("words", "neighbour_words", "keep")

@@ -10,7 +10,7 @@ from tiny_models import save_tiny
 
 from rotate_edit import measures, pipeline
 from rotate_edit.checkpoint import load_model, open_checkpoint, read_unembedding
-from rotate_edit.concept import TokenSet
+from rotate_edit.concept import TokenSet, find_tokens
 from rotate_edit.demo.world import concepts
 from rotate_edit.edit import NEEDS_TEXT, TOKEN_METHOD, Edit
 from rotate_edit.errors import BadInput
@@ -102,6 +102,20 @@ def test_a_protected_concept_and_word_are_not_moved_to_first_order() -> None:
     assert moved(made.changes[0], ["violin"]) < 1e-4
     assert moved(free.changes[0], ["violin"]) > 1e-3
     assert kept("dogs", made) < 0.3
+
+
+@pytest.mark.parametrize("words", [["kitten", "tabby"], sorted(concepts()["cats"].words)])
+def test_neighbour_words_are_left_alone_each_or_together_when_they_are_many(words: list[str]) -> None:
+    content = recipe(("dogs", 6.0)).model_dump()
+    content["concepts"][0]["neighbour_words"] = words
+    opened = pipeline.open_recipe(parse_recipe(content))
+    made = pipeline.edits_of(opened, pipeline.locate(opened), ["channel-located"])["channel-located"]
+    head = demo().lm_head.weight.detach() * demo().model.norm.weight.detach()
+    ids = find_tokens("cats", words, opened.tokenizer, list(opened.vocabulary.texts), plurals=True).ids
+    ids = ids[~torch.isin(ids, opened.tokens[0].ids)]
+    write = made.changes[0].right[0]
+    mean = head[ids].mean(0) - head[~opened.vocabulary.untrained].mean(0)
+    assert abs(float(mean @ write)) < 1e-4 * float(mean.norm() * write.norm())
 
 
 @pytest.mark.parametrize("direction", ["plain", "least-collateral"])
