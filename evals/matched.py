@@ -265,9 +265,9 @@ def main() -> None:
             print(_line(known), flush=True)
         results.append(known)
     command = f"python evals/matched.py --model {arguments.model} --output {arguments.output.as_posix()}"
-    for name in ("concepts", "half", "texts", "only", "settings"):
+    for name in ("concepts", "half", "texts", "only", "methods", "settings"):
         value = getattr(arguments, name)
-        if value not in (None, "", "{}"):
+        if value not in (None, "", "{}", ",".join(METHODS)):
             command += f" --{name} " + (f"'{value}'" if " " in str(value) else str(value))
     provenance = {
         "command": command,
