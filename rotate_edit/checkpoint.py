@@ -15,7 +15,6 @@ from torch import Tensor
 from rotate_edit import hub
 from rotate_edit.architectures import NEURON_MATRICES, PUBLISHED_SWITCHES, Architecture, Place, architecture_of, locate
 from rotate_edit.companions import EDIT_RECORD, INDEX, TOKENIZER_FILES, WEIGHTS, may_be_copied
-from rotate_edit.console import without_foreign_bars
 from rotate_edit.errors import BadInput, quoted
 from rotate_edit.files import file_inside, read_json
 from rotate_edit.hub import HubModel
@@ -458,6 +457,8 @@ def load_model(
 ) -> "PreTrainedModel":
     """The live transformers model of a checkpoint or folder, in evaluation mode; only safetensors, no remote code."""
     from transformers import AutoModelForCausalLM
+
+    from rotate_edit.console import without_foreign_bars
 
     checkpoint = model if isinstance(model, Checkpoint) else open_checkpoint(model)
     with without_foreign_bars():
