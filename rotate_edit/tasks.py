@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import yaml
 
@@ -209,7 +209,14 @@ def read_task(
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML without any tag of its own: the plain loader, kept apart so that nothing can be registered on it."""
+    """YAML's own tags alone: the tables are this class's, or a tag that other code registers would be inherited."""
+
+    yaml_constructors: ClassVar[dict[Any, Any]] = {
+        tag: build
+        for tag, build in yaml.SafeLoader.yaml_constructors.items()
+        if tag is None or tag.startswith("tag:yaml.org,2002:")
+    }
+    yaml_multi_constructors: ClassVar[dict[Any, Any]] = {}
 
 
 def _read_definition(path: Path, *, allow_code: bool) -> dict[str, Any]:

@@ -95,6 +95,17 @@ def test_what_is_more_than_data_is_refused_by_name(tmp_path, change, message):
         tasks.read_task(write(tmp_path, {**CHOICE, **change}))
 
 
+def test_a_tag_that_other_code_registers_on_the_safe_loader_is_still_refused(tmp_path, monkeypatch):
+    ran = []
+    constructors = {**yaml.SafeLoader.yaml_constructors, "!function": lambda *_: ran.append("ran")}
+    monkeypatch.setattr(yaml.SafeLoader, "yaml_constructors", constructors)
+    path = tmp_path / "task.yaml"
+    path.write_text("task: x\ndoc_to_text: !function helper.text\n")
+    with pytest.raises(BadInput, match="asks for code to be run"):
+        tasks._read_definition(path, allow_code=False)
+    assert ran == []
+
+
 def test_functions_need_allow_code(tmp_path):
     path = write(tmp_path)
     path.write_text(path.read_text() + "doc_to_text: !function helper.text\n")
