@@ -93,7 +93,8 @@ def by_document(sums: Tensor, texts: Texts, size: int) -> NDArray[np.float64]:
 def trace(model: Any, proof: Proof, edit: Edit, *, target: float = MATCHED_TARGET) -> dict[str, Any]:
     """The curve of one method around the smallest strength that leaves `target` of the concept's mass.
 
-    Strengths double from 0.5 until the target is reached or 64 is passed, then the crossing is narrowed down. Returns
+    Strengths double from 0.5 until the target is reached and once more, or until 64 is passed; then the crossing is
+    narrowed down. Returns
     plain values: `reached`; `strength` (None when never reached); `points`, ascending in strength, with the sums by
     document `mass` and, where damage was measured, `damage` and `likelihood`; `near`, the neighbours at the crossing.
     """
@@ -112,9 +113,12 @@ def trace(model: Any, proof: Proof, edit: Edit, *, target: float = MATCHED_TARGE
     while after[1] > target and strength < STRONGEST:
         strength *= 2
         before, after = after, (strength, left(strength))
-    reached, grid = after[1] <= target, set(masses)
+    reached = after[1] <= target
     if reached:
-        strength = _narrowed(left, before, after, target)
+        # Documents drawn again may need more strength than these: one step more keeps them between two points.
+        left(2 * after[0])
+    grid = set(masses)
+    strength = _narrowed(left, before, after, target) if reached else strength
     points = []
     for at in sorted(masses):
         fraction = float(masses[at].sum() / proof.base["mass"].sum())

@@ -79,6 +79,14 @@ def test_the_damage_is_known_on_both_sides_of_the_crossing(model, proof, edit):
     assert max(fractions) > TARGET >= min(fractions)
 
 
+def test_one_step_beyond_the_target_is_measured_for_documents_that_need_more(model, proof, edit):
+    found = matched.trace(model, proof, edit, target=TARGET)
+    at = next(place for place, point in enumerate(found["points"]) if point["strength"] == found["strength"])
+    beyond = [point for point in found["points"][at + 1 :] if "damage" in point]
+    assert beyond[-1]["strength"] >= 2 * found["strength"]
+    assert beyond[-1]["fraction"] < found["points"][at]["fraction"]
+
+
 def test_a_target_out_of_reach_is_said_to_be(model, proof, edit):
     found = matched.trace(model, proof, edit, target=1e-30)
     assert not found["reached"]
