@@ -5,6 +5,10 @@ from collections.abc import Iterator
 
 import pytest
 
+# One thread each, before torch is imported: two workers with two threads each wait for one another most of the time.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 
 @pytest.fixture(autouse=True, scope="session")
 def no_waiting_for_the_disk() -> Iterator[None]:
