@@ -1,8 +1,8 @@
 """What limits a keyed edit: the default beside edits that know more, at the same removal.
 
 `python evals/limits.py --model ../shared/models/bookworm --concepts evals/bookworm/concepts.yaml --half dev
---texts ../shared/corpora/books --output evals/results/limits-bookworm`. A keyed edit changes the last layer alone, so every
-row is computed exactly from what that layer's neurons and the residual stream hold on the texts.
+--texts ../shared/corpora/books --output evals/results/limits-bookworm`. A keyed edit changes the last layer alone,
+so every row is computed exactly from what that layer's neurons and the residual stream hold on the texts.
 """
 
 import argparse
@@ -106,9 +106,9 @@ def variants(head: Head, own: Seen, more: Seen, ids: Tensor, direction: Tensor, 
     found[OURS] = key(second, mean)[:, None] * direction
     felt_more, chance_more = moments(more)
     concept_more = chance_more[:, ids].sum(1).double()
-    found["the key from three times the text"] = (
-        key(felt_more.T @ felt_more / len(felt_more), concept_more @ felt_more / concept_more.sum())[:, None] * direction
-    )
+    mean_more = concept_more @ felt_more / concept_more.sum()
+    longer = key(felt_more.T @ felt_more / len(felt_more), mean_more)
+    found["the key from three times the text"] = longer[:, None] * direction
     moved = (rows @ direction).float()
     cost = (chance @ moved.square() - (chance @ moved).square()).double()
     found["places weighted by what moving the concept costs there"] = (
@@ -120,7 +120,8 @@ def variants(head: Head, own: Seen, more: Seen, ids: Tensor, direction: Tensor, 
     directions = rows[ids[kept]] @ metric
     directions = directions / (directions * rows[ids[kept]]).sum(1, keepdim=True)
     found["a key and a direction for every word"] = (keys * (often[kept] / often.sum())[:, None]).T @ directions
-    found["every weight of the matrix, fitted by gradient"] = fitted(head, own, chance, ids, found[OURS], second, metric)
+    free = fitted(head, own, chance, ids, found[OURS], second, metric)
+    found["every weight of the matrix, fitted by gradient"] = free
 
     def linear(change: Tensor) -> Variant:
         return lambda where, strength: head(where.residual - strength * (where.neurons @ change.float()))
@@ -139,9 +140,7 @@ def variants(head: Head, own: Seen, more: Seen, ids: Tensor, direction: Tensor, 
     return named | {"our direction, a key that is told the concept's probability": told, FLOOR: lowered}
 
 
-def fitted(
-    head: Head, own: Seen, chance: Tensor, ids: Tensor, start: Tensor, second: Tensor, metric: Tensor
-) -> Tensor:
+def fitted(head: Head, own: Seen, chance: Tensor, ids: Tensor, start: Tensor, second: Tensor, metric: Tensor) -> Tensor:
     """A change [neurons, d_model] after some steps of Adam from `start`, in the coordinates that the default's own
     costs whiten, towards the base's prediction with a tenth of the concept's probability."""
     damped = second + 0.03 * second.diagonal().mean() * torch.eye(len(second), dtype=torch.float64)
@@ -283,9 +282,10 @@ def main() -> None:
         print(material.name, {name: row["kl"] for name, row in results[-1]["rows"].items()}, flush=True)
     arguments.output.with_suffix(".json").write_text(json.dumps({**about, "results": results}, indent=1) + "\n")
     words = (
-        f"# What limits a keyed edit\n\n`{command}`, {about['date']}, Python {about['python']}, torch {about['torch']}, "
-        f"seed 0. {len(results)} concepts, every edit at the strength that leaves {TARGET:.0%} of the concept's mass in "
-        "held-out text. KL: over all positions of text without the concept, geometric mean over concepts.\n\n"
+        f"# What limits a keyed edit\n\n`{command}`, {about['date']}, Python {about['python']}, torch "
+        f"{about['torch']}, seed 0. {len(results)} concepts, every edit at the strength that leaves {TARGET:.0%} "
+        "of the concept's mass in held-out text. KL: over all positions of text without the concept, geometric mean "
+        "over concepts.\n\n"
     )
     arguments.output.with_suffix(".md").write_text(words + table(results) + "\n")
 
