@@ -8,19 +8,16 @@ Odds: of the concept's tokens as the next one, mean over prompts that are openin
 import argparse
 import json
 import math
-import platform
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from datetime import date
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
-from matched import OTHER_TOKENS, Material, book_materials, demo_materials
+from matched import OTHER_TOKENS, load
+from material import Material, add_arguments, materials, provenance
 
 from rotate_edit import measures
-from rotate_edit.checkpoint import load_model, open_checkpoint
 from rotate_edit.edit import Edit
 from rotate_edit.errors import Failure
 from rotate_edit.generations import generate, repetition
@@ -154,30 +151,15 @@ def _measured(file: Path, model: str, settings: dict[str, Any]) -> dict[str, Any
 def main() -> None:
     """Measure every concept and write the JSON and the Markdown."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True)
-    parser.add_argument("--concepts", type=Path)
-    parser.add_argument("--texts", type=Path)
-    parser.add_argument("--half", choices=("dev", "test"))
-    parser.add_argument("--only", default="")
+    add_arguments(parser)
     parser.add_argument("--settings", default="{}", help="recipe sections as YAML")
     parser.add_argument("--output", type=Path, required=True, help="path without its ending")
     arguments = parser.parse_args()
     settings = yaml.safe_load(arguments.settings)
-    only = [name for name in arguments.only.split(",") if name]
-    if arguments.concepts:
-        content = yaml.safe_load(arguments.concepts.read_text(encoding="utf-8"))
-        names = [
-            concept["name"]
-            for concept in content["concepts"]
-            if arguments.half in (None, concept["half"]) and (not only or concept["name"] in only)
-        ]
-        materials = book_materials(content, arguments.texts, names)
-    else:
-        materials = demo_materials(only)
-    model = load_model(open_checkpoint(arguments.model))
+    model = load(arguments.model)
     rows = []
     measured = _measured(arguments.output.with_suffix(".json"), Path(arguments.model).name, settings)
-    for material in materials:
+    for material in materials(arguments):
         if material.name in measured:
             rows.append(measured[material.name])
             continue
@@ -185,26 +167,16 @@ def main() -> None:
         recipe = parse_recipe({"model": arguments.model, "concepts": [concept], **settings})
         rows.append(measure_concept(model, material, recipe))
         print(table(rows[-1:]).splitlines()[2], flush=True)
-    command = f"python evals/amplify.py --model {arguments.model} --output {arguments.output.as_posix()}"
-    for name in ("concepts", "texts", "half", "only", "settings"):
-        value = getattr(arguments, name)
-        if value not in (None, "", "{}"):
-            command += f" --{name} " + (f"'{value}'" if " " in str(value) else str(value))
-    about = {
-        "command": command,
+    about = provenance("amplify.py", parser, arguments) | {
         "model": Path(arguments.model).name,
         "settings": settings,
-        "date": date.today().isoformat(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "seed": 0,
         "method": settings.get("edit", {}).get("method", "channel-located"),
         "goals": goals(rows),
     }
     arguments.output.with_suffix(".json").write_text(json.dumps({**about, "rows": rows}, indent=1, allow_nan=False))
     met = about["goals"]
     words = (
-        f"# {len(rows)} concepts of {Path(arguments.model).name} amplified\n\n`{command}`, {about['date']}, Python "
+        f"# {len(rows)} concepts of {about['model']} amplified\n\n`{about['command']}`, {about['date']}, Python "
         f"{about['python']}, torch {about['torch']}, seed 0. Each at the smallest strength that makes the concept's "
         f"odds after {PROMPTS} neutral prompts {TIMES:g} times the base's. Perplexity: on held-out text without the "
         f"concept. Repetition: share of 4-grams that a text repeats, {GENERATED} texts of {NEW_TOKENS} tokens.\n\n"

@@ -8,16 +8,14 @@ so every row is computed exactly from what that layer's neurons and the residual
 import argparse
 import json
 import math
-import platform
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from datetime import date
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
-from matched import _loaded, _proof, book_materials
+from matched import load, proof_of
+from material import Material, add_arguments, materials, provenance
 from torch import Tensor
 
 from rotate_edit import edit as edits
@@ -198,7 +196,7 @@ def at_target(variant: Variant, head: Head, texts: dict[str, Seen], ids: Tensor,
     }
 
 
-def measure(model: Any, material: Any, name: str, samples: dict[int, Seen], head: Head) -> dict[str, Any]:
+def measure(model: Any, material: Material, name: str, samples: dict[int, Seen], head: Head) -> dict[str, Any]:
     """One concept: every variant at the target."""
     concept = {"name": material.name, "words": material.words, "strength": 1.0, "neighbour_words": material.near_words}
     recipe = parse_recipe({"model": name, "concepts": [concept | {"plurals": material.plurals}]})
@@ -206,7 +204,7 @@ def measure(model: Any, material: Any, name: str, samples: dict[int, Seen], head
     for size in (TOKENS, 3 * TOKENS):
         if size not in samples:
             samples[size] = seen(model, own_samples(model, opened.tokenizer, tokens=size, seed=0))
-    proof, ids = _proof(model, opened, material), opened.tokens[0].ids
+    proof, ids = proof_of(model, opened, material), opened.tokens[0].ids
     assert proof.near is not None
     assert proof.near_ids is not None
     usable = ~opened.vocabulary.untrained
@@ -260,29 +258,21 @@ def table(results: list[dict[str, Any]]) -> str:
 def main() -> None:
     """Measure the concepts, print the table, write the JSON and the Markdown."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True)
-    parser.add_argument("--concepts", type=Path, required=True)
-    parser.add_argument("--half", choices=("dev", "test"), default="dev")
-    parser.add_argument("--texts", type=Path, required=True)
+    add_arguments(parser)
     parser.add_argument("--output", type=Path, required=True, help="path without its ending")
     arguments = parser.parse_args()
-    content = yaml.safe_load(arguments.concepts.read_text(encoding="utf-8"))
-    names = [concept["name"] for concept in content["concepts"] if concept["half"] == arguments.half]
-    model = _loaded(arguments.model).requires_grad_(False)
+    model = load(arguments.model).requires_grad_(False)
     norm = model.model.norm
     head = Head(norm.weight.float(), model.get_output_embeddings().weight.float(), norm.variance_epsilon)
-    command = f"python evals/limits.py --model {arguments.model} --concepts {arguments.concepts.as_posix()} "
-    command += f"--half {arguments.half} --texts {arguments.texts.as_posix()} --output {arguments.output.as_posix()}"
-    about = {"command": command, "date": date.today().isoformat(), "python": platform.python_version()}
-    about["torch"] = torch.__version__
+    about = provenance("limits.py", parser, arguments)
     results: list[dict[str, Any]] = []
     samples: dict[int, Seen] = {}
-    for material in book_materials(content, arguments.texts, names):
+    for material in materials(arguments):
         results.append(measure(model, material, arguments.model, samples, head))
         print(material.name, {name: row["kl"] for name, row in results[-1]["rows"].items()}, flush=True)
     arguments.output.with_suffix(".json").write_text(json.dumps({**about, "results": results}, indent=1) + "\n")
     words = (
-        f"# What limits a keyed edit\n\n`{command}`, {about['date']}, Python {about['python']}, torch "
+        f"# What limits a keyed edit\n\n`{about['command']}`, {about['date']}, Python {about['python']}, torch "
         f"{about['torch']}, seed 0. {len(results)} concepts, every edit at the strength that leaves {TARGET:.0%} "
         "of the concept's mass in held-out text. KL: over all positions of text without the concept, geometric mean "
         "over concepts.\n\n"

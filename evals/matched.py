@@ -9,16 +9,10 @@ that was measured with the same settings is not measured again, so a run that wa
 """
 
 import argparse
-import csv
-import hashlib
 import json
-import platform
-import random
-import re
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from datetime import date
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +20,7 @@ import numpy as np
 import torch
 import yaml
 from matched_table import write_table
+from material import Material, add_arguments, materials, provenance
 
 from rotate_edit import matched
 from rotate_edit.concept import find_tokens, token_texts
@@ -34,94 +29,10 @@ from rotate_edit.errors import Failure
 from rotate_edit.opened import Opened, open_recipe
 from rotate_edit.pipeline import edits_of, locate
 from rotate_edit.recipe import Recipe, parse_recipe
-from rotate_edit.tasks import Items, open_items
-from rotate_edit.text_items import sentences_together
 
 LONGEST = 64
 # Tokens of one evaluation, at most 20,000 together.
 CONCEPT_TOKENS, OTHER_TOKENS, NEAR_TOKENS = 2500, 4000, 1500
-PASSAGES_A_BOOK = 400
-CHOICE_TEXTS = 200
-# Leaves what a passage needs to be cut at a token.
-LEAST_CHARACTERS = 120
-
-
-@dataclass(frozen=True)
-class Material:
-    """One concept: its words, its neighbours' words, the items for choosing, and its (document, text) rows by use."""
-
-    name: str
-    words: list[str]
-    plurals: bool
-    near_words: list[str]
-    items: Items
-    concept: list[tuple[int, str]]
-    others: list[tuple[int, str]]
-    near: list[tuple[int, str]]
-    documents: list[str]
-
-
-# Where the texts come from.
-
-
-def demo_materials(names: Sequence[str]) -> Iterator[Material]:
-    """The demo's concepts, with the bundled items' texts; each text is a document."""
-    from rotate_edit.demo.world import concepts
-
-    world, items = concepts(), open_items("demo")
-    rows = items.texts["report"]
-    documents = [hashlib.sha256(row["text"].encode()).hexdigest()[:12] for row in rows]
-    order = sorted(range(len(rows)), key=lambda place: documents[place])
-    for name in names or sorted(world):
-        own = [(place, rows[place]["text"]) for place in order if rows[place]["concept"] == name]
-        free = [place for place in order if name not in (rows[place]["concept"], *rows[place]["contains"])]
-        close = [(place, rows[place]["text"]) for place in free if rows[place]["concept"] in world[name].neighbours]
-        words = [word for other in world[name].neighbours for word in world[other].words]
-        yield Material(
-            name, list(world[name].words), True, words, items, own,
-            [(place, rows[place]["text"]) for place in free], close, documents,
-        )  # fmt: skip
-
-
-def book_materials(content: dict[str, Any], folder: Path, names: Sequence[str]) -> Iterator[Material]:
-    """Concepts of a file on a folder of books with an INDEX.tsv; each book is a document."""
-    with (folder / "INDEX.tsv").open(encoding="utf-8", newline="") as file:
-        files = {row["title"]: folder / row["file"] for row in csv.DictReader(file, delimiter="\t", quoting=3)}
-    titles = {split: list(content["texts"][split]) for split in ("choose", "report")}
-    rows = {split: _in_turn([_passages(files[title]) for title in titles[split]]) for split in titles}
-    for concept in content["concepts"]:
-        if concept["name"] not in names:
-            continue
-        own, close = _pattern(concept["words"]), _pattern(concept["neighbours"])
-        found: dict[str, list[list[tuple[int, str]]]] = {}
-        for split in rows:
-            about = [row for row in rows[split] if own.search(row[1])]
-            free = [row for row in rows[split] if not own.search(row[1])]
-            found[split] = [about, free, [row for row in free if close.search(row[1])]]
-        chosen = [
-            {"text": text, "concept": concept["name"], "contains": [concept["name"]]}
-            for _, text in found["choose"][0][:CHOICE_TEXTS]
-        ] + [{"text": text, "concept": None, "contains": []} for _, text in found["choose"][1][:CHOICE_TEXTS]]
-        items = Items("books", (), {"choose": tuple(chosen)}, (), (), {})
-        yield Material(
-            concept["name"], concept["words"], False, concept["neighbours"], items, *found["report"], titles["report"]
-        )
-
-
-def _passages(file: Path) -> list[str]:
-    found = [text for text in sentences_together(file.read_text(encoding="utf-8")) if len(text) > LEAST_CHARACTERS]
-    random.Random(file.name).shuffle(found)
-    return found[:PASSAGES_A_BOOK]
-
-
-def _in_turn(lists: Sequence[list[str]]) -> list[tuple[int, str]]:
-    """One passage of every book, then another of every book, and so on."""
-    longest = max(len(found) for found in lists)
-    return [(book, found[turn]) for turn in range(longest) for book, found in enumerate(lists) if turn < len(found)]
-
-
-def _pattern(words: Sequence[str]) -> re.Pattern[str]:
-    return re.compile(r"\b(?:" + "|".join(map(re.escape, words)) + r")\b", re.IGNORECASE)
 
 
 # One concept.
@@ -134,7 +45,7 @@ def measure_concept(model: Any, material: Material, recipe: Recipe, methods: Seq
     found = locate(opened, model)
     edits = _edits(opened, found, methods)
     located = time.monotonic()
-    proof = _proof(model, opened, material)
+    proof = proof_of(model, opened, material)
     traces = {}
     for method, edit in edits.items():
         before = time.monotonic()
@@ -165,7 +76,8 @@ def _edits(opened: Opened, found: Any, methods: Sequence[str]) -> dict[str, Edit
         return edits_of(without, found, methods)
 
 
-def _proof(model: Any, opened: Opened, material: Material) -> matched.Proof:
+def proof_of(model: Any, opened: Opened, material: Material) -> matched.Proof:
+    """The base model's answers on a concept's texts, on texts without it and on its neighbours'."""
     tokenizer, ids = opened.tokenizer, opened.tokens[0].ids
     vocabulary = model.config.get_text_config().vocab_size
     texts = token_texts(tokenizer)
@@ -204,11 +116,7 @@ def _proof(model: Any, opened: Opened, material: Material) -> matched.Proof:
 def main() -> None:
     """Measure every concept that is not measured yet, then write the table and the figure."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True)
-    parser.add_argument("--concepts", type=Path, help="a concepts file; the demo's world without one")
-    parser.add_argument("--texts", type=Path, help="the folder of books")
-    parser.add_argument("--half", choices=("dev", "test"), help="of the concepts file")
-    parser.add_argument("--only", default="", help="names of concepts, separated by commas")
+    add_arguments(parser)
     parser.add_argument(
         "--methods", default=",".join((*METHODS, TOKEN_METHOD, *LIVE_METHODS)), help="separated by commas"
     )
@@ -216,17 +124,6 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="a folder")
     arguments = parser.parse_args()
     settings = yaml.safe_load(arguments.settings)
-    only = [name for name in arguments.only.split(",") if name]
-    if arguments.concepts:
-        content = yaml.safe_load(arguments.concepts.read_text(encoding="utf-8"))
-        names = [
-            concept["name"]
-            for concept in content["concepts"]
-            if arguments.half in (None, concept["half"]) and (not only or concept["name"] in only)
-        ]
-        materials = book_materials(content, arguments.texts, names)
-    else:
-        materials = demo_materials(only)
     chosen = settings.get("edit", {}).get("method", "keyed")
     methods = list(dict.fromkeys([chosen, *arguments.methods.split(",")]))
     about = {
@@ -239,7 +136,7 @@ def main() -> None:
     arguments.output.mkdir(parents=True, exist_ok=True)
     results = []
     model = None
-    for material in materials:
+    for material in materials(arguments):
         file = arguments.output / f"{material.name}.json"
         known = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
         if known.get("about") != about:
@@ -259,28 +156,16 @@ def main() -> None:
                 }
             )
             if model is None:
-                model = _loaded(arguments.model)
+                model = load(arguments.model)
             known = {"about": about, **_rounded(measure_concept(model, material, recipe, methods))}
             file.write_text(json.dumps(known), encoding="utf-8")
             print(_line(known), flush=True)
         results.append(known)
-    command = f"python evals/matched.py --model {arguments.model} --output {arguments.output.as_posix()}"
-    for name in ("concepts", "half", "texts", "only", "methods", "settings"):
-        value = getattr(arguments, name)
-        if value not in (None, "", "{}", ",".join(METHODS)):
-            command += f" --{name} " + (f"'{value}'" if " " in str(value) else str(value))
-    provenance = {
-        "command": command,
-        "date": date.today().isoformat(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
-        "seed": 0,
-    }
-    write_table(results, chosen, arguments.output, provenance)
+    write_table(results, chosen, arguments.output, provenance("matched.py", parser, arguments))
 
 
-def _loaded(name: str) -> Any:
+def load(name: str) -> Any:
+    """A model in memory."""
     from rotate_edit.checkpoint import load_model, open_checkpoint
 
     return load_model(open_checkpoint(name))

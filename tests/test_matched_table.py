@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 EVALS = str(Path(__file__).parents[1] / "evals")
 BOOKS = [f"book {number}" for number in range(20)]
@@ -15,7 +16,7 @@ PROVENANCE = {"command": "c", "date": "d", "python": "p", "torch": "t", "threads
 @pytest.fixture
 def evals(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(EVALS)
-    for name in ("matched", "matched_table", "amplify"):
+    for name in ("matched", "matched_table", "material", "amplify", "limits"):
         monkeypatch.delitem(sys.modules, name, raising=False)
 
 
@@ -108,13 +109,13 @@ def test_a_chosen_method_that_never_gets_there_meets_no_goal(tmp_path: Path) -> 
 
 @pytest.mark.usefixtures("evals")
 def test_the_texts_without_a_concept_hold_none_and_each_document_is_told() -> None:
-    import matched
+    import material as texts
 
-    (material,) = matched.demo_materials(["dogs"])
+    (material,) = texts.demo_materials(["dogs"])
     assert len(material.documents) == len(set(material.documents))
     assert not {place for place, _ in material.others} & {place for place, _ in material.concept}
     assert {place for place, _ in material.near} <= {place for place, _ in material.others}
-    rows = matched._in_turn([["a", "b"], ["c"], ["d", "e"]])
+    rows = texts._in_turn([["a", "b"], ["c"], ["d", "e"]])
     assert rows == [(0, "a"), (1, "c"), (2, "d"), (0, "b"), (2, "e")]
 
 
@@ -124,3 +125,34 @@ def test_the_weakest_strength_that_raises_enough() -> None:
 
     assert weakest_strength(lambda strength: 1 + strength, 5.0) == pytest.approx(4.0, rel=0.03)
     assert weakest_strength(lambda strength: 1.0, 5.0) is None
+
+
+@pytest.mark.usefixtures("evals")
+def test_what_limits_an_edit_is_measured_at_the_target_and_the_whitening_is_its_own_inverse() -> None:
+    import limits
+
+    generator = torch.Generator().manual_seed(0)
+    positions, neurons, width, vocabulary = 400, 24, 12, 60
+    head = limits.Head(torch.ones(width), torch.randn(vocabulary, width, generator=generator), 1e-6)
+    places = limits.Seen(
+        torch.randn(positions, neurons, generator=generator),
+        torch.randn(positions, width, generator=generator),
+        torch.randint(vocabulary, (positions,), generator=generator),
+    )
+    ids, near = torch.tensor([3, 4, 5]), torch.tensor([8, 9])
+    rows = head.unembedding.double() - head.unembedding.double().mean(0)
+    metric = limits._inverse(rows.T @ rows / vocabulary, 0.3, None)
+    root = limits._root(metric, 0.5)
+    torch.testing.assert_close(root @ root, metric, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(root @ limits._root(metric, -0.5), torch.eye(width).double(), rtol=1e-9, atol=1e-9)
+    mean = rows[ids].mean(0)
+    direction = metric @ mean / (mean @ metric @ mean)
+    found = limits.variants(head, places, places, ids, direction, metric)
+    assert len(found) == 7
+    texts = dict.fromkeys(("concept", "others", "near"), places)
+    told = {name: limits.at_target(variant, head, texts, ids, near) for name, variant in found.items()}
+    # A key that is told and logits that are lowered work at any place; a key that must be read off noise need not.
+    assert 0 < told[limits.FLOOR]["kl"] < told["our direction, a key that is told the concept's probability"]["kl"]
+    row = {"kl": 1.0, "perplexity": 0.02, "near": 0.95}
+    lines = limits.table([{"rows": {limits.OURS: row, "other": row | {"kl": 0.5}}}] * 2).splitlines()
+    assert lines[-1] == "| other | 2 | 0.50 | +2.00% | 0 | 2 |"
