@@ -4,6 +4,7 @@ Every method here is one short function from a `Target` (one matrix and what was
 changes and the two factors of their change. `METHODS` finds it by the name that a recipe uses.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
@@ -22,7 +23,7 @@ class MatrixChange:
     "unembedding" (a row is a token), "out_bias" (one row); layer and expert: where the matrix stands (None for
     the embeddings, and for the expert of a dense layer); rows: int64 [n], ascending, without repeats;
     left: float32 [n, r]; right: float32 [r, d_model]; strength: 1 removes, > 1 pushes against, < 0 amplifies;
-    concept: the name of the concept this change belongs to.
+    concept: the name of the concept this change belongs to; most: `at` goes no further than this strength.
     """
 
     matrix: str
@@ -33,6 +34,11 @@ class MatrixChange:
     right: Tensor
     strength: float
     concept: str
+    most: float = math.inf
+
+    def at(self, strength: float) -> "MatrixChange":
+        """The same change at another strength, at most at `most`."""
+        return replace(self, strength=min(strength, self.most))
 
     def delta(self) -> Tensor:
         """The rows' change, float32 [n, d_model]: `strength * left @ right`."""
@@ -98,7 +104,7 @@ class Edit:
         """The same edit with every change at `strength` (the factors do not depend on it)."""
         return replace(
             self,
-            changes=tuple(replace(change, strength=strength) for change in self.changes),
+            changes=tuple(change.at(strength) for change in self.changes),
             clamps=tuple(replace(clamp, strength=strength) for clamp in self.clamps),
         )
 
@@ -106,7 +112,7 @@ class Edit:
         """The same edit with every strength multiplied by `factor`."""
         return replace(
             self,
-            changes=tuple(replace(change, strength=change.strength * factor) for change in self.changes),
+            changes=tuple(change.at(change.strength * factor) for change in self.changes),
             clamps=tuple(replace(clamp, strength=clamp.strength * factor) for clamp in self.clamps),
         )
 
@@ -382,6 +388,9 @@ METHODS: dict[str, Callable[[Target], Factors]] = {
 }
 # The concept's direction out of its own tokens' embeddings: no neuron is located, so it has no function of a target.
 TOKEN_METHOD = "token-embeddings"
+# With neurons edited too, this much of it at most: without it the neurons' direction has nothing to push against, and
+# past 1 the rows point the other way, where the neurons' change raises the concept.
+ROWS_AT_MOST = 0.5
 # These cannot be written into weights, so they are controls on the live model only.
 LIVE_METHODS = ("clamp-neurons",)
 # These read activations on the model's own text.

@@ -3,6 +3,7 @@
 Matrices are read one at a time, so that a model larger than memory can be edited.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -333,7 +334,8 @@ def build_edits(
         if on_tokens and not located.group:
             made_on_tokens = token_changes(checkpoint, untrained, located, strength)
             for method in on_tokens:
-                changes[method] += made_on_tokens
+                most = math.inf if method == edits.TOKEN_METHOD else edits.ROWS_AT_MOST
+                changes[method] += [replace(made, most=most).at(strength) for made in made_on_tokens]
         for site, plain_target in targets(checkpoint, recipe, located, directions_of):
             keyed = _at(site, (keys or {}).get((name, located.group), {}))
             target = replace(plain_target, evidence=seen_in.get(site.layer), keyed=keyed)

@@ -184,7 +184,7 @@ def try_settings(prepared: Prepared, settings: dict[str, Any]) -> Tried:
 
 def at_strengths(edit: Edit, strengths: dict[str, float]) -> Edit:
     """The edit with each concept's changes at its own strength."""
-    return replace(edit, changes=tuple(replace(change, strength=strengths[change.concept]) for change in edit.changes))
+    return replace(edit, changes=tuple(change.at(strengths[change.concept]) for change in edit.changes))
 
 
 def effect(

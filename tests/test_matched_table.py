@@ -16,7 +16,7 @@ PROVENANCE = {"command": "c", "date": "d", "python": "p", "torch": "t", "threads
 @pytest.fixture
 def evals(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(EVALS)
-    for name in ("matched", "matched_table", "material", "amplify", "limits"):
+    for name in ("matched", "matched_table", "material", "amplify", "limits", "unseen_words"):
         monkeypatch.delitem(sys.modules, name, raising=False)
 
 
@@ -156,3 +156,16 @@ def test_what_limits_an_edit_is_measured_at_the_target_and_the_whitening_is_its_
     row = {"kl": 1.0, "perplexity": 0.02, "near": 0.95}
     lines = limits.table([{"rows": {limits.OURS: row, "other": row | {"kl": 0.5}}}] * 2).splitlines()
     assert lines[-1] == "| other | 2 | 0.50 | +2.00% | 0 | 2 |"
+
+
+@pytest.mark.usefixtures("evals")
+def test_words_that_an_edit_was_not_told_are_those_of_the_other_half() -> None:
+    import material as texts
+    from unseen_words import METHODS, table, told
+
+    (material,) = texts.demo_materials(["dogs"])
+    halves = [told("demo", material, material.words[half::2]).concepts[0].words for half in (0, 1)]
+    assert sorted(halves[0] + halves[1]) == sorted(material.words)
+    rows = [{"method": name, "left": 0.5, "kl": 0.01} for name in METHODS]
+    rows += [row | {"left": None, "kl": None} for row in rows]
+    assert table(rows).splitlines()[2] == "| keyed | 1 of 2 | 0.10 | 0.50 | 0.01000 |"

@@ -12,7 +12,7 @@ from rotate_edit import measures, pipeline
 from rotate_edit.checkpoint import load_model, open_checkpoint, read_unembedding
 from rotate_edit.concept import TokenSet, find_tokens
 from rotate_edit.demo.world import concepts
-from rotate_edit.edit import NEEDS_TEXT, TOKEN_METHOD, Edit
+from rotate_edit.edit import NEEDS_TEXT, ROWS_AT_MOST, TOKEN_METHOD, Edit
 from rotate_edit.errors import BadInput
 from rotate_edit.evaluate import texts_about
 from rotate_edit.live import applied
@@ -163,6 +163,11 @@ def test_embeddings_are_edited_when_asked_and_once_where_the_head_is_tied() -> N
     made = pipeline.edits_of(opened, found, ["channel-located", TOKEN_METHOD, "direction-everywhere"])
     ids = opened.tokens[0].ids
     (change,) = [change for change in made["channel-located"].changes if change.matrix == "embedding"]
+    # Beside neurons the rows go half the way and no further; alone they go as far as they are told.
+    assert change.strength == change.most == ROWS_AT_MOST == 0.5
+    assert {c.strength for c in made["channel-located"].with_strength(3.0).changes} == {0.5, 3.0}
+    assert {c.strength for c in made["channel-located"].scaled(-2.0).changes} == {-1.0, -2.0}
+    assert [c.strength for c in made[TOKEN_METHOD].with_strength(3.0).changes] == [3.0]
     assert opened.checkpoint.tied
     assert torch.equal(change.rows, ids)
     assert [change.matrix for change in made[TOKEN_METHOD].changes] == ["embedding"]
