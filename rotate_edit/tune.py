@@ -126,24 +126,14 @@ def search(
     the pick means nothing, and Failure when no trial worked.
     """
     import optuna
-    from optuna.storages.journal import JournalFileBackend
 
     checked_pick(pick)
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
     opened = open_recipe(recipe, output)
     _own_folder(output, recipe_text(recipe), tokens)
     started = time.monotonic()
     prepared = prepare(opened, tokens=tokens, report=report)
-    storage = optuna.storages.JournalStorage(JournalFileBackend(str(output / JOURNAL)))
-    study = optuna.create_study(
-        study_name=STUDY, storage=storage, directions=["maximize", "minimize"], load_if_exists=True
-    )
+    study = _study(output, prepared, seed)
     done = len(finished(study))
-    # Another seed for a search that goes on, or it would try the same settings again.
-    study.sampler = optuna.samplers.TPESampler(seed=seed + done, n_startup_trials=STARTUP_TRIALS, multivariate=True)
-    if not study.trials:
-        for target in OWN_TARGETS:
-            study.enqueue_trial(own_parameters(recipe, prepared, target))
 
     def objective(trial: Any) -> tuple[float, float]:
         report("tune", len(finished(study)), trials)
@@ -170,6 +160,25 @@ def search(
     record |= {"interrupted": interrupted, "seconds": round(time.monotonic() - started, 1)}
     write_record(recipe, record, output)
     return record
+
+
+def _study(output: Path, prepared: Prepared, seed: int) -> Any:
+    """The search that `output` holds, or a new one that tries the recipe as it is first."""
+    import optuna
+    from optuna.storages.journal import JournalFileBackend
+
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    storage = optuna.storages.JournalStorage(JournalFileBackend(str(output / JOURNAL)))
+    study = optuna.create_study(
+        study_name=STUDY, storage=storage, directions=["maximize", "minimize"], load_if_exists=True
+    )
+    # Another seed for a search that goes on, or it would try the same settings again.
+    again = seed + len(finished(study))
+    study.sampler = optuna.samplers.TPESampler(seed=again, n_startup_trials=STARTUP_TRIALS, multivariate=True)
+    if not study.trials:
+        for target in OWN_TARGETS:
+            study.enqueue_trial(own_parameters(prepared.opened.recipe, prepared, target))
+    return study
 
 
 def finished(study: Any) -> list[Any]:
