@@ -13,7 +13,7 @@ from rotate_edit.checkpoint import Checkpoint
 from rotate_edit.edit import Edit
 from rotate_edit.edit_file import refuse_clamps
 from rotate_edit.errors import BadInput
-from rotate_edit.files import whole_folder
+from rotate_edit.files import check_output_outside, whole_folder
 from rotate_edit.patch import check_base
 from rotate_edit.rewrite import Touched, plan_edit
 from rotate_edit.totals import distinct_directions
@@ -74,6 +74,7 @@ def write_adapter(
     from safetensors.torch import save
 
     warnings = check_base(edit, checkpoint, force_base)
+    check_output_outside(output, checkpoint.folder)
     factors = lora_factors(checkpoint, edit)
     if uniform_rank:
         largest = max((part.rank for part in factors), default=0)

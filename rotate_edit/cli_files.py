@@ -39,6 +39,7 @@ def apply(
     from rotate_edit.adapter import write_adapter
     from rotate_edit.checkpoint import open_checkpoint
     from rotate_edit.edit_file import load_edit
+    from rotate_edit.files import check_output_outside
     from rotate_edit.patch import write_checkpoint
 
     folder = _inside(edit_folder, "edit")
@@ -47,6 +48,7 @@ def apply(
     target = output or Path(f"{base.source.replace('/', '--')}-edited")
     if (adapter and link) or (uniform_rank and not adapter):
         raise BadInput("--uniform-rank is for an --adapter, and --link is for a checkpoint.")
+    check_output_outside(target, folder, "the edit's folder", inside=True)
     if adapter:
         adapted = write_adapter(
             base, loaded, target, uniform_rank=uniform_rank, force_base=force_base, overwrite=overwrite

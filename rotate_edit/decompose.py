@@ -16,7 +16,7 @@ from rotate_edit.channels import MANIFEST, Channel, ChannelSet, open_channels, w
 from rotate_edit.checkpoint import Checkpoint, read_matrix
 from rotate_edit.errors import BadInput
 from rotate_edit.estimate import check_cost, decompose_cost, shard_memory, shard_workers
-from rotate_edit.files import write_atomically
+from rotate_edit.files import check_output_outside, write_atomically
 from rotate_edit.projection import Projections, Vocabulary
 from rotate_edit.rotate import SolverSettings
 from rotate_edit.shards import (
@@ -155,6 +155,7 @@ def decompose(
     """
     if engine not in ENGINES:
         raise BadInput(f"engine {engine!r} is unknown; choose one of {', '.join(ENGINES)}.")
+    check_output_outside(output, checkpoint.folder)
     job = make_job(
         checkpoint, targets, vocabulary, settings,
         block=block, threads=threads, device=engines.pick_device(device), vectors=vectors,

@@ -222,6 +222,16 @@ def check_output_free(output: Path, *, overwrite: bool = False) -> None:
         raise BadInput(f"the output {output} exists already; name another one or pass --overwrite.")
 
 
+def check_output_outside(output: Path, folder: Path, what: str = "the base's folder", *, inside: bool = False) -> None:
+    """Refuse an output that is a folder which is only to be read, or contains it: --overwrite would take it away.
+
+    what: the folder in words. `inside`: an output inside it is allowed. Raises BadInput.
+    """
+    kept, target = folder.resolve(), output.absolute().resolve()
+    if target == kept or target in kept.parents or (kept in target.parents and not inside):
+        raise BadInput(f"the output {output} and {what} lie one inside the other; name another output.")
+
+
 def free_space(output: Path) -> int:
     """Bytes that are free on the disk on which `output` would lie."""
     parent = output.absolute().parent

@@ -8,6 +8,7 @@ from rotate_edit.checkpoint import Checkpoint, load_tokenizer, open_checkpoint
 from rotate_edit.concept import TokenSet, find_tokens
 from rotate_edit.engines import pick_device
 from rotate_edit.estimate import Cost, check_cost
+from rotate_edit.files import check_output_outside
 from rotate_edit.forecast import recipe_cost
 from rotate_edit.locate import sites
 from rotate_edit.projection import Vocabulary, VocabularyRules, read_vocabulary
@@ -45,6 +46,8 @@ def open_recipe(
     allow_code: let the definitions of the items run code that they bring along.
     """
     checkpoint = open_checkpoint(recipe.model, recipe.revision)
+    if output is not None:
+        check_output_outside(output, checkpoint.folder)
     sites(checkpoint, recipe)
     device = pick_device(recipe.decompose.device)
     if output is not None:

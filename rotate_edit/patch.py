@@ -20,6 +20,7 @@ from rotate_edit.estimate import check_cost, estimate_patch
 from rotate_edit.files import (
     check_free_space,
     check_output_free,
+    check_output_outside,
     copy_file,
     read_json,
     sync_file,
@@ -140,10 +141,12 @@ def write_checkpoint(
             f'"{edit_folder}" holds what undoes the edit of its own base; copy {EDIT_JSON} and {EDIT_TENSORS} to '
             "another folder to write the edit into another base."
         )
-    check_output_outside(output, checkpoint)
+    check_output_outside(output, checkpoint.folder)
     check_output_free(output, overwrite=overwrite)
     if edit_folder is not None and not edit_folder.is_dir():
         raise BadInput(f'the edit folder "{edit_folder}" does not exist.')
+    if edit_folder is not None:
+        check_output_outside(output, edit_folder, "the edit's folder", inside=True)
     touched = plan_edit(checkpoint, edit)
     complete(checkpoint)
     shards = {checkpoint.stored[name].file for name in touched}
@@ -177,13 +180,6 @@ def check_base(edit: Edit, checkpoint: Checkpoint, force_base: bool = False) -> 
         f"{checkpoint.source} is not the base the edit was made for (different: {named}); pass --force-base to write "
         "the edit into it all the same."
     )
-
-
-def check_output_outside(output: Path, checkpoint: Checkpoint) -> None:
-    """Refuse an output that is the base's folder, lies in it or contains it. Raises BadInput."""
-    base, target = checkpoint.folder.resolve(), output.absolute().resolve()
-    if target == base or base in target.parents or target in base.parents:
-        raise BadInput(f"the output {output} and the base's folder lie one inside the other; name another output.")
 
 
 def _needed_bytes(checkpoint: Checkpoint, shards: set[str]) -> int:
@@ -324,7 +320,8 @@ def revert(
         later = [entry for entry in edits if entry["edit"] == undo.edit]
         which = "a later edit must be reverted first" if later else "this edit was never written into it"
         raise BadInput(f"{checkpoint.source} cannot be reverted with this undo file: {which}.")
-    check_output_outside(output, checkpoint)
+    check_output_outside(output, checkpoint.folder)
+    check_output_outside(output, edit_folder, "the edit's folder", inside=True)
     check_output_free(output, overwrite=overwrite)
     touched = plan_undo(checkpoint, undo)
     for name, hashes in undo.hashes.items():

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from rotate_edit.checkpoint import Checkpoint, read_matrix
 from rotate_edit.errors import BadInput
-from rotate_edit.files import check_output_free, whole_file
+from rotate_edit.files import check_output_free, check_output_outside, whole_file
 
 if TYPE_CHECKING:
     import pyarrow
@@ -239,6 +239,7 @@ def scan_checkpoint(
     import pyarrow.parquet
 
     check_output_free(output, overwrite=overwrite)
+    check_output_outside(output, checkpoint.folder)
     if not 1 <= top <= checkpoint.vocabulary_size:
         raise BadInput(f"top must lie between 1 and the vocabulary's {checkpoint.vocabulary_size}, not {top}.")
     wanted = range(checkpoint.layers) if layers is None else layers

@@ -127,6 +127,29 @@ def test_adapters(shell: Shell, tmp_path: Path) -> None:
     assert "--uniform-rank is for an --adapter" in shell.error
 
 
+@pytest.mark.parametrize("output", ["base", "base/inside", "run", "run/edit"])
+@pytest.mark.parametrize("kind", [(), ("--adapter",)])
+def test_overwriting_takes_neither_base_nor_edit_away(
+    shell: Shell, tmp_path: Path, output: str, kind: tuple[str, ...]
+) -> None:
+    tiny(tmp_path / "base")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "base-edit").rename(tmp_path / "run" / "edit")
+    before = {path: path.is_dir() or path.read_bytes() for path in tmp_path.rglob("*")}
+    assert shell("apply", "run", "base", "--output", output, "--overwrite", *kind) == 2
+    assert "lie one inside the other" in shell.error
+    assert {path: path.is_dir() or path.read_bytes() for path in tmp_path.rglob("*")} == before
+
+
+def test_reverting_does_not_take_the_edit_away(shell: Shell, tmp_path: Path) -> None:
+    tiny(tmp_path / "base")
+    assert shell("apply", "base-edit", "base", "--output", "out") == 0
+    before = contents(tmp_path / "base-edit")
+    assert shell("revert", "out", "--edit", "base-edit", "--output", "base-edit", "--overwrite") == 2
+    assert "the edit's folder lie one inside the other" in shell.error
+    assert contents(tmp_path / "base-edit") == before
+
+
 def test_edits_stack_and_come_off_in_order(shell: Shell, tmp_path: Path) -> None:
     tiny(tmp_path / "base")
     assert shell("apply", "base-edit", "base", "--output", "once") == 0

@@ -195,6 +195,13 @@ def test_bad_requests_write_nothing(
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
+def test_nothing_is_written_into_the_model(checkpoint: Checkpoint) -> None:
+    before = sorted(path.name for path in checkpoint.folder.iterdir())
+    with pytest.raises(BadInput, match="the base's folder lie one inside the other"):
+        run(checkpoint, checkpoint.folder / "atlas")
+    assert sorted(path.name for path in checkpoint.folder.iterdir()) == before
+
+
 def test_neurons_in_memory_are_those_of_the_whole_model(checkpoint: Checkpoint, tmp_path: Path) -> None:
     run(checkpoint, tmp_path / "atlas", targets=Targets(("out", "gate")), vectors="float32", block=NEURONS)
     atlas = {one.name: one for one in load_channels(tmp_path / "atlas")}

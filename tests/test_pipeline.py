@@ -1,6 +1,8 @@
 """The whole pipeline on the bundled demo model, once, small; every promise about its run folder is checked on it."""
 
 import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -214,6 +216,16 @@ def test_what_cannot_work_is_refused_before_anything_is_written(
     with pytest.raises(BadInput, match=message):
         pipeline.run(recipe(**changes), tmp_path / "run")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("job", [pipeline.run, pipeline.edit_only])
+@pytest.mark.parametrize("output", ["base", "base/inside", "."])
+def test_overwriting_does_not_take_the_base_away(tmp_path: Path, job: Callable[..., object], output: str) -> None:
+    shutil.copytree(demo_model_folder(), tmp_path / "base")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "base").iterdir()}
+    with pytest.raises(BadInput, match="the base's folder lie one inside the other"):
+        job(recipe(model=str(tmp_path / "base")), tmp_path / output, overwrite=True)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "base").iterdir()} == before
 
 
 def test_an_existing_output_is_not_touched(tmp_path: Path) -> None:

@@ -153,3 +153,7 @@ def test_a_checkpoint_is_scanned_to_one_parquet_file(tmp_path: Path) -> None:
         with pytest.raises(BadInput):
             scan_checkpoint(checkpoint, tmp_path / "x", projection_of=lambda *_: unembedding, texts=[], **bad)
     assert [entry.name for entry in tmp_path.iterdir()] == ["scan.parquet"]
+    with pytest.raises(BadInput, match="the base's folder lie one inside the other"):
+        scan_checkpoint(
+            checkpoint, checkpoint.folder / "x", matrices=["out"], projection_of=lambda *_: unembedding, texts=[]
+        )
