@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from rotate_edit.console import print_line, print_table, progress_bars
-from rotate_edit.errors import BadInput, Failure
+from rotate_edit.errors import BadInput, Failure, counted
 
 FOLDER = click.Path(path_type=Path)
 MODELS = click.argument("edited", nargs=-1, required=True, type=FOLDER)
@@ -67,6 +67,14 @@ def evaluate(
             for row in variant["rows"]
         ]  # fmt: skip
         print_table(name, ["items", "n", "base", "edited", "difference", "p (Holm)"], rows)
+        found = {**variant["summary"], **variant["measures"]}
+        told = [
+            [measure.replace("_", " "), _with_interval(value), str(value["n"]), _figure(value.get("baseline"))]
+            for measure, value in found.items()
+            if value["value"] is not None
+        ]
+        if told:
+            print_table(f"{name}, 95 % intervals", ["measure", "value", "n", "base"], told)
         for sentence in variant["words"]:
             print_line(sentence)
 
@@ -103,15 +111,20 @@ def check(run_folder: Path, **gates: float | None) -> None:
         result = json.loads((run_folder / "evaluation.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise BadInput(f"{run_folder} holds no readable evaluation.json.") from error
-    found = {**variant_of(result).get("measures", {}), **(result.get("summary") or {})}
     least = {name.removeprefix("min_"): value for name, value in gates.items() if value is not None and "min_" in name}
     most = {MOST[name]: value for name, value in gates.items() if value is not None and name in MOST}
     if not least and not most:
         raise BadInput("check needs at least one gate, for instance --min-efficacy 0.9.")
-    failures = failed_gates(found, minimum=least, maximum=most)
+    try:
+        found = {**variant_of(result).get("measures", {}), **(result.get("summary") or {})}
+        failures = failed_gates(found, minimum=least, maximum=most)
+    except (AttributeError, TypeError, ValueError) as error:
+        raise BadInput(
+            f"evaluation.json in {run_folder} does not have the form that a run writes; run it again."
+        ) from error
     if failures:
         raise Failure(" ".join(failures))
-    print_line(f"{len(least) + len(most)} gates passed.")
+    print_line(f"{counted(len(least) + len(most), 'gate')} passed.")
 
 
 @click.command()
@@ -133,7 +146,7 @@ def relearn(base: str, edited: tuple[Path, ...], concepts: tuple[str, ...], item
 @click.argument("model")
 @click.argument("channels", type=FOLDER)
 @click.option("--text", required=True, help="A text file, folder or datasets name.")
-@click.option("--limit", type=int, help="At most so many channels.")
+@click.option("--limit", type=click.IntRange(min=1), help="Only the neurons of the first so many channels.")
 @click.option("--output", type=FOLDER, help="Write NAME.json and NAME.png.")
 def faithfulness(model: str, channels: Path, text: str, limit: int | None, output: Path | None) -> None:
     """Test whether CHANNELS of MODEL do what their tokens say, against controls."""
@@ -142,12 +155,26 @@ def faithfulness(model: str, channels: Path, text: str, limit: int | None, outpu
     folder = channels / "channels" if (channels / "channels").is_dir() else channels
     with progress_bars() as report:
         rows = measure_faithfulness(model, folder, text, output, limit, report)
-    if rows:
-        print_table("Faithfulness", list(rows[0]), [[_cell(value) for value in row.values()] for row in rows])
+    columns = ["", "taken out", "n", "own", "others", "selectivity", "wins", "p (Holm)"]
+    print_table("Response or promotion lost, in standard deviations", columns, [_tested(row) for row in rows])
 
 
-def _cell(value: Any) -> str:
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
+def _tested(row: dict[str, Any]) -> list[str]:
+    effects = [_figure(row["own"]["value"]), _figure(row["others"]["value"]), _with_interval(row["selectivity"])]
+    wins = f"{row['wins']['value']:.0%}" if "wins" in row else ""
+    p = f"{row['p_holm']:.3g}" if "p_holm" in row else ""
+    return [row["matrix"], row["condition"], str(row["channels"]), *effects, wins, p]
+
+
+def _figure(value: float | None) -> str:
+    return "" if value is None else f"{value:.3g}"
+
+
+def _with_interval(measure: dict[str, Any]) -> str:
+    if measure["value"] is None:
+        return ""
+    interval = "" if measure["low"] is None else f" ({measure['low']:.3g} to {measure['high']:.3g})"
+    return f"{measure['value']:.3g}{interval}"
 
 
 @click.command()

@@ -68,8 +68,7 @@ def evaluate(
     parts = (*parts, *(_whole_task(base.scores[name]) for name in plan.tasks))
     found = _evaluation(base, readings, parts, plan)
     found.result.update(
-        items=items.name if items else None,
-        definitions={task.name: {"version": task.version, "content": task.content_hash()} for task in tasks},
+        _asked(items, tasks),
         cached_baseline=cached,
         seconds=seconds,
         generations=side_by_side(prompts, base, readings),
@@ -103,7 +102,16 @@ def evaluate_checkpoints(
         readings[name] = Reading(scores)
     first = readings.pop("base")
     parts = (*parts, *(_whole_task(first.scores[name]) for name in plan.tasks))
-    return _evaluation(first, readings, parts, plan)
+    found = _evaluation(first, readings, parts, plan)
+    found.result.update(_asked(items, tasks))
+    return found
+
+
+def _asked(items: Items | None, tasks: Sequence[Task]) -> dict[str, Any]:
+    return {
+        "items": items.name if items else None,
+        "definitions": {task.name: {"version": task.version, "content": task.content_hash()} for task in tasks},
+    }
 
 
 def _evaluation(base: Reading, readings: Mapping[str, Reading], parts: Sequence[Part], plan: Plan) -> Evaluation:

@@ -18,7 +18,7 @@ from rotate_edit.estimate import check_cost, estimate_live
 from rotate_edit.evaluate import evaluate, evaluate_checkpoints
 from rotate_edit.files import check_output_free, write_atomically
 from rotate_edit.generations import generate
-from rotate_edit.provenance import cache_folder, plain, weights_hash
+from rotate_edit.provenance import cache_folder, plain, provenance, weights_hash
 from rotate_edit.tasks import Items, open_items
 from rotate_edit.variants import Variant, opened, read_variants
 
@@ -32,6 +32,13 @@ def edited_concepts(variants: Sequence[Variant], named: Sequence[str]) -> tuple[
     if not names:
         raise BadInput("none of the models says which concept was edited; name it with --concept.")
     return names
+
+
+def _amplified(variants: Sequence[Variant]) -> bool:
+    """Whether every variant is an edit that raises its concepts, so that removal is not what is asked."""
+    return all(
+        variant.edit is not None and all(change.strength < 0 for change in variant.edit.changes) for variant in variants
+    )
 
 
 def evaluate_models(
@@ -72,7 +79,7 @@ def evaluate_models(
             write_atomically(output, json.dumps(result, indent=1, allow_nan=False))
         return result
     variants = read_variants(list(edited))
-    plan = replace(plan, concepts=edited_concepts(variants, plan.concepts))
+    plan = replace(plan, concepts=edited_concepts(variants, plan.concepts), amplified=_amplified(variants))
     checkpoint = open_checkpoint(base)
     chosen = pick_device(device)
     check_cost(estimate_live(checkpoint, DTYPES[dtype].itemsize, gpu=chosen != "cpu"), output or Path())
@@ -81,13 +88,12 @@ def evaluate_models(
     if words:
         ids = find_tokens(", ".join(plan.concepts), list(words), tokenizer, token_texts(tokenizer), plurals=True).ids
     model = load_model(checkpoint, device=chosen, dtype=DTYPES[dtype])
-    known = weights_hash(checkpoint)
-    result = plain(
-        evaluate(
-            model, tokenizer, variants, plan, found, concept_ids=ids, weights_hash=known and f"{known}-{dtype}",
-            cache=cache_folder(), report=report,
-        ).result
+    evaluation = evaluate(
+        model, tokenizer, variants, plan, found, concept_ids=ids, weights_hash=weights_hash(checkpoint),
+        cache=cache_folder(), report=report,
     )  # fmt: skip
+    made_with = provenance(checkpoint, plan.seed, chosen) | {"dtype": dtype, "backend": backend}
+    result = plain(evaluation.result | {"provenance": made_with})
     if output is not None:
         write_atomically(output, json.dumps(result, indent=1, allow_nan=False))
     return result
@@ -113,9 +119,13 @@ def _on_backend(
     if not plan.concepts:
         plan = replace(plan, concepts=edited_concepts(read_variants(list(edited)), ()))
     first = open_checkpoint(base)
-    return plain(
-        evaluate_checkpoints(first.folder, folders, plan, items, backend=backend, options=options, report=report).result
+    evaluation = evaluate_checkpoints(
+        first.folder, folders, plan, items, backend=backend, options=options, report=report
     )
+    # The backend's other options may hold a folder or a token of whoever runs it.
+    how = {"dtype": options["dtype"], "backend": backend}
+    made_with = provenance(first, plan.seed, options.get("device", "auto")) | how
+    return plain(evaluation.result | {"provenance": made_with})
 
 
 def continue_prompts(
@@ -165,7 +175,8 @@ def measure_faithfulness(
 ) -> list[dict[str, Any]]:
     """Test the channels of a set on a text with controls (`faithfulness.faithfulness`); returns the table's rows.
 
-    output: a path without its ending; the trials go to .json and the figure to .png. Raises BadInput.
+    output: a path without its ending; the trials go to .json and the figure to .png; limit: only the neurons of the
+    first so many channels. Raises BadInput.
     """
     from rotate_edit import drawing, faithfulness
     from rotate_edit.channels import load_channels
@@ -173,7 +184,10 @@ def measure_faithfulness(
 
     checkpoint = open_checkpoint(model)
     check_cost(estimate_live(checkpoint), output or Path())
-    found = load_channels(channels)[:limit]
+    found = load_channels(channels)
+    # Whole neurons: what a channel is compared with is the rest of its neuron.
+    wanted = {(channel.matrix, channel.layer, channel.neuron) for channel in found[:limit]}
+    found = [channel for channel in found if (channel.matrix, channel.layer, channel.neuron) in wanted]
     documents = read_documents(text)
     prompts = [" ".join(document.split()[:12]) for document in documents[: faithfulness.PROMPTS]]
     trials = faithfulness.faithfulness(

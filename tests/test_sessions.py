@@ -2,18 +2,23 @@
 
 import importlib.util
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from click.testing import CliRunner
 from test_evaluate import silencing
+from test_faithfulness import channel
 from tiny_items import write_items
 from tiny_words import tiny_model, tiny_tokenizer
 
-from rotate_edit.cli_measure import check
+from rotate_edit.channels import save_channels
+from rotate_edit.cli_measure import check, faithfulness
 from rotate_edit.cli_measure import evaluate as command
 from rotate_edit.comparison import Plan
-from rotate_edit.edit_file import save_edit
+from rotate_edit.edit_file import load_edit, save_edit
+from rotate_edit.engines import pick_device
 from rotate_edit.errors import BadInput, Failure
 from rotate_edit.scoring import Settings
 from rotate_edit.sessions import continue_prompts, evaluate_models
@@ -73,6 +78,44 @@ def test_the_command_says_what_it_found_and_records_its_settings(folder: Path, t
     settings = result["plan"]["settings"]
     assert settings == {"batch_size": "auto", "num_fewshot": 1, "limit": 9, "chat_template": False}
     assert all(row["n"] <= 9 for row in result["tasks"])
+    assert "specificity" in said.output
+    used = result["provenance"]
+    assert (used["device"], used["dtype"], used["backend"]) == (pick_device("auto"), "float32", "hf")
+    assert set(used["base"]["tensors"])
+    assert str(folder) not in (tmp_path / "e.json").read_text()
+
+
+def test_an_edit_that_raises_its_concept_is_not_asked_for_removal(folder: Path, tmp_path: Path) -> None:
+    edit = load_edit(folder / "edited")
+    raising = replace(edit, changes=tuple(replace(change, strength=-change.strength) for change in edit.changes))
+    save_edit(raising, tmp_path / "raising")
+    items = str(folder / "items")
+    found = evaluate_models(str(folder / "base"), [tmp_path / "raising"], PLAN, items=items)
+    assert found["plan"]["amplified"] is True
+    assert found["summary"]["efficacy"]["value"] is None
+    both = evaluate_models(str(folder / "base"), [folder / "edited", tmp_path / "raising"], PLAN, items=items)
+    assert both["plan"]["amplified"] is False
+
+
+def test_faithfulness_is_one_table_of_whole_neurons(folder: Path, tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    found = [
+        channel("in", (word,), torch.randn(16, generator=generator), index, neuron=neuron)
+        for neuron in range(3)
+        for index, word in enumerate(("cat", "mat"))
+    ]
+    save_channels(found, tmp_path / "channels", base={}, settings={})
+    (tmp_path / "texts.txt").write_text("\n\n".join(["the big cat saw the mat", "it was the mat and the cat"] * 6))
+    arguments = [str(folder / "base"), str(tmp_path / "channels"), "--text", str(tmp_path / "texts.txt")]
+    said = CliRunner(env={"COLUMNS": "120"}).invoke(
+        faithfulness, [*arguments, "--limit", "3", "--output", str(tmp_path / "f")], catch_exceptions=False
+    )
+    assert said.exit_code == 0
+    assert "random direction" in said.output
+    assert "{" not in said.output
+    written = json.loads((tmp_path / "f.json").read_text())
+    assert {row["channels"] for row in written["rows"]} == {4}
+    assert (tmp_path / "f.png").stat().st_size > 1000
 
 
 @pytest.mark.parametrize(
@@ -100,6 +143,8 @@ def test_another_backend_scores_whole_checkpoints_and_names_itself_when_absent(f
     found = evaluate_models(base, [folder / "other"], PLAN, items=items, backend="hf-auto")
     own = evaluate_models(base, [folder / "other"], PLAN, items=items)
     assert found["lm_eval"]["other"] == own["lm_eval"]["other"]
+    assert found["definitions"] == own["definitions"]
+    assert found["provenance"]["backend"] == "hf-auto"
     if importlib.util.find_spec("vllm") is None:
         with pytest.raises(BadInput, match="the backend vllm is not installed"):
             evaluate_models(base, [folder / "other"], PLAN, items=items, backend="vllm")
@@ -138,3 +183,19 @@ def test_gates_pass_or_say_which_failed(tmp_path: Path, gates: list[str], proble
     else:
         with pytest.raises((BadInput, Failure), match=problem):
             CliRunner().invoke(check, [str(tmp_path), *gates], catch_exceptions=False)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "[]",
+        '{"variants": [1]}',
+        '{"summary": 3}',
+        '{"summary": {"first_token_kl": {"value": "x"}}}',
+        '{"summary": [1]}',
+    ],
+)
+def test_gates_on_what_no_run_wrote_are_one_sentence(tmp_path: Path, content: str) -> None:
+    (tmp_path / "evaluation.json").write_text(content)
+    with pytest.raises((BadInput, Failure), match="does not have the form"):
+        CliRunner().invoke(check, [str(tmp_path), "--max-kl", "0.1"], catch_exceptions=False)
