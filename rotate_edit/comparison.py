@@ -142,9 +142,10 @@ def _summary(parts: Sequence[Part], kept: Mapping[int, Estimate], edited: Readin
         removal = statistics.efficacy(statistics.mean_kept([kept[number] for number in headline]))
     rest = statistics.specificity(general, neighbours) if general or neighbours else None
     both = statistics.harmonic(removal, rest) if removal and rest else None
+    # The base model against itself: nothing removed, everything kept.
     summary: dict[str, Any] = {
-        name: _plain(statistics.measure(estimate) if estimate else None)
-        for name, estimate in (("efficacy", removal), ("specificity", rest), ("harmonic", both))
+        name: _plain(statistics.measure(estimate).against(base) if estimate else None)
+        for name, estimate, base in (("efficacy", removal, 0), ("specificity", rest, 1), ("harmonic", both, 0))
     }
     summary["first_token_kl"] = _plain(edited.first_token_kl)
     if plan.amplified and edited.concept_probability is not None:
@@ -161,7 +162,7 @@ def _headline(numbers: Sequence[int], parts: Sequence[Part], edited: Reading) ->
 def _ratio(measure: Measure) -> Measure:
     base = measure.baseline or math.nan
     return Measure(
-        measure.value / base, measure.low / base, measure.high / base, measure.n, measure.standard_error / base
+        measure.value / base, measure.low / base, measure.high / base, measure.n, measure.standard_error / base, 1.0
     )
 
 
@@ -230,12 +231,19 @@ def conclusion(summary: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], pl
     efficacy, specificity = summary["efficacy"], summary["specificity"]
     names = ", ".join(plan.concepts)
     asked = any(row["used"] and row["group"] == "concept" and row["scale"] == "accuracy" for row in rows)
+    words = any(row["used"] and row["group"] == "concept" and row["kind"] == "A" for row in rows)
     known = f"what the base model knew of {names} above chance" if asked else f"the probability of words of {names}"
     if efficacy["value"] is not None:
         said.append(
             f"Of {known}, {efficacy['value']:.0%} is gone "
             f"({efficacy['low']:.0%} to {efficacy['high']:.0%}, {efficacy['n']} items)."
         )
+        said += [
+            f"That is read from words alone; {row['title']} is no part of it: accuracy {row['base']['value']:.3g} "
+            f"before, {row['edited']['value']:.3g} after."
+            for row in rows
+            if row["used"] and row["group"] == "concept" and row["scale"] == "accuracy" and row["kind"] == "B" and words
+        ]
     elif not plan.amplified:
         said.append(f"Removal of {names} was not measured: no task on it has a base accuracy above chance.")
     if specificity["value"] is not None:

@@ -171,7 +171,7 @@ def kl_divergence(base: Tensor, other: Tensor) -> Tensor:
 def collateral_kl(model: Any, passages: Passages, base: Sequence[Tensor], *, draws: int = statistics.DRAWS) -> Measure:
     """Mean KL(base || model) over all positions of texts, in nats; the interval resamples whole texts."""
     sums, counts = kl_by_text(model, passages, base)
-    return statistics.ratio_of_sums(sums.numpy(), counts.numpy(), draws=draws)
+    return statistics.ratio_of_sums(sums.numpy(), counts.numpy(), draws=draws).against(0)
 
 
 def last_position(model: Any, prompts: Passages) -> Tensor:
@@ -192,7 +192,7 @@ def first_token_kl(model: Any, prompts: Passages, base: Tensor, *, draws: int = 
     base: from `last_position` of the base model, float32 [prompts, V]. The measure of heretic's evaluator.
     """
     divergence = kl_divergence(base, last_position(model, prompts)).double().cpu().numpy()
-    return statistics.mean(divergence, draws=draws)
+    return statistics.mean(divergence, draws=draws).against(0)
 
 
 # The concept's probability mass.

@@ -54,6 +54,15 @@ def test_type_a_is_the_headline_and_type_b_only_when_there_is_no_a():
     assert compare(base, after, [part(range(20), role="general")], PLAN)["summary"]["efficacy"]["value"] is None
 
 
+def test_facts_that_the_headline_leaves_out_are_told_beside_it():
+    base, after = reading([1.0] * 40), reading([0.0] * 20 + [1.0] * 20)
+    words, facts = part(range(20)), part(range(20, 40), kind="B", title="dogs: facts")
+    said = compare(base, after, [words, facts], PLAN)["words"]
+    assert any("dogs: facts is no part of it: accuracy 1 before, 1 after" in sentence for sentence in said)
+    assert not any("no part of it" in sentence for sentence in compare(base, after, [facts], PLAN)["words"])
+    assert not any("no part of it" in sentence for sentence in compare(base, after, [words], PLAN)["words"])
+
+
 def test_several_concepts_count_alike_whatever_their_items():
     base, after = reading([1.0] * 50), reading([0.0] * 10 + [1.0] * 40)
     parts = [part(range(10), title="dogs"), part(range(10, 50), title="ships")]

@@ -89,6 +89,9 @@ def test_an_edit_of_strength_nothing_changes_no_number(found):
     assert nothing["measures"]["concept_mass_fraction"]["value"] == pytest.approx(1)
     assert all(one["difference"]["value"] == 0 and one["p_holm"] == 1 for one in nothing["rows"])
     assert found.items["nothing"] == found.items["base"]
+    everything = nothing["summary"] | nothing["measures"]
+    assert {"efficacy", "first_token_kl", "concept_mass", "repetition_4"} <= set(everything)
+    assert all(one["value"] == pytest.approx(one["baseline"]) for one in everything.values())
 
 
 def test_cloze_probability_and_perplexity_are_the_models_own(found, model, items):
