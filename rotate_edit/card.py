@@ -179,7 +179,8 @@ def _evaluation_results(result: Mapping[str, Any]) -> list[Any]:
                 dataset_name=f"items {items}",
                 metric_type=tile["name"],
                 metric_value=measure["value"],
-                metric_name=f"{tile['title']} ({interval(measure)}, n = {measure['n']})",
+                metric_name=f"{tile['title']}: {tile['note']} ({interval(measure)}; "
+                f"base {number(measure.get('baseline'))}, n = {measure['n']})",
             )
         )
     for row in report_content.variant_of(result).get("rows", []):

@@ -28,6 +28,7 @@ def test_the_hub_reads_the_metadata(run: Path) -> None:
     assert data.model_name == "me/edited"
     results = {(found.dataset_config, found.metric_type): found for found in data.eval_results}
     assert results[None, "efficacy"].metric_value == 0.9
+    assert results[None, "efficacy"].metric_name.endswith("above chance (0.9 (0.8 to 1); base 1, n = 40)")
     accuracy = results["dogs: words (type A)", "accuracy"]
     assert accuracy.metric_value == 0.2
     assert accuracy.metric_name == "acc (0.2 (0.1 to 0.3); base 0.9, n = 40)"
@@ -44,7 +45,7 @@ def test_without_a_hub_id_no_base_is_claimed(run: Path) -> None:
 def test_numbers_limits_recipe_and_undo_are_told(run: Path) -> None:
     text = (run / "model" / "README.md").read_text()
     for part in (
-        "| efficacy: removed | 0.9 (0.8 to 1) | 40 |",
+        "| efficacy | of what the base knew of it above chance | 0.9 (0.8 to 1) | 1 | 40 |",
         "-0.7 (-0.8 to -0.6)",
         "strength 1.7",
         "This edit alone is no safety measure.",
