@@ -92,7 +92,8 @@ class Handler(BaseHTTPRequestHandler):
         if path == "/api/validate-yaml":
             self.reply({"errors": [], "warnings": []})
             return
-        model = next((name for name in self.server.models if f"/{name}" in path), None)
+        # The longest, since the name of one model may begin another's.
+        model = max((name for name in self.server.models if f"/{name}" in path), key=len, default=None)
         if model is None:
             self.missing("RepoNotFound")
         elif re.search("/(revision|resolve|tree|paths-info)/(?!main|c0ffee)", path):

@@ -64,10 +64,12 @@ def test_undo_and_private_on_request(run: Path, hub: Hub) -> None:
     assert hub.private == {"me/edited"}
 
 
-def test_an_adapter_alone(run: Path, hub: Hub) -> None:
-    pushed = push(run, "me/adapter", adapter=True)
+def test_an_adapter_beside_its_checkpoint(run: Path, hub: Hub) -> None:
+    push(run, "me/edited")
+    pushed = push(run, "me/edited-adapter", adapter=True)
     assert set(pushed.files) == {"adapter_config.json", "adapter_model.safetensors", "README.md"} | EDIT | RUN
-    assert card_metadata(hub.models["me/adapter"]["README.md"].decode())["library_name"] == "peft"
+    assert card_metadata(hub.models["me/edited-adapter"]["README.md"].decode())["library_name"] == "peft"
+    assert card_metadata(hub.models["me/edited"]["README.md"].decode())["library_name"] == "transformers"
 
 
 def test_what_stands_there_is_not_overwritten(run: Path, hub: Hub) -> None:
