@@ -232,15 +232,16 @@ def conclusion(summary: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], pl
     names = ", ".join(plan.concepts)
     asked = any(row["used"] and row["group"] == "concept" and row["scale"] == "accuracy" for row in rows)
     words = any(row["used"] and row["group"] == "concept" and row["kind"] == "A" for row in rows)
-    known = f"what the base model knew of {names} above chance" if asked else f"the probability of words of {names}"
+    what = f"the words of {names}" if words else names
+    known = f"what the base model knew of {what} above chance" if asked else f"the probability of words of {names}"
     if efficacy["value"] is not None:
         said.append(
             f"Of {known}, {efficacy['value']:.0%} is gone "
             f"({efficacy['low']:.0%} to {efficacy['high']:.0%}, {efficacy['n']} items)."
         )
         said += [
-            f"That is read from words alone; {row['title']} is no part of it: accuracy {row['base']['value']:.3g} "
-            f"before, {row['edited']['value']:.3g} after."
+            f"That figure leaves out {row['title']}, where accuracy was {row['base']['value']:.3g} before and is "
+            f"{row['edited']['value']:.3g} after."
             for row in rows
             if row["used"] and row["group"] == "concept" and row["scale"] == "accuracy" and row["kind"] == "B" and words
         ]
