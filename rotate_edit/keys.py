@@ -27,13 +27,15 @@ class KeyMoments:
     rows: by layer the neurons looked at, int64 ascending; second: float64 [n, n], the mean product of two activations
     over all positions, n counting the layers' neurons one after another; means: float64 [groups, n], the mean
     activation weighted by the probability of the group's tokens as the next one; size: float64 [groups], the residual
-    stream's root mean square before the final norm, weighted likewise.
+    stream's root mean square before the final norm, weighted likewise; metric: float64 [d_model, d_model] when a head
+    was given, `e' metric e` being twice the mean KL divergence of a small step e of the residual stream, gain left out.
     """
 
     rows: Mapping[int, Tensor]
     second: Tensor
     means: Tensor
     size: Tensor
+    metric: Tensor | None = None
 
 
 def own_samples(model: Any, tokenizer: Any, *, tokens: int, seed: int) -> Passages:
@@ -68,8 +70,11 @@ def own_samples(model: Any, tokenizer: Any, *, tokens: int, seed: int) -> Passag
     return batched(samples, model.config.get_text_config().vocab_size)
 
 
-def key_moments(model: Any, texts: Passages, rows: Mapping[int, Tensor], groups: Sequence[Tensor]) -> KeyMoments:
-    """One pass over texts. rows: by layer the neurons wanted; groups: token ids, int64 each.
+def key_moments(
+    model: Any, texts: Passages, rows: Mapping[int, Tensor], groups: Sequence[Tensor], head: Tensor | None = None
+) -> KeyMoments:
+    """One pass over texts. rows: by layer the neurons wanted; groups: token ids, int64 each; head: the unembedding
+    float32 [V, d_model], for the metric of the predictions.
 
     Raises BadInput for a model whose layers are mixtures of experts.
     """
@@ -78,7 +83,7 @@ def key_moments(model: Any, texts: Passages, rows: Mapping[int, Tensor], groups:
     second = torch.zeros(total, total, dtype=torch.float64)
     means = torch.zeros(len(groups), total, dtype=torch.float64)
     sizes, weights = torch.zeros(len(groups)).double(), torch.zeros(len(groups)).double()
-    positions = 0
+    positions, metric = 0, None
     with recorded(model, sorted({*rows, last})) as kept:
         for index, predicted in enumerate(log_probabilities(model, texts)):
             shape = texts.batches[index].shape
@@ -86,14 +91,31 @@ def key_moments(model: Any, texts: Passages, rows: Mapping[int, Tensor], groups:
             seen = [kept[layer]["neurons"].reshape(*shape, -1)[real][:, rows[layer]] for layer in sorted(rows)]
             neurons = torch.cat(seen, dim=1).float()
             residual = kept[last]["residual"][real].float().square().mean(1).sqrt()
-            chance = torch.stack([predicted[real][:, ids.to(real.device)].exp().sum(1) for ids in groups])
+            chances = predicted[real].exp()
+            chance = torch.stack([chances[:, ids.to(real.device)].sum(1) for ids in groups])
             second += (neurons.T @ neurons).double().cpu()
             means += (chance @ neurons).double().cpu()
             sizes += (chance @ residual).double().cpu()
             weights += chance.double().sum(1).cpu()
             positions += len(neurons)
+            if head is not None:
+                here = sensitivity(chances, residual, head.to(chances.device)).cpu()
+                metric = here if metric is None else metric + here
     floor = weights.clamp_min(1e-30)
-    return KeyMoments(dict(rows), second / positions, means / floor[:, None], sizes / floor)
+    mean_metric = None if metric is None else metric / positions
+    return KeyMoments(dict(rows), second / positions, means / floor[:, None], sizes / floor, mean_metric)
+
+
+def sensitivity(chances: Tensor, size: Tensor, head: Tensor) -> Tensor:
+    """Fisher's information of predictions about a step of the residual stream, summed over positions.
+
+    chances: [n, V]; size: [n], the root mean square that the final norm divides by; head: [V, d_model]. Returns
+    `sum U' (diag(p) - p p') U / size^2`, float64 [d_model, d_model].
+    """
+    # The tokens' common part changes no prediction; without it nothing large is subtracted from something large.
+    tokens = head - head.mean(0)
+    expected = chances @ tokens / size[:, None]
+    return ((tokens.T * (size**-2 @ chances)) @ tokens - expected.T @ expected).double()
 
 
 def fit_keys(

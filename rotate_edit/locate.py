@@ -33,6 +33,15 @@ ASKED = 1000
 Keys = Mapping[str, Mapping[int, tuple[Tensor, Tensor]]]
 
 
+@dataclass(frozen=True)
+class Fitted:
+    """What was read off the model's own text: keys by concept and group, and the metric of its predictions,
+    float64 [d_model, d_model], where the direction asks for it (see `keys.KeyMoments`)."""
+
+    keys: Mapping[tuple[str, int], Keys]
+    metric: Tensor | None = None
+
+
 @dataclass(frozen=True, order=True)
 class Site:
     """One neuron matrix of a checkpoint: `matrix` is gate, in or out; `expert` is -1 in dense layers."""
@@ -224,13 +233,19 @@ def key_rows(checkpoint: Checkpoint, recipe: Recipe, located: Located, method: s
 
 
 def directions(
-    checkpoint: Checkpoint, recipe: Recipe, untrained: Tensor, located: Located, kept: Sequence[Tensor]
+    checkpoint: Checkpoint,
+    recipe: Recipe,
+    untrained: Tensor,
+    located: Located,
+    kept: Sequence[Tensor],
+    metric: Tensor | None = None,
 ) -> Callable[[Site], tuple[Direction, Direction]]:
     """How each site's (wanted, plain) directions are formed: of the group as the recipe wants it, of the whole concept.
 
     The write side (`out`) looks at the unembedding through the final norm, the read side (`gate`, `in`) at the
     embedding through the norm before the block's MLP. Means and covariance leave `untrained` tokens out. kept: token
-    ids, one tensor for each word or concept whose mean logit must not move.
+    ids, one tensor for each word or concept whose mean logit must not move; metric: what the writing direction costs
+    in place of the covariance, where the recipe's direction is least-divergence.
     """
     moments: dict[bool, tuple[Tensor, Tensor, Tensor, list[Tensor]]] = {}
 
@@ -258,9 +273,10 @@ def directions(
             wanted = edits.plain_direction(gain * mean)
             rows = torch.stack([gain * row for row in keep]) if keep else None
             try:
-                if recipe.edit.direction == "least-collateral":
+                if recipe.edit.direction != "plain":
+                    cost = metric if metric is not None and writes else covariance
                     wanted = edits.least_collateral_direction(
-                        gain * mean, gain[:, None] * covariance * gain, ridge=recipe.edit.ridge, keep=rows
+                        gain * mean, gain[:, None] * cost * gain, ridge=recipe.edit.ridge, keep=rows
                     )
                 elif rows is not None:
                     wanted = edits.keeping(wanted, rows)
@@ -313,12 +329,12 @@ def build_edits(
     methods: Sequence[str],
     kept: dict[str, list[Tensor]],
     evidence: Mapping[str, Mapping[int, edits.Evidence]] | None = None,
-    keys: Mapping[tuple[str, int], Keys] | None = None,
+    fitted: Fitted | None = None,
 ) -> dict[str, Edit]:
     """The edit of every wanted method, all concepts together, in one pass over the matrices of each concept.
 
     untrained: bool [V]; kept: for each concept the token sets that its direction must leave alone; evidence: by concept
-    and layer, for methods that need text; keys: by concept and group, for keyed methods. Strengths are the recipe's, 1
+    and layer, for methods that need text; fitted: for keyed methods. Strengths are the recipe's, 1
     where it says auto. Raises Failure when the recipe's own method would change nothing.
     """
     changes: dict[str, list[edits.MatrixChange]] = {method: [] for method in methods}
@@ -329,7 +345,8 @@ def build_edits(
     for located in found:
         name = located.concept.name
         strength = 1.0 if located.concept.strength == "auto" else float(located.concept.strength)
-        directions_of = directions(checkpoint, recipe, untrained, located, kept.get(name, []))
+        metric = fitted.metric if fitted else None
+        directions_of = directions(checkpoint, recipe, untrained, located, kept.get(name, []), metric)
         seen_in = (evidence or {}).get(name, {})
         if on_tokens and not located.group:
             made_on_tokens = token_changes(checkpoint, untrained, located, strength)
@@ -337,7 +354,7 @@ def build_edits(
                 most = math.inf if method == edits.TOKEN_METHOD else edits.ROWS_AT_MOST
                 changes[method] += [replace(made, most=most).at(strength) for made in made_on_tokens]
         for site, plain_target in targets(checkpoint, recipe, located, directions_of):
-            keyed = _at(site, (keys or {}).get((name, located.group), {}))
+            keyed = _at(site, fitted.keys.get((name, located.group), {}) if fitted else {})
             target = replace(plain_target, evidence=seen_in.get(site.layer), keyed=keyed)
             weight = recipe.edit.layer_strengths.get(site.layer, 1.0)
             before = taken.setdefault((name, site), set())

@@ -6,7 +6,7 @@ No formula stands here and nothing is computed twice: every step is one call of 
 import json
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -20,7 +20,7 @@ from rotate_edit.activations import SNMF_FEATURES, evidence_about
 from rotate_edit.adapter import write_adapter
 from rotate_edit.card import write_cards
 from rotate_edit.channels import save_channels
-from rotate_edit.checkpoint import identity, load_model
+from rotate_edit.checkpoint import identity, load_model, read_unembedding
 from rotate_edit.comparison import Plan
 from rotate_edit.concept import TokenSet, find_tokens
 from rotate_edit.console import Report, silent
@@ -30,7 +30,7 @@ from rotate_edit.errors import BadInput, Failure
 from rotate_edit.evaluate import Variant, evaluate, texts_about
 from rotate_edit.files import check_output_free, whole_folder, write_atomically
 from rotate_edit.keys import fit_keys, key_moments, own_samples
-from rotate_edit.locate import Keys, Located, build_edits, key_rows, locate_concept, sites, solver_settings
+from rotate_edit.locate import Fitted, Located, build_edits, key_rows, locate_concept, sites, solver_settings
 from rotate_edit.opened import Opened, open_recipe
 from rotate_edit.patch import write_checkpoint
 from rotate_edit.projection import read_projections
@@ -115,11 +115,11 @@ def edits_of(
     found: Sequence[Located],
     methods: Sequence[str],
     model: Any = None,
-    keys: Mapping[tuple[str, int], Keys] | None = None,
+    fitted: Fitted | None = None,
 ) -> dict[str, Edit]:
     """The edits of the wanted methods. Each concept's direction leaves alone its kept and neighbour words, what the
     recipe protects and the other concepts. model: the loaded base, for methods that need text or samples; it is loaded
-    when left out; keys: from `keys_of`, which is called when they are left out."""
+    when left out; fitted: from `fit`, which is called when it is left out."""
     texts = list(opened.vocabulary.texts)
 
     def ids_of(where: str, words: Sequence[str], plurals: bool = False) -> Tensor:
@@ -135,10 +135,10 @@ def edits_of(
     evidence = {}
     if any(method in NEEDS_TEXT for method in methods):
         evidence = _evidence(opened, found, methods, model)
-    if keys is None:
-        keys = keys_of(opened, found, methods, model)
+    if fitted is None:
+        fitted = fit(opened, found, methods, model)
     untrained = opened.vocabulary.untrained
-    return build_edits(opened.checkpoint, opened.recipe, untrained, found, methods, kept, evidence, keys)
+    return build_edits(opened.checkpoint, opened.recipe, untrained, found, methods, kept, evidence, fitted)
 
 
 def _neighbours(opened: Opened, concept: ConceptRecipe, own: Tensor) -> list[Tensor]:
@@ -157,16 +157,14 @@ def _neighbours(opened: Opened, concept: ConceptRecipe, own: Tensor) -> list[Ten
     return [torch.cat(kept).unique()] if many else kept
 
 
-def keys_of(
-    opened: Opened, found: Sequence[Located], methods: Sequence[str], model: Any = None
-) -> dict[tuple[str, int], Keys]:
+def fit(opened: Opened, found: Sequence[Located], methods: Sequence[str], model: Any = None) -> Fitted:
     """For the keyed ones among the methods: which neurons they take and by how much, by concept and group.
 
     The model writes the text that they are read on; it is loaded when left out.
     """
     recipe, keyed = opened.recipe, [method for method in methods if method in KEYED]
     if not keyed:
-        return {}
+        return Fitted({})
     model = model if model is not None else load_model(opened.checkpoint, device=opened.device)
     rows = [{method: key_rows(opened.checkpoint, recipe, located, method) for method in keyed} for located in found]
     every: dict[int, list[Tensor]] = {}
@@ -176,14 +174,16 @@ def keys_of(
                 every.setdefault(layer, []).append(wanted)
     union = {layer: torch.cat(wanted).unique() for layer, wanted in every.items()}
     samples = own_samples(model, opened.tokenizer, tokens=recipe.edit.key_tokens, seed=recipe.seed)
-    moments = key_moments(model, samples, union, [located.ids for located in found])
-    return {
+    head = read_unembedding(opened.checkpoint) if recipe.edit.direction == "least-divergence" else None
+    moments = key_moments(model, samples, union, [located.ids for located in found], head)
+    keys = {
         (located.concept.name, located.group): {
             method: fit_keys(moments, place, layers, ridge=recipe.edit.key_ridge)
             for method, layers in rows[place].items()
         }
         for place, located in enumerate(found)
     }
+    return Fitted(keys, moments.metric)
 
 
 def _evidence(
@@ -262,11 +262,11 @@ def edit_only(
     if _is_missing(recipe, found):
         raise Failure(_why_nothing(found))
     method = recipe.edit.method
-    keys = keys_of(opened, found, [method], model)
-    edit = edits_of(opened, found, [method], model, keys)[method]
+    fitted = fit(opened, found, [method], model)
+    edit = edits_of(opened, found, [method], model, fitted)[method]
     if any(concept.strength == "auto" for concept in recipe.concepts):
         solved = at_strengths(found, solve_strengths(opened, found, edit, model))
-        edit = edits_of(opened, solved, [method], model, keys)[method]
+        edit = edits_of(opened, solved, [method], model, fitted)[method]
     with whole_folder(output, overwrite=overwrite) as folder:
         write_atomically(folder / "recipe.yaml", recipe_text(recipe))
         _save_channels(opened, found, folder)
@@ -311,8 +311,8 @@ def _edit_and_measure(
     method = recipe.edit.method
     with _timed(seconds, "build edits"):
         methods = list(dict.fromkeys([method, *recipe.evaluate.controls]))
-        keys = keys_of(opened, found, methods, model)
-        edits = edits_of(opened, found, methods, model, keys)
+        fitted = fit(opened, found, methods, model)
+        edits = edits_of(opened, found, methods, model, fitted)
     with _timed(seconds, "curves"):
         strengths = solve_strengths(opened, found, edits[method], model)
         drawn = {}
@@ -321,7 +321,7 @@ def _edit_and_measure(
             if known is not None:
                 own = {other: curves.only(edit, name) for other, edit in edits.items()}
                 drawn[name] = curves.draw(model, known, own, recipe.evaluate.strengths, strengths[name], report)
-    edit = edits_of(opened, at_strengths(found, strengths), [method], model, keys)[method]
+    edit = edits_of(opened, at_strengths(found, strengths), [method], model, fitted)[method]
     result["curves"], result["chosen_method"] = drawn, method
     result["matched"] = {name: curves.matched_table(points, method) for name, points in drawn.items()}
     for entry in result["concepts"]:

@@ -125,8 +125,10 @@ class EditRecipe(_Section):
         description="keyed, or channel-located where a concept is amplified or no `out` matrix is looked at. Or one "
         "of: " + ", ".join((*METHODS, TOKEN_METHOD)) + ".",
     )
-    direction: Literal["least-collateral", "plain"] = Field(
-        "least-collateral", description="The concept's direction, plain or chosen to move other logits least."
+    direction: Literal["least-collateral", "least-divergence", "plain"] = Field(
+        "least-collateral",
+        description="The concept's direction: plain, chosen to move other logits least, or chosen to change the "
+        "model's own predictions least (KL divergence on the text that a keyed method reads).",
     )
     ridge: Annotated[float, Field(gt=0, allow_inf_nan=False)] = Field(
         0.3, description="Ridge of the least-collateral direction, as a multiple of the median eigenvalue."
@@ -254,6 +256,11 @@ class Recipe(_Section):
                 f"edit.method: {self.edit.method} rewrites out matrices only; add out to locate.matrices, or set "
                 "edit.method to channel-located"
             )
+        if self.edit.direction == "least-divergence" and _method(self) not in KEYED:
+            raise ValueError(
+                "edit.direction: least-divergence is fitted on text that only the keyed methods read, and the method "
+                f"here is {_method(self)}; take least-collateral, or set edit.method to keyed"
+            )
         if any(concept.strength == "auto" for concept in self.concepts) and not (
             self.evaluate.items or self.evaluate.text
         ):
@@ -310,11 +317,14 @@ def _settled(recipe: Recipe) -> Recipe:
 
     A keyed edit works where the concept comes next anyway, so it cannot bring a concept up where it does not.
     """
+    return recipe.model_copy(update={"edit": recipe.edit.model_copy(update={"method": _method(recipe)})})
+
+
+def _method(recipe: Recipe) -> str:
     if recipe.edit.method != "auto":
-        return recipe
+        return recipe.edit.method
     amplifies = any(concept.strength != "auto" and concept.strength < 0 for concept in recipe.concepts)
-    method = "channel-located" if amplifies or "out" not in recipe.locate.matrices else "keyed"
-    return recipe.model_copy(update={"edit": recipe.edit.model_copy(update={"method": method})})
+    return "channel-located" if amplifies or "out" not in recipe.locate.matrices else "keyed"
 
 
 def recipe_text(recipe: Recipe) -> str:

@@ -13,14 +13,14 @@ from typing import Any
 import torch
 
 from rotate_edit import curves, measures, pareto, statistics
-from rotate_edit.checkpoint import load_model
+from rotate_edit.checkpoint import load_model, read_unembedding
 from rotate_edit.console import Report, silent
 from rotate_edit.edit import KEYED, Edit
 from rotate_edit.errors import BadInput, Failure
 from rotate_edit.evaluate import texts_about
 from rotate_edit.keys import KeyMoments, fit_keys, key_moments, own_samples
 from rotate_edit.live import applied
-from rotate_edit.locate import Keys, Located, choose_channels
+from rotate_edit.locate import Fitted, Located, choose_channels
 from rotate_edit.pipeline import GROUP_DISTANCES, Opened, edits_of, locate
 from rotate_edit.recipe import Recipe, parse_recipe
 
@@ -84,7 +84,7 @@ def prepare(opened: Opened, *, tokens: int = TOKENS, report: Report = silent) ->
         groups = [located.ids for located in next(iter(found.values()))]
         rows = {layer: torch.arange(opened.checkpoint.neurons) for layer in last_layers(opened)}
         samples = own_samples(model, opened.tokenizer, tokens=recipe.edit.key_tokens, seed=recipe.seed)
-        moments = key_moments(model, samples, rows, groups)
+        moments = key_moments(model, samples, rows, groups, read_unembedding(opened.checkpoint))
     return Prepared(opened, model, found, references(opened, model, "choose", tokens), moments)
 
 
@@ -143,21 +143,22 @@ def built(prepared: Prepared, settings: dict[str, Any]) -> Edit:
         ]
         found.append(replace(located, chosen=choose_channels(channels, located.tokens, located.ids, recipe)))
     opened, method = replace(prepared.opened, recipe=recipe), recipe.edit.method
-    return edits_of(opened, found, [method], prepared.model, _keys(prepared, recipe, found))[method]
+    return edits_of(opened, found, [method], prepared.model, _fitted(prepared, recipe, found))[method]
 
 
-def _keys(prepared: Prepared, recipe: Recipe, found: Sequence[Located]) -> dict[tuple[str, int], Keys] | None:
-    """The keys of a trial from the moments that all trials share; None for other methods (none, or their own)."""
+def _fitted(prepared: Prepared, recipe: Recipe, found: Sequence[Located]) -> Fitted | None:
+    """The fit of a trial from the moments that all trials share; None for other methods (none, or their own)."""
     if prepared.moments is None:
         return None
     last = max(recipe.locate.layers or prepared.moments.rows)
     rows = {last: prepared.moments.rows[last]}
-    return {
+    keys = {
         (located.concept.name, located.group): {
             KEYED[0]: fit_keys(prepared.moments, place, rows, ridge=recipe.edit.key_ridge)
         }
         for place, located in enumerate(found)
     }
+    return Fitted(keys, prepared.moments.metric if recipe.edit.direction == "least-divergence" else None)
 
 
 def try_settings(prepared: Prepared, settings: dict[str, Any]) -> Tried:

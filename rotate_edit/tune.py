@@ -75,7 +75,8 @@ def suggest(trial: Any, prepared: Prepared) -> dict[str, Any]:
         settings["select.share"] = trial.suggest_float("select.share", 0.05, 0.9)
         settings["select.support"] = trial.suggest_float("select.support", 0.5, 4.0)
         settings["select.top"] = trial.suggest_int("select.top", 3, 20)
-    settings["edit.direction"] = trial.suggest_categorical("edit.direction", ["least-collateral", "plain"])
+    other = "least-divergence" if recipe.edit.method in KEYED else "plain"
+    settings["edit.direction"] = trial.suggest_categorical("edit.direction", ["least-collateral", other])
     settings["edit.ridge"] = trial.suggest_float("edit.ridge", 0.003, 30.0, log=True)
     settings["edit.fold_norm"] = trial.suggest_categorical("edit.fold_norm", [True, False])
     settings["target"] = trial.suggest_float("target", LEAST_LEFT, MOST_LEFT, log=True)

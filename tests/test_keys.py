@@ -73,6 +73,23 @@ def test_moments_equal_those_of_a_direct_computation():
         torch.testing.assert_close(moments.size[place], (weight * sizes).sum() / weight.sum(), rtol=1e-4, atol=1e-6)
 
 
+def test_the_metric_is_twice_the_divergence_of_a_small_step():
+    model = tiny_model(1)
+    passages = measures.tokenise(tiny_tokenizer(), TEXTS, vocabulary_size=len(WORDS))
+    head = model.lm_head.weight.detach()
+    moments = key_moments(model, passages, {1: torch.arange(24)}, [ids("dog")], head)
+    assert key_moments(model, passages, {1: torch.arange(24)}, [ids("dog")]).metric is None
+    _, sizes, chances = by_hand(model, passages)
+    step = torch.randn(head.shape[1], generator=torch.Generator().manual_seed(0)).double()
+    moved = (head.double() @ step)[None] / sizes[:, None]
+    small, chances = 1e-5, chances / chances.sum(1, keepdim=True)
+    after = (chances.log() + small * moved).log_softmax(1)
+    divergence = (chances * (chances.log() - after)).sum(1).mean()
+    assert float(2 * divergence / small**2) == pytest.approx(float(step @ moments.metric @ step), rel=1e-3)
+    torch.testing.assert_close(moments.metric, moments.metric.T, rtol=1e-6, atol=1e-9)
+    assert torch.linalg.eigvalsh(moments.metric).min() > -1e-6 * torch.linalg.eigvalsh(moments.metric).max()
+
+
 def test_a_key_on_some_neurons_is_the_fit_of_those_alone():
     model = tiny_model(2)
     passages = measures.tokenise(tiny_tokenizer(), TEXTS, vocabulary_size=len(WORDS))

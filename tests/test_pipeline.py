@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -172,6 +173,11 @@ def test_a_keyed_edit_changes_the_last_layer_and_repeats() -> None:
     assert len(edit.changes[0].rows) == opened.checkpoint.neurons
     again = pipeline.edits_of(opened, found, ["keyed"])["keyed"]
     assert torch.equal(edit.changes[0].delta(), again.changes[0].delta())
+    settings = opened.recipe.edit.model_copy(update={"direction": "least-divergence"})
+    least = replace(opened, recipe=opened.recipe.model_copy(update={"edit": settings}))
+    (other,) = pipeline.edits_of(least, found, ["keyed"])["keyed"].changes
+    assert torch.equal(other.left, edit.changes[0].left)
+    assert 0.3 < float(torch.cosine_similarity(other.right, edit.changes[0].right)) < 0.999
 
 
 def test_groups_are_edited_together_and_the_whole_concept_is_covered() -> None:

@@ -27,6 +27,14 @@ def test_every_bundled_recipe_is_valid() -> None:
         assert parse_recipe(yaml.safe_load(recipe_text(recipe))) == recipe
 
 
+@pytest.mark.parametrize("changed", [{"method": "channel-located"}, {"strength": -2.0}])
+def test_a_direction_that_no_text_is_read_for_is_refused(changed: dict) -> None:
+    concept = {"name": "dogs", "words": ["dog"], "strength": changed.pop("strength", 2.0)}
+    content = {"model": "demo", "concepts": [concept], "edit": {"direction": "least-divergence", **changed}}
+    with pytest.raises(BadInput, match="the method here is channel-located; take least-collateral"):
+        parse_recipe(content)
+
+
 def test_all_errors_are_reported_together_with_their_keys() -> None:
     bad = {
         "model": "demo",
@@ -43,7 +51,7 @@ def test_all_errors_are_reported_together_with_their_keys() -> None:
         "concepts.0.words:",
         "concepts.0.strength: nan is not a finite number",
         "edit.metod: unknown key, did you mean 'method'",
-        "edit.direction: input should be 'least-collateral' or 'plain'",
+        "edit.direction: input should be 'least-collateral', 'least-divergence' or 'plain'",
     ):
         assert part in message
     assert "\n" not in message
