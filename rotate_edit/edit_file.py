@@ -57,6 +57,7 @@ def save_edit(edit: Edit, folder: Path, *, overwrite: bool = False) -> None:
         changes.append(
             {key: getattr(change, key) for key in ("matrix", "layer", "expert", "concept")}
             | {"strength": float(change.strength), "rows": len(change.rows), "rank": len(change.right)}
+            | ({"most": float(change.most)} if change.most < math.inf else {})
         )
     weights = save(tensors, metadata={"format": "pt"})
     content = {
@@ -122,6 +123,8 @@ def _change(number: int, entry: object, header: Header, path: Path) -> MatrixCha
     layer, expert = entry.get("layer"), entry.get("expert")
     if not _is_finite(entry.get("strength")):
         raise BadInput(f"change {number} of {EDIT_JSON} has a strength that is not a finite number.")
+    if "most" in entry and not _is_finite(entry["most"]):
+        raise wrong
     for position in (layer, expert):
         if position is not None and not (type(position) is int and 0 <= position <= LARGEST_DIMENSION):
             raise wrong
@@ -140,7 +143,8 @@ def _change(number: int, entry: object, header: Header, path: Path) -> MatrixCha
         raise wrong
     if not (torch.isfinite(left).all() and torch.isfinite(right).all()):
         raise BadInput(f"change {number} of {EDIT_TENSORS} holds a number that is not finite.")
-    return MatrixChange(entry["matrix"], layer, expert, rows, left, right, float(entry["strength"]), entry["concept"])
+    strength, most = float(entry["strength"]), float(entry.get("most", math.inf))
+    return MatrixChange(entry["matrix"], layer, expert, rows, left, right, strength, entry["concept"], most)
 
 
 def _vector(entry: object) -> EditedVector:

@@ -1,6 +1,7 @@
 """Edits come back from their files exactly, and files that were tampered with are refused."""
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,9 +27,9 @@ def edits(draw: st.DrawFn) -> Edit:
         rank, width = draw(st.integers(1, 3)), draw(st.integers(1, 6))
         strength = draw(st.floats(-1e6, 1e6))
         left, right = torch.randn(len(rows), rank), torch.randn(rank, width)
-        changes.append(
-            MatrixChange(matrix, layer, expert, torch.tensor(rows), left, right, strength, draw(st.text(max_size=9)))
-        )
+        most = draw(st.just(math.inf) | st.floats(-1e6, 1e6))
+        concept = draw(st.text(max_size=9))
+        changes.append(MatrixChange(matrix, layer, expert, torch.tensor(rows), left, right, strength, concept, most))
     finite = st.floats(allow_nan=False, allow_infinity=False)
     vectors = draw(
         st.lists(
@@ -80,6 +81,16 @@ def example() -> Edit:
     )
     vector = EditedVector("L0.N1", "out", "dogs", ("L0.N1.out#0",), 3.0, 0.9, 1.0, 0.8)
     return Edit("channel-located", changes, (vector,), {"source": "x"}, {})
+
+
+def test_a_change_that_goes_no_further_keeps_its_bound(tmp_path: Path) -> None:
+    rows = replace(example().changes[0], most=0.5).at(2.5)
+    edit = replace(example(), changes=(rows, example().changes[1]))
+    save_edit(edit, tmp_path / "edit")
+    found = load_edit(tmp_path / "edit")
+    assert [change.strength for change in found.changes] == [0.5, 2.5]
+    assert [change.strength for change in found.with_strength(8).changes] == [0.5, 8]
+    assert edit_identity(found.with_strength(8)) == edit_identity(edit.with_strength(8))
 
 
 def test_identity_depends_on_what_is_changed_alone() -> None:
@@ -138,6 +149,8 @@ def first_tensor(folder: Path, name: str, tensor: torch.Tensor) -> None:
         (lambda f: first_change(f, strength=3.0), "identity differs"),
         (lambda f: first_change(f, strength="2"), "finite"),
         (lambda f: first_change(f, strength=True), "finite"),
+        (lambda f: first_change(f, most="1"), "not a possible change"),
+        (lambda f: first_change(f, most=None), "not a possible change"),
         (lambda f: first_change(f, matrix="attention"), "not a possible change"),
         (lambda f: first_change(f, layer=-1), "not a possible change"),
         (lambda f: first_change(f, layer=None), "not a possible change"),
