@@ -221,10 +221,10 @@ def open_checkpoint(model: str | Path, revision: str | None = None) -> Checkpoin
 
 
 def _refuse_without_weights(names: set[str], source: str) -> None:
-    if "config.json" not in names:
-        raise BadInput(f"{source} has no config.json, so it is not a checkpoint in the Hugging Face layout.")
     if "adapter_config.json" in names:
         raise BadInput(f"{source} holds a PEFT adapter; merge it into its base model first.")
+    if "config.json" not in names:
+        raise BadInput(f"{source} has no config.json, so it is not a checkpoint in the Hugging Face layout.")
     if WEIGHTS in names or INDEX in names:
         return
     pickled = sorted(name for name in names if name.endswith((".bin", ".pt", ".pth", ".pkl", ".ckpt")))

@@ -187,6 +187,7 @@ def test_identity_names_bytes_and_no_paths(llama: Path) -> None:
         (lambda folder: (folder / "config.json").write_text("{"), "not valid JSON"),
         (lambda folder: (folder / "config.json").write_text("[]"), "not a JSON object"),
         (lambda folder: (folder / "adapter_config.json").write_text("{}"), "PEFT adapter"),
+        (lambda folder: (folder / "config.json").rename(folder / "adapter_config.json"), "PEFT adapter"),
         (lambda folder: write_config(folder, model_type="mamba"), '"mamba"'),
         (lambda folder: write_config(folder, quantization_config={"quant_method": "gptq"}), "gptq"),
         (lambda folder: write_config(folder, num_hidden_layers=0), "num_hidden_layers"),
