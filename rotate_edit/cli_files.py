@@ -105,11 +105,18 @@ def diff(edit_folder: Path, base: str | None, neurons: int) -> None:
             f"{vector.norm_after:.3f}",
         ]
         cells.append([f"{vector.address}.{vector.matrix}", vector.concept, *figures])
-    print_table(f"{counted(len(loaded.vectors), 'neuron vector')}, the most changed first", columns, cells)
+    if cells:
+        print_table(f"{counted(len(loaded.vectors), 'neuron vector')}, the most changed first", columns, cells)
 
 
 def _inside(folder: Path, name: str) -> Path:
     return folder / name if (folder / name).is_dir() else folder
+
+
+def _edit_of(folder: Path) -> Path:
+    if not (folder / "edit").is_dir():
+        raise BadInput(f'"{folder}" is not a run folder with its edit in edit/; name the edit\'s folder with --edit.')
+    return folder / "edit"
 
 
 @click.command()
@@ -122,7 +129,7 @@ def verify(folder: Path, edit_folder: Path | None, base: str | None) -> None:
     from rotate_edit.edit_file import load_edit
     from rotate_edit.patch import verify as verify_patch
 
-    where = edit_folder or folder / "edit"
+    where = edit_folder or _edit_of(folder)
     checked = verify_patch(
         open_checkpoint(_inside(folder, "model")),
         load_edit(where),
@@ -148,10 +155,12 @@ def revert(folder: Path, output: Path | None, edit_folder: Path | None, overwrit
     from rotate_edit.checkpoint import open_checkpoint
     from rotate_edit.patch import revert as revert_patch
 
-    target = output or Path(f"{folder.name}-reverted")
-    tensors = revert_patch(
-        open_checkpoint(_inside(folder, "model")), edit_folder or folder / "edit", target, overwrite=overwrite
-    )
+    target = output or Path(f"{folder.resolve().name}-reverted")
+    where = edit_folder or _edit_of(folder)
+    with progress_bars() as report:
+        tensors = revert_patch(
+            open_checkpoint(_inside(folder, "model")), where, target, overwrite=overwrite, progress=report
+        )
     print_line(f"{counted(len(tensors), 'tensor')} restored; written to {target}")
 
 

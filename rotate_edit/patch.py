@@ -136,29 +136,22 @@ def write_checkpoint(
     """
     refuse_clamps(edit)
     warnings = check_base(edit, checkpoint, force_base)
-    if warnings and edit_folder is not None and ((edit_folder / UNDO).exists() or (edit_folder / PATCH_JSON).exists()):
-        raise BadInput(
-            f'"{edit_folder}" holds what undoes the edit of its own base; copy {EDIT_JSON} and {EDIT_TENSORS} to '
-            "another folder to write the edit into another base."
-        )
     check_output_outside(output, checkpoint.folder)
     check_output_free(output, overwrite=overwrite)
-    if edit_folder is not None and not edit_folder.is_dir():
-        raise BadInput(f'the edit folder "{edit_folder}" does not exist.')
     if edit_folder is not None:
-        check_output_outside(output, edit_folder, "the edit's folder", inside=True)
+        _check_edit_folder(edit_folder, checkpoint, output, forced=bool(warnings))
     touched = plan_edit(checkpoint, edit)
     complete(checkpoint)
     shards = {checkpoint.stored[name].file for name in touched}
     check_cost(estimate_patch(checkpoint, edit, link=link), output)
-    check_free_space(output, _needed_bytes(checkpoint, set(checkpoint.headers) if not link else shards))
+    links = {shard for shard in checkpoint.headers if link and shard not in shards and _may_link(checkpoint, shard)}
+    check_free_space(output, _needed_bytes(checkpoint, set(checkpoint.headers) - links))
     with whole_folder(output, overwrite=overwrite) as folder:
-        linked, tensors = _write_shards(checkpoint, touched, folder, link, progress)
+        linked, tensors = _write_shards(checkpoint, touched, folder, links, progress)
         copied, left_out = copy_companions(checkpoint, folder)
         warnings += [warning for tensor in tensors if (warning := _lost_in_rounding(tensor))]
-        if link and linked:
-            links = "1 shard is a hard link" if len(linked) == 1 else f"{len(linked)} shards are hard links"
-            warnings.append(f"{links}: writing into one in place changes the base too.")
+        if link:
+            warnings.append(_about_links(len(linked), len(checkpoint.headers) - len(shards)))
         patch = Patch(edit_identity(edit), tensors, copied, linked, left_out, tuple(warnings))
         write_record(folder, [*checkpoint.edits, _record_entry(checkpoint, edit, patch)])
         if edit_folder is not None:
@@ -166,6 +159,25 @@ def write_checkpoint(
                 write_undo(checkpoint, touched, patch_hashes(patch), patch.edit, edit_folder)
             write_atomically(edit_folder / PATCH_JSON, json.dumps(patch.plain(), indent=1) + "\n")
     return patch
+
+
+def _check_edit_folder(edit_folder: Path, checkpoint: Checkpoint, output: Path, *, forced: bool) -> None:
+    """Refuse to take an edit's folder away, or the undo file in it that belongs to another base. Raises BadInput."""
+    if not edit_folder.is_dir():
+        raise BadInput(f'the edit folder "{edit_folder}" does not exist.')
+    check_output_outside(output, edit_folder, "the edit's folder", inside=True)
+    foreign = forced and ((edit_folder / UNDO).exists() or (edit_folder / PATCH_JSON).exists())
+    if not forced and (edit_folder / UNDO).exists():
+        # The edit may have been forced into another base before it is written into its own.
+        before = {name: hashes["before"] for name, hashes in read_undo(edit_folder).hashes.items()}
+        foreign = any(
+            name not in checkpoint.stored or tensor_hash(checkpoint, name) != digest for name, digest in before.items()
+        )
+    if foreign:
+        raise BadInput(
+            f'"{edit_folder}" holds what undoes the edit of another base; copy {EDIT_JSON} and {EDIT_TENSORS} to '
+            "another folder to write the edit into this one."
+        )
 
 
 def check_base(edit: Edit, checkpoint: Checkpoint, force_base: bool = False) -> list[str]:
@@ -187,17 +199,19 @@ def _needed_bytes(checkpoint: Checkpoint, shards: set[str]) -> int:
 
 
 def _write_shards(
-    checkpoint: Checkpoint, touched: dict[str, list[Touched]], folder: Path, link: bool, progress: Progress | None
+    checkpoint: Checkpoint, touched: dict[str, list[Touched]], folder: Path, links: set[str], progress: Progress | None
 ) -> tuple[tuple[str, ...], tuple[PatchedTensor, ...]]:
-    """Copy or link every shard and write the new values into the copies; return the links and the tensors."""
+    """Copy every shard, or link it where it is among `links`, and write the new values into the copies.
+
+    Returns the shards that were linked and the tensors.
+    """
     linked, tensors = [], []
-    shards = {checkpoint.stored[name].file for name in touched}
     # The disk takes one shard while the next is copied in memory; an error of its own comes out in the end.
     with ThreadPoolExecutor(max_workers=1) as disk:
         flushed = []
         for done, shard in enumerate(checkpoint.headers):
             source, target = checkpoint.path(shard), folder / shard
-            if link and shard not in shards and source.parent.name != "blobs" and _linked(source, target):
+            if shard in links and _linked(source, target):
                 linked.append(shard)
             else:
                 copy_file(source, target)
@@ -210,6 +224,23 @@ def _write_shards(
             flush.result()
     order = {name: position for position, name in enumerate(touched)}
     return tuple(linked), tuple(sorted(tensors, key=lambda tensor: order[tensor.name]))
+
+
+def _may_link(checkpoint: Checkpoint, shard: str) -> bool:
+    """Not into the Hub's cache, which others read too; where it cannot make links, its snapshots hold the files."""
+    source = checkpoint.path(shard)
+    return source.parent.name != "blobs" and source.parent.parent.name != "snapshots"
+
+
+def _about_links(linked: int, untouched: int) -> str:
+    if linked:
+        links = "1 shard is a hard link" if linked == 1 else f"{linked} shards are hard links"
+        return f"{links}: writing into one in place changes the base too."
+    if not untouched:
+        return "nothing was linked, because the edit changes every shard."
+    return (
+        "nothing was linked, since the base lies in the Hub's cache or where the output cannot link to; it was copied."
+    )
 
 
 def _linked(source: Path, target: Path) -> bool:
@@ -329,7 +360,7 @@ def revert(
             raise BadInput(f"{name} of {checkpoint.source} is not as the edit left it, so the edit is not taken back.")
     check_free_space(output, _needed_bytes(checkpoint, set(checkpoint.headers)))
     with whole_folder(output, overwrite=overwrite) as folder:
-        for tensor in _write_shards(checkpoint, touched, folder, False, progress)[1]:
+        for tensor in _write_shards(checkpoint, touched, folder, set(), progress)[1]:
             if tensor.after != undo.hashes[tensor.name]["before"]:
                 raise Failure(f"{tensor.name} did not become what it was before the edit; the undo file is damaged.")
         copy_companions(checkpoint, folder)
@@ -364,7 +395,7 @@ def verify(
         return _verify_against(checkpoint, edit, base)
     after = _hashes_after(edit_folder, edit)
     before = edit.base.get("tensors", {})
-    problems = _file_problems(checkpoint, edit.base)
+    problems = _record_problems(checkpoint, edit) + _file_problems(checkpoint, edit.base)
     missing = []
     expected = {**before, **after}
     for name in checkpoint.stored:
@@ -388,6 +419,16 @@ def _hashes_after(edit_folder: Path | None, edit: Edit) -> dict[str, str]:
     return {str(entry["name"]): str(entry["after"]) for entry in tensors}
 
 
+def _record_problems(checkpoint: Checkpoint, edit: Edit) -> list[str]:
+    """What the checkpoint's own record says against this edit being the last one; nothing when it has no record."""
+    written, wanted = [entry["edit"] for entry in checkpoint.edits], edit_identity(edit)
+    if not written or written[-1] == wanted:
+        return []
+    if wanted in written:
+        return [f"{checkpoint.source} has a later edit in it ({quoted(written[-1][:12])})."]
+    return [f"this edit was never written into {checkpoint.source}; the last one there is {quoted(written[-1][:12])}."]
+
+
 def _file_problems(checkpoint: Checkpoint, base: dict) -> list[str]:
     """Config, tokenizer files and shard headers that are not those of the base; `base` is its identity."""
     own = identity(checkpoint, full=False)
@@ -402,6 +443,7 @@ def _file_problems(checkpoint: Checkpoint, base: dict) -> list[str]:
 def _verify_against(checkpoint: Checkpoint, edit: Edit, base: Checkpoint) -> Verification:
     touched = plan_edit(base, edit)
     problems = _file_problems(checkpoint, identity(base, full=False))
+    later = _record_problems(checkpoint, edit)
     for name in [] if problems else base.stored:
         stored = base.stored[name]
         path = checkpoint.path(stored.file)
@@ -410,4 +452,4 @@ def _verify_against(checkpoint: Checkpoint, edit: Edit, base: Checkpoint) -> Ver
                 state = "the base with the edit in it" if name in touched else "that of the base"
                 problems.append(f"{name} in {stored.file} is not {state}.")
                 break
-    return Verification(tuple(problems), len(base.stored), ())
+    return Verification((*later, *problems), len(base.stored), ())

@@ -78,6 +78,13 @@ def test_apply_verify_revert(shell: Shell, tmp_path: Path) -> None:
     assert contents(tmp_path / "back") == before == contents(base)
 
 
+@pytest.mark.parametrize("command", ["verify", "revert"])
+def test_a_folder_without_its_edit_asks_for_it(shell: Shell, tmp_path: Path, command: str) -> None:
+    tiny(tmp_path / "base")
+    assert shell(command, "base") == 2
+    assert "name the edit's folder with --edit" in shell.error
+
+
 def test_without_undo_nothing_can_be_reverted(shell: Shell, tmp_path: Path) -> None:
     tiny(tmp_path / "base")
     assert shell("apply", "base-edit", "base", "--output", "out", "--no-undo") == 0
@@ -160,6 +167,10 @@ def test_edits_stack_and_come_off_in_order(shell: Shell, tmp_path: Path) -> None
     assert "2 by this package" in shell.out
     assert shell("revert", "twice", "--edit", "base-edit", "--output", "back") == 2
     assert "a later edit must be reverted first" in shell.error
+    assert shell("verify", "twice", "--edit", "base-edit") == 1
+    assert "twice has a later edit in it" in shell.out
+    assert shell("verify", "once", "--edit", "second", "--base", "once") == 1
+    assert "this edit was never written into once" in shell.out
     assert shell("revert", "twice", "--edit", "second", "--output", "back") == 0
     assert shell("revert", "back", "--edit", "base-edit", "--output", "first") == 0
     assert contents(tmp_path / "back") == contents(tmp_path / "once")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -113,8 +114,25 @@ def test_a_hub_snapshot_is_read_through_its_links_and_never_linked_into(base: Ch
     edit = replace(edit, changes=edit.changes[:1], base=identity(cached))
     patch = write_checkpoint(cached, edit, tmp_path / "out", link=True)
     assert patch.linked == ()
+    assert any("nothing was linked, since the base lies in the Hub's cache" in warning for warning in patch.warnings)
     assert all(not file.is_symlink() and file.stat().st_nlink == 1 for file in (tmp_path / "out").iterdir())
     assert verify(open_checkpoint(tmp_path / "out"), edit, cached).problems == ()
+
+
+def test_a_cache_without_links_is_not_linked_into_either(base: Checkpoint, tmp_path: Path) -> None:
+    snapshot = tmp_path / "models--a--b" / "snapshots" / "c0ffee"
+    shutil.copytree(base.folder, snapshot)
+    cached = open_checkpoint(snapshot)
+    change = next(change for change in random_edit(cached).changes if change.matrix == "out")
+    patch = write_checkpoint(cached, Edit("test", (change,), base=identity(cached)), tmp_path / "out", link=True)
+    assert patch.linked == ()
+    assert all(file.stat().st_nlink == 1 for file in snapshot.glob("*.safetensors"))
+
+
+def test_links_that_cannot_be_made_are_said(base: Checkpoint, edit: Edit, tmp_path: Path) -> None:
+    patch = write_checkpoint(base, edit, tmp_path / "out", link=True)
+    assert {tensor.shard for tensor in patch.tensors} == set(base.headers)
+    assert "nothing was linked, because the edit changes every shard." in patch.warnings
 
 
 @pytest.mark.parametrize("full", [True, False])
@@ -166,11 +184,27 @@ def test_another_base_needs_force(base: Checkpoint, edit: Edit, tmp_path: Path) 
     assert "tokenizer.json" in patch.warnings[0]
     write_checkpoint(base, edit, tmp_path / "own", edit_folder=tmp_path / "edit")
     undo = (tmp_path / "edit" / UNDO).read_bytes()
-    with pytest.raises(BadInput, match="holds what undoes the edit of its own base"):
+    with pytest.raises(BadInput, match="holds what undoes the edit of another base"):
         write_checkpoint(open_checkpoint(other), edit, tmp_path / "o", edit_folder=tmp_path / "edit", force_base=True)
     assert (tmp_path / "edit" / UNDO).read_bytes() == undo
     with pytest.raises(BadInput, match="does not say"):
         write_checkpoint(base, replace(edit, base={}), tmp_path / "out2")
+
+
+def test_the_undo_file_of_another_base_is_not_replaced(base: Checkpoint, edit: Edit, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(base.folder, other)
+    stored = base.stored[base.place("embedding").name]
+    with open(other / stored.file, "r+b") as stream:
+        stream.seek(stored.start)
+        stream.write(b"\x11\x11")
+    write_checkpoint(open_checkpoint(other), edit, tmp_path / "forced", edit_folder=tmp_path / "edit", force_base=True)
+    before = (tmp_path / "edit" / "undo.safetensors").read_bytes()
+    with pytest.raises(BadInput, match="undoes the edit of another base"):
+        write_checkpoint(base, edit, tmp_path / "out", edit_folder=tmp_path / "edit")
+    assert (tmp_path / "edit" / "undo.safetensors").read_bytes() == before
+    revert(open_checkpoint(tmp_path / "forced"), tmp_path / "edit", tmp_path / "back")
+    assert (tmp_path / "back" / stored.file).read_bytes() == (other / stored.file).read_bytes()
 
 
 def test_edits_stack_and_come_off_in_order(base: Checkpoint, tmp_path: Path) -> None:
