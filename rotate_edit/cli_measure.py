@@ -145,7 +145,7 @@ def relearn(base: str, edited: tuple[Path, ...], concepts: tuple[str, ...], item
 @click.command()
 @click.argument("model")
 @click.argument("channels", type=FOLDER)
-@click.option("--text", required=True, help="A text file, folder or datasets name.")
+@click.option("--text", required=True, help="A text file, a folder or a dataset of the Hub.")
 @click.option("--limit", type=click.IntRange(min=1), help="Only the neurons of the first so many channels.")
 @click.option("--output", type=FOLDER, help="Write NAME.json and NAME.png.")
 def faithfulness(model: str, channels: Path, text: str, limit: int | None, output: Path | None) -> None:

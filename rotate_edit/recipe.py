@@ -181,7 +181,9 @@ class EvaluateRecipe(_Section):
     items: str | None = Field(None, description="A folder of evaluation items, or `demo` for the bundled ones.")
     tasks: list[str] = Field([], description="lm-eval tasks by name, as general abilities (they need a network).")
     text: str | None = Field(
-        None, description="A text file, folder or datasets name for concept mass and collateral KL."
+        None,
+        description="A text file or folder, or a dataset of the Hub (`name`, `name:configuration` or "
+        "`name:configuration:split`), for concept mass and collateral KL.",
     )
     limit: Positive | None = Field(None, description="At most this many items of each task.")
     tokens: Positive = Field(4000, description="At most this many tokens of text for each point of a curve.")

@@ -161,8 +161,8 @@ def read_documents(source: str | Path) -> list[str]:
 
     A folder: each `.txt` file is one (its `.json` and `.jsonl` files hold theirs); a `.txt` file: each paragraph
     (separated by empty lines, or lines when there are none); `.json`: a list of strings; `.jsonl`: the `text` of each
-    line; anything else is the name of a dataset of the Hub, whose `text` column is read. At most eight million
-    characters are taken. Raises BadInput.
+    line; anything else is a dataset of the Hub, `name`, `name:configuration` or `name:configuration:split` (`train`
+    when it names none), whose `text` column is read. At most eight million characters are taken. Raises BadInput.
     """
     path = Path(source)
     if path.is_dir():
@@ -217,8 +217,10 @@ def _from_file(path: Path) -> list[str]:
 def _from_hub(name: str) -> Iterable[str]:
     import datasets
 
+    place, _, rest = name.partition(":")
+    configuration, _, split = rest.partition(":")
     try:
-        dataset = datasets.load_dataset(name, split="train", streaming=True)
+        dataset = datasets.load_dataset(place, configuration or None, split=split or "train", streaming=True)
         columns = dataset.column_names or list(next(iter(dataset)))
     except (OSError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]

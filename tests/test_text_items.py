@@ -2,6 +2,7 @@
 
 import json
 
+import datasets
 import pytest
 from tiny_words import tiny_tokenizer
 
@@ -81,6 +82,28 @@ def test_sources_of_every_kind(tmp_path):
 def test_a_missing_source_is_named_without_asking_the_network(name):
     with pytest.raises(BadInput, match="no text file or folder"):
         read_documents(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "asked"),
+    [
+        ("owner/books", ("owner/books", None, "train")),
+        ("owner/books:small", ("owner/books", "small", "train")),
+        ("owner/books::test", ("owner/books", None, "test")),
+        ("Salesforce/wikitext:wikitext-2-raw-v1:test", ("Salesforce/wikitext", "wikitext-2-raw-v1", "test")),
+    ],
+)
+def test_a_dataset_is_asked_for_by_name_configuration_and_split(name, asked, monkeypatch):
+    calls = []
+
+    def load(path, configuration, *, split, streaming):
+        calls.append((path, configuration, split))
+        assert streaming
+        return datasets.Dataset.from_list([{"text": "one"}, {"text": "two"}])
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    assert read_documents(name) == ["one", "two"]
+    assert calls == [asked]
 
 
 def test_a_text_without_the_concept_or_without_anything_else_is_refused(tmp_path):
