@@ -15,6 +15,7 @@ OUTPUT = click.option("--output", type=click.Path(path_type=Path), help="Where t
 OVERWRITE = click.option("--overwrite", is_flag=True, help="Replace an output that exists.")
 ESTIMATE = click.option("--estimate", is_flag=True, help="Print time, memory and disk of the job here, and stop.")
 FULL_HASH = click.option("--full-hash", is_flag=True, help="Take the SHA-256 of every byte of a large base as well.")
+NO_UNDO = click.option("--no-undo", is_flag=True, help="Leave out what an exact undo needs.")
 FOLDER = click.Path(path_type=Path)
 
 
@@ -49,13 +50,22 @@ def main() -> None:
 @click.option("--output", type=FOLDER, help="The run folder (default runs/<recipe>-<n>).")
 @ESTIMATE
 @FULL_HASH
+@NO_UNDO
 @click.option("--allow-code", is_flag=True, help="Dangerous: run code that task definitions bring along.")
 @OVERWRITE
-def run(recipe: str, output: Path | None, estimate: bool, full_hash: bool, allow_code: bool, overwrite: bool) -> None:
+def run(
+    recipe: str,
+    output: Path | None,
+    estimate: bool,
+    full_hash: bool,
+    no_undo: bool,
+    allow_code: bool,
+    overwrite: bool,
+) -> None:
     """Locate, edit, save, evaluate and report, as RECIPE says."""
     from rotate_edit import opened, pipeline
 
-    read = _recipe(recipe, full_hash)
+    read = _recipe(recipe, full_hash=full_hash, no_undo=no_undo)
     where = output or _next_run(Path(recipe).stem)
     if estimate:
         _print_estimate(f"a run of {Path(recipe).name}", *opened.estimate(read), where)
@@ -68,11 +78,12 @@ def run(recipe: str, output: Path | None, estimate: bool, full_hash: bool, allow
     print_line(f"Report: {where / 'report.html'}")
 
 
-def _recipe(path: str, full_hash: bool) -> Any:
+def _recipe(path: str, *, full_hash: bool, no_undo: bool) -> Any:
     from rotate_edit.recipe import read_recipe
 
     read = read_recipe(path)
-    return read.model_copy(update={"save": read.save.model_copy(update={"full_hash": True})}) if full_hash else read
+    flags = ({"full_hash": True} if full_hash else {}) | ({"undo": False} if no_undo else {})
+    return read.model_copy(update={"save": read.save.model_copy(update=flags)})
 
 
 def _print_estimate(job: str, cost: Any, device: str, output: Path) -> None:
@@ -124,8 +135,11 @@ def locate(recipe: str, as_json: bool) -> None:
     """Show which neurons carry RECIPE's concepts; nothing is written."""
     from rotate_edit import pipeline
     from rotate_edit import recipe as recipes
+    from rotate_edit.estimate import check_cost
+    from rotate_edit.forecast import locating_cost
 
     opened = pipeline.open_recipe(recipes.read_recipe(recipe))
+    check_cost(locating_cost(opened.recipe, opened.checkpoint, device=opened.device), Path(recipe))
     print_warnings(opened.warnings())
     with progress_bars() as report:
         found = pipeline.locate(opened, report=report)
@@ -303,6 +317,7 @@ def _print_channels(found: Any, as_json: bool) -> None:
 @click.option("--adapter", is_flag=True, help="Also write the LoRA adapter.")
 @ESTIMATE
 @FULL_HASH
+@NO_UNDO
 @OVERWRITE
 def edit(
     recipe: str,
@@ -311,12 +326,13 @@ def edit(
     adapter: bool,
     estimate: bool,
     full_hash: bool,
+    no_undo: bool,
     overwrite: bool,
 ) -> None:
     """Build RECIPE's edit and write it (edit/, model/, adapter/), without evaluating it."""
     from rotate_edit import opened, pipeline
 
-    read = _recipe(recipe, full_hash)
+    read = _recipe(recipe, full_hash=full_hash, no_undo=no_undo)
     where = output or _next_run(f"{Path(recipe).stem}-edit")
     if estimate:
         kept = read.save.model_copy(update={"checkpoint": not no_checkpoint})

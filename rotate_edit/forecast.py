@@ -52,28 +52,19 @@ def recipe_cost(
     live = measured or items is not None or keyed
     grouped = live and _tries_groups(recipe)
     on_gpu = device != "cpu"
-    settings = SolverSettings(solver=recipe.decompose.solver, channels=recipe.decompose.channels)
-    candidates = recipe.locate.candidates * len(recipe.locate.matrices)
-    tables = table_memory(checkpoint)
-    searched = shard_memory(checkpoint, settings, candidates)
-    cost = Cost(
-        operations=len(recipe.concepts) * _locating(recipe, checkpoint, settings, candidates, grouped=grouped),
-        start=START_WITH_TRANSFORMERS,
-        read=(len(recipe.concepts) + 1) * checkpoint.size,
-        memory=PROCESS_WITH_TRANSFORMERS + tables + searched,
-        gpu_memory=tables + searched if on_gpu else 0,
-        disk=candidates * SEARCHES * settings.channels * (4 * checkpoint.hidden_size + CHANNEL_BYTES),
-        download=to_download(checkpoint),
-    )
+    channels = _candidates(recipe) * SEARCHES * recipe.decompose.channels
+    cost = locating_cost(recipe, checkpoint, device=device, grouped=grouped)
+    cost += Cost(disk=channels * (4 * checkpoint.hidden_size + CHANNEL_BYTES))
     if live:
+        held = _locating_memory(recipe, checkpoint)
         model = estimate_live(checkpoint, 2 if on_gpu else 4, gpu=on_gpu)
         kept = _reference_memory(recipe, checkpoint)
         cost += Cost(
             operations=_forward(checkpoint) * sum(tokens_read(recipe, items, measured=measured).values()),
             start=model.start,
             read=model.read,
-            memory=model.memory + tables + searched + (0 if on_gpu else kept),
-            gpu_memory=model.gpu_memory + tables + searched + kept if on_gpu else 0,
+            memory=model.memory + held + (0 if on_gpu else kept),
+            gpu_memory=model.gpu_memory + held + kept if on_gpu else 0,
         )
     if keyed:
         # Second moments of a layer's activations, in float64: their sum, one more for a batch, and what the fit solves.
@@ -82,8 +73,25 @@ def recipe_cost(
         written = estimate_patch(checkpoint)
         cost += Cost(read=written.read, memory=written.memory, disk=written.disk)
         if recipe.save.undo:
-            cost += Cost(disk=candidates * SEARCHES * checkpoint.hidden_size * 4)
+            cost += Cost(disk=_candidates(recipe) * SEARCHES * checkpoint.hidden_size * 4)
     return cost
+
+
+def locating_cost(recipe: Recipe, checkpoint: Checkpoint, *, device: str = "cpu", grouped: bool = False) -> Cost:
+    """What finding the concepts' channels takes, with nothing written.
+
+    grouped: whether several divisions of each concept are tried.
+    """
+    settings, candidates = _settings(recipe), _candidates(recipe)
+    held = _locating_memory(recipe, checkpoint)
+    return Cost(
+        operations=len(recipe.concepts) * _locating(recipe, checkpoint, settings, candidates, grouped=grouped),
+        start=START_WITH_TRANSFORMERS,
+        read=(len(recipe.concepts) + 1) * checkpoint.size,
+        memory=PROCESS_WITH_TRANSFORMERS + held,
+        gpu_memory=held if device != "cpu" else 0,
+        download=to_download(checkpoint),
+    )
 
 
 def tokens_read(recipe: Recipe, items: Items | None, *, measured: bool = True) -> dict[str, int]:
@@ -115,6 +123,19 @@ def tokens_read(recipe: Recipe, items: Items | None, *, measured: bool = True) -
         # Each prompt is continued once greedily, and sampled to see whether the concept leaks.
         steps["generations"] = 2 * prompts * (1 + plan.samples) * plan.new_tokens
     return steps
+
+
+def _settings(recipe: Recipe) -> SolverSettings:
+    return SolverSettings(solver=recipe.decompose.solver, channels=recipe.decompose.channels)
+
+
+def _candidates(recipe: Recipe) -> int:
+    return recipe.locate.candidates * len(recipe.locate.matrices)
+
+
+def _locating_memory(recipe: Recipe, checkpoint: Checkpoint) -> int:
+    """The vocabulary's tables and the candidates of one search."""
+    return table_memory(checkpoint) + shard_memory(checkpoint, _settings(recipe), _candidates(recipe))
 
 
 def _keyed(recipe: Recipe, measured: bool) -> bool:

@@ -93,7 +93,9 @@ def described(found: dict) -> list[list[str]]:
         rows.append(["scales", ", ".join(scales)])
     edits = [edit[:12] for edit in found["edits"]]
     rows.append(["edits in it", f"{len(edits)} by this package, oldest first: {', '.join(edits)}" if edits else "none"])
-    reach = [f"{count:,} {REACH_WORDS.get(name, f'{name} vectors')}" for name, count in found["reach"].items()]
+    # A tied head is the embedding, so its rows are counted once.
+    counts = {name: count for name, count in found["reach"].items() if not (found["tied"] and name == "unembedding")}
+    reach = [f"{count:,} {REACH_WORDS.get(name, f'{name} vectors')}" for name, count in counts.items()]
     rows.append(["an edit can reach", ", ".join(reach)])
     return rows
 

@@ -193,6 +193,13 @@ def test_diff_shows_matrices_and_neurons(shell: Shell, tmp_path: Path) -> None:
     assert "%" in shell.out
 
 
+def test_a_tied_table_is_counted_once(shell: Shell, tmp_path: Path) -> None:
+    save_tiny("llama", tmp_path / "tied", tied=True, dtype=torch.float32)
+    assert shell("inspect", "tied") == 0
+    assert "96 rows of the embedding" in shell.out
+    assert "rows of the unembedding" not in shell.out
+
+
 @pytest.mark.parametrize("family", ["gpt2", "granite", "qwen3_moe", "gemma3"])
 def test_inspect_in_words_and_as_json(shell: Shell, tmp_path: Path, family: str) -> None:
     tiny(tmp_path / "base", family)
@@ -245,8 +252,12 @@ def test_an_estimate_that_does_not_fit_ends_with_the_refusal(
     assert shell("run", "r.yaml", "--estimate") == 2
     assert "time" in shell.out
     assert "GB of memory" in shell.error
-    for arguments in (("run", "r.yaml"), ("edit", "r.yaml"), ("decompose", "demo"), ("evaluate", "demo", "demo")):
+    for arguments in (
+        ("run", "r.yaml"), ("edit", "r.yaml"), ("locate", "r.yaml"), ("scan", "demo"), ("decompose", "demo"),
+        ("evaluate", "demo", "demo"), ("compare", "demo", "demo", "--prompt", "A dog"),
+    ):  # fmt: skip
         assert shell(*arguments) == 2
+        assert "GB of memory" in shell.error or arguments[0] == "evaluate"
     assert [path.name for path in tmp_path.iterdir()] == ["r.yaml"]
 
 
@@ -265,6 +276,9 @@ def test_the_changed_tensors_of_a_large_base_are_hashed_and_all_on_request(
     assert shell("edit", "r.yaml", "--output", "full", "--no-checkpoint", "--full-hash") == 0
     content = json.loads((tmp_path / "full" / "edit" / "edit.json").read_text())
     assert set(content["base"]["tensors"]) == set(open_checkpoint("demo").stored)
+    assert shell("edit", "r.yaml", "--output", "bare", "--no-undo") == 0
+    assert set(contents(tmp_path / "bare" / "edit")) == {"edit.json", "edit.safetensors", "patch.json"}
+    assert shell("verify", "bare", "--base", "demo") == 0
 
 
 def test_reproduce_names_differences_and_fails_on_serious_ones(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
