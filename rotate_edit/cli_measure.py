@@ -20,7 +20,7 @@ CONCEPTS = click.option("--concept", "concepts", multiple=True, help="Edited con
 @MODELS
 @CONCEPTS
 @click.option("--neighbour", "neighbours", multiple=True, help="Concepts close to them.")
-@click.option("--word", "words", multiple=True, help="Words of the concept, to measure its probability mass.")
+@click.option("--word", "words", multiple=True, help="Words of the concept, for probability mass and leak rate.")
 @click.option("--items", help="A folder of items, or the name of a bundled one (demo, local).")
 @click.option("--data", type=FOLDER, help="Where the items' data lie, for --items local (then the default).")
 @click.option("--task", "tasks", multiple=True, help="lm-eval tasks by name (they need a network).")

@@ -1,5 +1,6 @@
 """A run's edited checkpoint or adapter to the Hugging Face Hub, by a list of files that may go there."""
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,8 +10,9 @@ from rotate_edit.checkpoint import open_checkpoint
 from rotate_edit.companions import EDIT_RECORD, may_be_copied
 from rotate_edit.edit_file import EDIT_JSON, EDIT_TENSORS, load_edit
 from rotate_edit.errors import BadInput
+from rotate_edit.files import read_json, write_atomically
 from rotate_edit.patch import PATCH_JSON, verify
-from rotate_edit.reproduce import REPRODUCE
+from rotate_edit.reproduce import REPRODUCE, hashes
 from rotate_edit.undo import UNDO
 
 EDIT_FILES = (EDIT_JSON, EDIT_TENSORS, PATCH_JSON)
@@ -69,9 +71,9 @@ def push(
     """Publish a run folder's checkpoint or adapter as one commit of a Hub repository, which is made if need be.
 
     The card is written again with the repository's name, and with base_model, the base's Hub id when the run took the
-    base from a folder. A checkpoint that is not what its edit says is not published. Raises BadInput for a folder or
-    name that cannot be, without a token, and when the repository holds files already (unless `overwrite`); Failure
-    when the Hub fails.
+    base from a folder. A checkpoint that is not what its edit says, or an adapter that is not the run's, is not
+    published. Raises BadInput for a folder or name that cannot be, without a token, and when the repository holds files
+    already (unless `overwrite`); Failure when the Hub fails.
     """
     for name in (repository, *([base_model] if base_model else [])):
         if not hub.looks_like_hub_id(name) or "/" not in name:
@@ -83,6 +85,10 @@ def push(
         if checked.problems:
             raise BadInput(f"{folder / 'model'} is not published, since it is not what its edit says: "
                            f"{checked.problems[0]}")  # fmt: skip
+    elif hashes(folder).get("adapter") != _recorded(folder):
+        raise BadInput(f"{folder / 'adapter'} is not published, since it is not what {REPRODUCE} says; run it again.")
+    if adapter and base_model:
+        _name_base(folder / "adapter" / ADAPTER_FILES[0], base_model)
     write_cards(folder, base_model, repository)
     files = files_to_push(folder, adapter=adapter, undo=undo)
     what = "adapter" if adapter else "checkpoint"
@@ -90,3 +96,17 @@ def push(
         repository, files, message=f"Edited {what}, its edit and how to repeat it", private=private, overwrite=overwrite
     )
     return Pushed(repository, commit, tuple(files))
+
+
+def _recorded(folder: Path) -> str | None:
+    """The hash of the adapter as the run left it; of a folder without a record, such as `edit` writes, the present."""
+    if not (folder / REPRODUCE).is_file():
+        return hashes(folder).get("adapter")
+    known = read_json(folder, REPRODUCE).get("hashes")
+    return known.get("adapter") if isinstance(known, dict) else None
+
+
+def _name_base(path: Path, base_model: str) -> None:
+    """PEFT looks for the base under this entry, which stays empty when a run takes its base from a folder."""
+    content = read_json(path.parent, path.name) | {"base_model_name_or_path": base_model}
+    write_atomically(path, json.dumps(content, indent=1, allow_nan=False) + "\n")

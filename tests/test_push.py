@@ -121,6 +121,23 @@ def test_a_checkpoint_that_is_not_its_edit_is_not_published(run: Path, hub: Hub)
     assert hub.requests == []
 
 
+def test_an_adapter_that_is_not_the_runs_is_not_published(run: Path, hub: Hub) -> None:
+    weights = run / "adapter" / "adapter_model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    with pytest.raises(BadInput, match=r"not what reproduce\.json says"):
+        push(run, "me/adapter", adapter=True)
+    assert "me/adapter" not in hub.models
+
+
+def test_a_published_adapter_names_its_base(run: Path, hub: Hub) -> None:
+    push(run, "me/adapter", adapter=True, base_model="owner/base")
+    config = json.loads(hub.models["me/adapter"]["adapter_config.json"])
+    assert config["base_model_name_or_path"] == "owner/base"
+    assert config["peft_type"] == "LORA"
+
+
 def test_links_and_missing_parts_are_not_published(run: Path, tmp_path: Path) -> None:
     (tmp_path / "secret").write_text("secret")
     (run / "report.md").unlink()
