@@ -201,6 +201,8 @@ def open_checkpoint(model: str | Path, revision: str | None = None) -> Checkpoin
         folder, source = Path(demo_model_folder()), "demo"
     elif model and Path(model).is_dir():
         folder, source = Path(model), Path(model).resolve().name
+        if not (folder / "config.json").exists() and (folder / "model" / "config.json").is_file():
+            raise BadInput(f'"{model}" is a run folder; its checkpoint is "{folder / "model"}".')
     elif hub.looks_like_hub_id(model):
         found = hub.find_model(model, revision)
         folder, source = found.folder, found.name

@@ -76,13 +76,15 @@ class Patch:
         """What was written, what rounding did and what was left out, for a person."""
         rounding = self.rounding()
         touched = counted(len({tensor.shard for tensor in self.tensors}), "shard")
-        lines = [
-            f"{counted(len(self.tensors), 'tensor')} changed in {touched}: {rounding.elements:,} numbers, of which "
-            f"{rounding.unchanged:,} stayed as they were because the change is too small for "
-            f"{' and '.join(sorted({tensor.dtype for tensor in self.tensors})) or 'their dtype'}; "
-            f"the largest rounding error is {rounding.largest_error:.2g}, the largest change "
-            f"{rounding.largest_change:.2g}."
-        ]
+        lines = []
+        if self.tensors:
+            lines.append(
+                f"{counted(len(self.tensors), 'tensor')} changed in {touched}: {rounding.elements:,} numbers, of which "
+                f"{rounding.unchanged:,} stayed as they were because the change is too small for "
+                f"{' and '.join(sorted({tensor.dtype for tensor in self.tensors}))}; "
+                f"the largest rounding error is {rounding.largest_error:.2g}, the largest change "
+                f"{rounding.largest_change:.2g}."
+            )
         if self.left_out:
             lines.append(f"Left out, since only named kinds of files are copied: {', '.join(self.left_out)}.")
         return lines
@@ -150,6 +152,8 @@ def write_checkpoint(
         linked, tensors = _write_shards(checkpoint, touched, folder, links, progress)
         copied, left_out = copy_companions(checkpoint, folder)
         warnings += [warning for tensor in tensors if (warning := _lost_in_rounding(tensor))]
+        if not tensors:
+            warnings.append("the edit changes nothing, so what is written is a copy of its base.")
         if link:
             warnings.append(_about_links(len(linked), len(checkpoint.headers) - len(shards)))
         patch = Patch(edit_identity(edit), tensors, copied, linked, left_out, tuple(warnings))

@@ -206,6 +206,14 @@ def test_damaged_checkpoints_are_refused_in_one_sentence(llama: Path, damage, wo
     assert "\n" not in str(caught.value)
 
 
+def test_a_run_folder_names_its_checkpoint(llama: Path, tmp_path: Path) -> None:
+    llama.rename(tmp_path / "aside")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "aside").rename(tmp_path / "run" / "model")
+    with pytest.raises(BadInput, match=r'run" is a run folder; its checkpoint is ".*/run/model"'):
+        open_checkpoint(tmp_path / "run")
+
+
 def test_pickled_weights_are_never_opened(llama: Path) -> None:
     for file in llama.glob("*.safetensors*"):
         file.unlink()

@@ -58,6 +58,8 @@ def same_tensors(one: Path, other: Path) -> bool:
 def test_an_edit_of_nothing_is_byte_identical(base: Checkpoint, tmp_path: Path) -> None:
     patch = write_checkpoint(base, Edit("none", (), base=identity(base)), tmp_path / "out")
     assert patch.tensors == ()
+    assert patch.warnings == ("the edit changes nothing, so what is written is a copy of its base.",)
+    assert [sentence.split(",")[0] for sentence in patch.sentences()] == ["Left out"]
     assert same_tensors(base.folder, tmp_path / "out")
 
 
