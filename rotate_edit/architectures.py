@@ -362,7 +362,11 @@ def architecture_of(config: Mapping[str, object]) -> Architecture:
         raise BadInput("config.json names no model_type; only checkpoints in the Hugging Face layout can be opened.")
     if model_type in REFUSED:
         raise BadInput(f"models of type {model_type} cannot be edited: {REFUSED[model_type]}.")
-    quantised = config.get("quantization_config")
+    # A multimodal model may say it of its language model alone, and compressed-tensors once had a key of its own.
+    inner = config.get("text_config")
+    places = (config, inner) if isinstance(inner, Mapping) else (config,)
+    keys = ("quantization_config", "compression_config")
+    quantised = next((place[key] for place in places for key in keys if place.get(key)), None)
     if quantised:
         method = quantised.get("quant_method", "unnamed") if isinstance(quantised, Mapping) else "unnamed"
         raise BadInput(

@@ -245,7 +245,7 @@ def check_free_space(output: Path, needed: int) -> None:
     free = free_space(output)
     if free < needed:
         raise BadInput(
-            f"{output} needs {needed / 1e9:.1f} GB and its disk has {free / 1e9:.1f} GB free; name an output elsewhere."
+            f"{output} needs {needed / 1e9:.2f} GB and its disk has {free / 1e9:.2f} GB free; name an output elsewhere."
         )
 
 

@@ -67,6 +67,8 @@ def test_families_are_told_apart_by_their_config() -> None:
         ({"model_type": "llama", "quantization_config": {"quant_method": "fp8"}}, r"quantised \(.fp8"),
         ({"model_type": "llama", "quantization_config": {"load_in_4bit": True}}, "quantised"),
         ({"model_type": "llama", "quantization_config": "bitsandbytes"}, "quantised"),
+        ({"model_type": "llama", "compression_config": {"quant_method": "compressed-tensors"}}, "compressed-tensors"),
+        ({"model_type": "gemma3", "text_config": {"quantization_config": {"quant_method": "awq"}}}, "awq"),
     ],
 )
 def test_refusals_name_what_is_wrong(config: dict, words: str) -> None:
