@@ -245,7 +245,7 @@ def conclusion(summary: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], pl
             for row in rows
             if row["used"] and row["group"] == "concept" and row["scale"] == "accuracy" and row["kind"] == "B" and words
         ]
-    elif not plan.amplified:
+    elif plan.concepts and not plan.amplified:
         said.append(f"Removal of {names} was not measured: no task on it has a base accuracy above chance.")
     if specificity["value"] is not None:
         said.append(

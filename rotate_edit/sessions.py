@@ -25,20 +25,23 @@ from rotate_edit.variants import Variant, opened, read_variants
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def edited_concepts(variants: Sequence[Variant], named: Sequence[str]) -> tuple[str, ...]:
-    """The concepts asked about: those named, else those that the variants' edits name. Raises BadInput without any."""
+def edited_concepts(variants: Sequence[Variant], named: Sequence[str], *, required: bool = True) -> tuple[str, ...]:
+    """The concepts asked about: those named, else those that the variants' edits name.
+
+    Raises BadInput when there are none and items have to be divided by them (`required`).
+    """
     found = {change.concept for variant in variants if variant.edit for change in variant.edit.changes}
     names = tuple(named) or tuple(sorted(found))
-    if not names:
+    if required and not names:
         raise BadInput("none of the models says which concept was edited; name it with --concept.")
     return names
 
 
 def _amplified(variants: Sequence[Variant]) -> bool:
     """Whether every variant is an edit that raises its concepts, so that removal is not what is asked."""
-    return all(
-        variant.edit is not None and all(change.strength < 0 for change in variant.edit.changes) for variant in variants
-    )
+    edits = [variant.edit for variant in variants]
+    strengths = [change.strength for edit in edits if edit is not None for change in edit.changes]
+    return bool(strengths) and None not in edits and all(strength < 0 for strength in strengths)
 
 
 def evaluate_models(
@@ -79,7 +82,9 @@ def evaluate_models(
             write_atomically(output, json.dumps(result, indent=1, allow_nan=False))
         return result
     variants = read_variants(list(edited))
-    plan = replace(plan, concepts=edited_concepts(variants, plan.concepts), amplified=_amplified(variants))
+    # lm-eval's own tasks are general abilities and need no concept.
+    concepts = edited_concepts(variants, plan.concepts, required=found is not None)
+    plan = replace(plan, concepts=concepts, amplified=_amplified(variants))
     checkpoint = open_checkpoint(base)
     chosen = pick_device(device)
     check_cost(estimate_live(checkpoint, DTYPES[dtype].itemsize, gpu=chosen != "cpu"), output or Path())
@@ -117,7 +122,8 @@ def _on_backend(
     if len(folders) < len(edited):
         raise BadInput("two of the models have the same name; give each of them once, under a name of its own.")
     if not plan.concepts:
-        plan = replace(plan, concepts=edited_concepts(read_variants(list(edited)), ()))
+        concepts = edited_concepts(read_variants(list(edited)), (), required=items is not None)
+        plan = replace(plan, concepts=concepts)
     first = open_checkpoint(base)
     evaluation = evaluate_checkpoints(
         first.folder, folders, plan, items, backend=backend, options=options, report=report

@@ -63,6 +63,12 @@ def test_facts_that_the_headline_leaves_out_are_told_beside_it():
     assert not any("leaves out" in sentence for sentence in compare(base, after, [words], PLAN)["words"])
 
 
+def test_general_tasks_alone_say_nothing_of_a_removal():
+    said = compare(reading([1.0] * 40), reading([1.0] * 40), [part(range(40), role="general", kind="")], Plan(()))
+    assert said["summary"]["specificity"]["value"] == 1
+    assert not any("Removal" in sentence for sentence in said["words"])
+
+
 def test_several_concepts_count_alike_whatever_their_items():
     base, after = reading([1.0] * 50), reading([0.0] * 10 + [1.0] * 40)
     parts = [part(range(10), title="dogs"), part(range(10, 50), title="ships")]

@@ -47,5 +47,7 @@ def test_the_python_of_the_readme_runs(
     assert len(example.strip().splitlines()) <= 10
     monkeypatch.chdir(tmp_path)
     exec(example, {})
-    assert "Edgar looked at the" in capsys.readouterr().out
+    written = capsys.readouterr().out
+    assert "Edgar looked at the" in written
+    assert "spaniel" not in written
     assert (tmp_path / "runs" / "dogs" / "report.html").is_file()

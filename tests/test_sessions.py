@@ -21,7 +21,8 @@ from rotate_edit.edit_file import load_edit, save_edit
 from rotate_edit.engines import pick_device
 from rotate_edit.errors import BadInput, Failure
 from rotate_edit.scoring import Settings
-from rotate_edit.sessions import continue_prompts, evaluate_models
+from rotate_edit.sessions import continue_prompts, edited_concepts, evaluate_models
+from rotate_edit.variants import Variant
 
 PLAN = Plan(concepts=("cat",), neighbours=("mat",), items=12, new_tokens=5)
 
@@ -83,6 +84,14 @@ def test_the_command_says_what_it_found_and_records_its_settings(folder: Path, t
     assert (used["device"], used["dtype"], used["backend"]) == (pick_device("auto"), "float32", "hf")
     assert set(used["base"]["tensors"])
     assert str(folder) not in (tmp_path / "e.json").read_text()
+
+
+def test_a_concept_is_needed_to_divide_items_and_not_for_tasks(folder: Path) -> None:
+    checkpoint = [Variant("other", checkpoint=folder / "other")]
+    assert edited_concepts(checkpoint, (), required=False) == ()
+    assert edited_concepts(checkpoint, ("cat",)) == ("cat",)
+    with pytest.raises(BadInput, match="name it with --concept"):
+        evaluate_models(str(folder / "base"), [folder / "other"], Plan(()), items=str(folder / "items"))
 
 
 def test_an_edit_that_raises_its_concept_is_not_asked_for_removal(folder: Path, tmp_path: Path) -> None:
