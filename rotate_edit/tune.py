@@ -45,6 +45,8 @@ OWN_TARGETS = (0.1, 0.3, 0.05)
 STARTUP_TRIALS = 15
 # A choice is confirmed and reported on so many times the text of a trial, since few comparisons are made there.
 CONFIRMING, PROVING = 2, 4
+# So many points of the front are confirmed at most, a few seconds each.
+CANDIDATES = 3
 # Other settings must save at least a tenth of the damage on texts that no trial saw, or the recipe's own are kept.
 CLEARLY_LESS = 0.9
 
@@ -268,7 +270,7 @@ def confirmed(prepared: Prepared, tried: Sequence[Tried], places: list[int], tok
     others = references(prepared.opened, prepared.model, "choose", CONFIRMING * tokens, from_the_end=True)
     front = [tried[place].point for place in places]
     first = pareto.knee(front)
-    for candidate in [first, *(place for place in reversed(range(len(front))) if place != first)]:
+    for candidate in [first, *(place for place in reversed(range(len(front))) if place != first)][:CANDIDATES]:
         if _is_own(prepared, tried[places[candidate]]):
             return places, candidate
         found = compared(prepared, others, tried[places[candidate]])
