@@ -87,7 +87,9 @@ def evaluate_models(
     plan = replace(plan, concepts=concepts, amplified=_amplified(variants))
     checkpoint = open_checkpoint(base)
     chosen = pick_device(device)
-    check_cost(estimate_live(checkpoint, DTYPES[dtype].itemsize, gpu=chosen != "cpu"), output or Path())
+    # A whole checkpoint is loaded beside the base, one at a time.
+    at_once = 1 + any(variant.checkpoint is not None for variant in variants)
+    check_cost(estimate_live(checkpoint, at_once * DTYPES[dtype].itemsize, gpu=chosen != "cpu"), output or Path())
     tokenizer = load_tokenizer(checkpoint)
     ids = None
     if words:
@@ -142,7 +144,9 @@ def continue_prompts(
     Greedy without a seed. Returns for each prompt the continuations by model name. Raises BadInput.
     """
     checkpoint = open_checkpoint(base)
-    check_cost(estimate_live(checkpoint), Path())
+    folders = [Path(name) for name in edited if Path(name).is_dir()]
+    whole = len(folders) < len(edited) or any(read_variants([folder])[0].checkpoint for folder in folders)
+    check_cost(estimate_live(checkpoint, 2 * 4 if whole else 4), Path())
     tokenizer, model = load_tokenizer(checkpoint), load_model(checkpoint)
     texts = {"base": generate(model, tokenizer, prompts, new_tokens=new_tokens, seed=seed)}
     for name in edited:

@@ -13,6 +13,7 @@ from test_faithfulness import channel
 from tiny_items import write_items
 from tiny_words import tiny_model, tiny_tokenizer
 
+from rotate_edit import sessions
 from rotate_edit.channels import save_channels
 from rotate_edit.cli_measure import check, faithfulness
 from rotate_edit.cli_measure import evaluate as command
@@ -208,3 +209,16 @@ def test_gates_on_what_no_run_wrote_are_one_sentence(tmp_path: Path, content: st
     (tmp_path / "evaluation.json").write_text(content)
     with pytest.raises((BadInput, Failure), match="does not have the form"):
         CliRunner().invoke(check, [str(tmp_path), "--max-kl", "0.1"], catch_exceptions=False)
+
+
+def test_a_whole_checkpoint_beside_the_base_counts_as_memory(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    estimated = sessions.estimate_live
+    monkeypatch.setattr(
+        sessions, "estimate_live", lambda base, size, **more: seen.append(size) or estimated(base, size, **more)
+    )
+    base, plan = str(folder / "base"), Plan(concepts=("cat",), items=4)
+    for edited in ("edited", "other"):
+        continue_prompts(base, [str(folder / edited)], ["it was"], new_tokens=2)
+        evaluate_models(base, [folder / edited], plan, items=str(folder / "items"))
+    assert seen == [4, 4, 8, 8]
