@@ -390,7 +390,7 @@ METHODS: dict[str, Callable[[Target], Factors]] = {
 TOKEN_METHOD = "token-embeddings"
 # With neurons edited too, this much of it at most: without it the neurons' direction has nothing to push against, and
 # past 1 the rows point the other way, where the neurons' change raises the concept.
-ROWS_AT_MOST = 0.5
+ROWS_AT_MOST = 0.75
 # These cannot be written into weights, so they are controls on the live model only.
 LIVE_METHODS = ("clamp-neurons",)
 # These read activations on the model's own text.

@@ -142,8 +142,8 @@ class EditRecipe(_Section):
     )
     embeddings: bool = Field(
         False,
-        description="Also take half of the concept out of its own tokens' embeddings and head rows (the control "
-        "`token-embeddings` shows what these rows do alone).",
+        description="Also take three quarters of the concept out of its own tokens' embeddings and head rows (the "
+        "control `token-embeddings` shows what these rows do alone).",
     )
     layer_strengths: dict[Annotated[int, Field(ge=0)], Finite] = Field(
         {}, description="What the strength is multiplied by in single layers, such as `{0: 0, 3: 1.5}`; 1 elsewhere."

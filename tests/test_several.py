@@ -163,10 +163,10 @@ def test_embeddings_are_edited_when_asked_and_once_where_the_head_is_tied() -> N
     made = pipeline.edits_of(opened, found, ["channel-located", TOKEN_METHOD, "direction-everywhere"])
     ids = opened.tokens[0].ids
     (change,) = [change for change in made["channel-located"].changes if change.matrix == "embedding"]
-    # Beside neurons the rows go half the way and no further; alone they go as far as they are told.
-    assert change.strength == change.most == ROWS_AT_MOST == 0.5
-    assert {c.strength for c in made["channel-located"].with_strength(3.0).changes} == {0.5, 3.0}
-    assert {c.strength for c in made["channel-located"].scaled(-2.0).changes} == {-1.0, -2.0}
+    # Beside neurons the rows go three quarters of the way and no further; alone they go as far as they are told.
+    assert change.strength == change.most == ROWS_AT_MOST == 0.75
+    assert {c.strength for c in made["channel-located"].with_strength(3.0).changes} == {0.75, 3.0}
+    assert {c.strength for c in made["channel-located"].scaled(-2.0).changes} == {-1.5, -2.0}
     assert [c.strength for c in made[TOKEN_METHOD].with_strength(3.0).changes] == [3.0]
     assert opened.checkpoint.tied
     assert torch.equal(change.rows, ids)
