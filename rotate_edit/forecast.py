@@ -31,8 +31,8 @@ from rotate_edit.tasks import Items
 
 # Products with the vocabulary matrix of a search that asks for one concept: 20 to 26 measured.
 PRODUCTS_ASKING = 26
-# Seconds of the demo model's forward passes over the seconds of their products alone: 1.1 to 1.9 measured on one thread,
-# about 3.4 on two, which the small products around the large ones do not fill.
+# Seconds of the demo model's forward passes over the seconds of their products alone: 1.1 to 1.9 measured on one
+# thread, about 3.4 on two, which the small products around the large ones do not fill.
 FORWARD_OVERHEAD = 2.5
 # `group_distance: auto` tries three divisions of a concept; together they search about so many times the candidates.
 SEARCHES, GROUPS = 3, 6
