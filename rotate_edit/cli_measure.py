@@ -139,7 +139,12 @@ def relearn(base: str, edited: tuple[Path, ...], concepts: tuple[str, ...], item
 
     with progress_bars() as report:
         result = relearn_models(base, edited, concepts, items, output, report)
-    click.echo(json.dumps(result, indent=1))
+    epochs = [f"after epoch {number + 1}" for number in range(result["training"]["epochs"])]
+    rows = [
+        [name, *(_with_interval(asked) for asked in (model["before"], *model["epochs"]))]
+        for name, model in result["models"].items()
+    ]
+    print_table("Share of the items about the concept answered correctly", ["", "before", *epochs], rows)
 
 
 @click.command()

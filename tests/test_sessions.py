@@ -15,7 +15,7 @@ from tiny_words import tiny_model, tiny_tokenizer
 
 from rotate_edit import sessions
 from rotate_edit.channels import save_channels
-from rotate_edit.cli_measure import check, faithfulness
+from rotate_edit.cli_measure import check, faithfulness, relearn
 from rotate_edit.cli_measure import evaluate as command
 from rotate_edit.comparison import Plan
 from rotate_edit.edit_file import load_edit, save_edit
@@ -222,3 +222,14 @@ def test_a_whole_checkpoint_beside_the_base_counts_as_memory(folder: Path, monke
         continue_prompts(base, [str(folder / edited)], ["it was"], new_tokens=2)
         evaluate_models(base, [folder / edited], plan, items=str(folder / "items"))
     assert seen == [4, 4, 8, 8]
+
+
+def test_what_comes_back_is_a_table(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = {"value": 0.5, "low": 0.25, "high": 0.75}
+    model = {"before": asked, "epochs": [asked, asked | {"value": 0.625}]}
+    found = {"training": {"epochs": 2}, "models": {"base": model, "edited": model}}
+    monkeypatch.setattr(sessions, "relearn_models", lambda *_: found)
+    result = CliRunner().invoke(relearn, ["demo", str(folder)], env={"COLUMNS": "200"})
+    assert result.exit_code == 0
+    assert "after epoch 2" in result.output
+    assert result.output.count("0.625 (0.25 to 0.75)") == 2
