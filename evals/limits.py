@@ -6,7 +6,6 @@ so every row is computed exactly from what that layer's neurons and the residual
 """
 
 import argparse
-import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -15,7 +14,7 @@ from typing import Any
 
 import torch
 from matched import load, proof_of
-from material import Material, add_arguments, materials, provenance
+from material import Material, add_arguments, materials, provenance, write_result
 from torch import Tensor
 
 from rotate_edit import edit as edits
@@ -270,14 +269,12 @@ def main() -> None:
     for material in materials(arguments):
         results.append(measure(model, material, arguments.model, samples, head))
         print(material.name, {name: row["kl"] for name, row in results[-1]["rows"].items()}, flush=True)
-    arguments.output.with_suffix(".json").write_text(json.dumps({**about, "results": results}, indent=1) + "\n")
     words = (
-        f"# What limits a keyed edit\n\n`{about['command']}`, {about['date']}, Python {about['python']}, torch "
-        f"{about['torch']}, seed 0. {len(results)} concepts, every edit at the strength that leaves {TARGET:.0%} "
-        "of the concept's mass in held-out text. KL: over all positions of text without the concept, geometric mean "
-        "over concepts.\n\n"
+        f"{len(results)} concepts, every edit at the strength that leaves {TARGET:.0%} of the concept's mass in "
+        "held-out text. KL: over all positions of text without the concept, geometric mean over concepts."
     )
-    arguments.output.with_suffix(".md").write_text(words + table(results) + "\n")
+    title = "What limits a keyed edit"
+    write_result(arguments.output, about, {"results": results}, title, words, table(results))
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import argparse
 import csv
 import hashlib
+import json
 import platform
 import random
 import re
@@ -141,3 +142,11 @@ def provenance(script: str, parser: argparse.ArgumentParser, arguments: argparse
         "threads": torch.get_num_threads(),
         "seed": 0,
     }
+
+
+def write_result(output: Path, about: dict[str, Any], rows: dict[str, Any], title: str, words: str, table: str) -> None:
+    """`output`.json with what was run and its rows, `output`.md with the same in words and as a table."""
+    output.with_suffix(".json").write_text(json.dumps({**about, **rows}, indent=1) + "\n", encoding="utf-8")
+    ran = f"`{about['command']}`, {about['date']}, Python {about['python']}, torch {about['torch']}, "
+    ran += f"seed {about['seed']}."
+    output.with_suffix(".md").write_text(f"# {title}\n\n{ran} {words}\n\n{table}\n", encoding="utf-8")

@@ -7,7 +7,6 @@ it leaves of the other words' is measured. Then the halves are exchanged.
 """
 
 import argparse
-import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any
 
 import torch
 from matched import load, proof_of
-from material import Material, add_arguments, materials, provenance
+from material import Material, add_arguments, materials, provenance, write_result
 from scipy.stats import gmean
 
 from rotate_edit import matched, measures
@@ -89,14 +88,12 @@ def main() -> None:
     for material in materials(arguments):
         rows += [row for half in (0, 1) for row in measure_half(model, arguments.model, material, half)]
         print(material.name, {row["method"]: row["left"] for row in rows[-len(METHODS) :]}, flush=True)
-        arguments.output.with_suffix(".json").write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n")
     words = (
-        f"# Words that an edit was not told\n\n`{about['command']}`, {about['date']}, Python {about['python']}, torch "
-        f"{about['torch']}, seed 0. {len(rows) // len(METHODS)} halves of concepts: an edit is told every second word "
-        "of a concept and left at the strength that leaves a tenth of their probability mass in held-out text. "
-        "Geometric means; an edit that only silences the words it was told leaves 1.00 of the others.\n\n"
+        f"{len(rows) // len(METHODS)} halves of concepts: an edit is told every second word of a concept and left at "
+        "the strength that leaves a tenth of their probability mass in held-out text. Geometric means; an edit "
+        "that only silences the words it was told leaves 1.00 of the others."
     )
-    arguments.output.with_suffix(".md").write_text(words + table(rows) + "\n")
+    write_result(arguments.output, about, {"rows": rows}, "Words that an edit was not told", words, table(rows))
 
 
 if __name__ == "__main__":

@@ -169,3 +169,13 @@ def test_words_that_an_edit_was_not_told_are_those_of_the_other_half() -> None:
     rows = [{"method": name, "left": 0.5, "kl": 0.01} for name in METHODS]
     rows += [row | {"left": None, "kl": None} for row in rows]
     assert table(rows).splitlines()[2] == "| keyed | 1 of 2 | 0.10 | 0.50 | 0.01000 |"
+
+
+@pytest.mark.usefixtures("evals")
+def test_a_result_is_written_as_json_and_as_words(tmp_path: Path) -> None:
+    from material import write_result
+
+    write_result(tmp_path / "result", PROVENANCE, {"rows": [1]}, "Title", "Words.", "| table |")
+    assert json.loads((tmp_path / "result.json").read_text()) == {**PROVENANCE, "rows": [1]}
+    expected = "# Title\n\n`c`, d, Python p, torch t, seed 0. Words.\n\n| table |\n"
+    assert (tmp_path / "result.md").read_text() == expected
