@@ -4,8 +4,9 @@
 `python evals/matched.py --model ../shared/models/bookworm --concepts evals/bookworm/concepts.yaml --half dev
 --texts ../shared/corpora/books --output evals/results/matched-bookworm-dev` for a model of real prose.
 
-Neurons, groups and directions are chosen on the `choose` texts; every figure comes from the `report` texts. A concept
-that was measured with the same settings is not measured again, so a run that was stopped goes on where it was.
+Neurons, groups and directions are chosen on the `choose` texts; every figure comes from the `report` texts. A method
+that was measured on a concept with the same settings is not measured again, so a run that was stopped goes on where it
+was, and another method can be put beside those that are there.
 """
 
 import argparse
@@ -124,13 +125,11 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="a folder")
     arguments = parser.parse_args()
     settings = yaml.safe_load(arguments.settings)
-    chosen = settings.get("edit", {}).get("method", "keyed")
+    chosen = settings.get("edit", {}).get("method", "fitted")
     methods = list(dict.fromkeys([chosen, *arguments.methods.split(",")]))
     about = {
         "model": Path(arguments.model).name,
         "settings": settings,
-        "method": chosen,
-        "methods": methods,
         "tokens": [CONCEPT_TOKENS, OTHER_TOKENS, NEAR_TOKENS, LONGEST],
     }
     arguments.output.mkdir(parents=True, exist_ok=True)
@@ -139,7 +138,10 @@ def main() -> None:
     for material in materials(arguments):
         file = arguments.output / f"{material.name}.json"
         known = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-        if known.get("about") != about:
+        known = known if known.get("about") == about else {}
+        measured = known.get("methods", {})
+        missing = [method for method in methods if method not in measured]
+        if missing:
             recipe = parse_recipe(
                 {
                     "model": arguments.model,
@@ -157,10 +159,11 @@ def main() -> None:
             )
             if model is None:
                 model = load(arguments.model)
-            known = {"about": about, **_rounded(measure_concept(model, material, recipe, methods))}
+            known = {"about": about, **_rounded(measure_concept(model, material, recipe, missing))}
+            known["methods"] |= measured
             file.write_text(json.dumps(known), encoding="utf-8")
             print(_line(known), flush=True)
-        results.append(known)
+        results.append(known | {"methods": {method: known["methods"][method] for method in methods}})
     write_table(results, chosen, arguments.output, provenance("matched.py", parser, arguments))
 
 

@@ -21,7 +21,7 @@ MOST_PERPLEXITY, LEAST_NEAR = 0.01, 0.9
 # differ in location, direction or target alone.
 APART = (
     "lm-head-located", "channel-located", "least-collateral-everywhere", "token-embeddings",
-    "keyed", "channel-keyed", "lm-head-keyed", "random-keyed",
+    "fitted", "keyed", "channel-keyed", "lm-head-keyed", "random-keyed",
 )  # fmt: skip
 
 

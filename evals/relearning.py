@@ -39,7 +39,7 @@ BASELINES = (
 
 def measure_concept(name: str, model: Any, training: Training, target: float) -> dict[str, Any]:
     """Every method's edit of one concept at `target` of its mass, relearned; plain JSON."""
-    own = "keyed"
+    own = "fitted"
     concept = {"name": name, "words": list(concepts()[name].words), "plurals": True, "strength": 1.0}
     plain = parse_recipe({"model": "demo", "concepts": [concept], "evaluate": {"items": "demo", "tokens": 1500}})
     opened = open_recipe(plain)

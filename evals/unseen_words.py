@@ -25,7 +25,7 @@ from rotate_edit.opened import open_recipe
 from rotate_edit.pipeline import edits_of, locate
 from rotate_edit.recipe import Recipe, parse_recipe
 
-METHODS = ("keyed", TOKEN_METHOD, "lm-head-located", "direction-everywhere")
+METHODS = ("fitted", "keyed", TOKEN_METHOD, "lm-head-located", "direction-everywhere")
 
 
 def told(model_name: str, material: Material, words: Sequence[str]) -> Recipe:

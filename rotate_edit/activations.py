@@ -50,7 +50,7 @@ def recorded(model: Any, layers: Sequence[int]) -> Iterator[dict[int, dict[str, 
 
     try:
         for layer in layers:
-            last, block = _modules(model, layer)
+            last, block = layer_modules(model, layer)
             handles += [
                 last.register_forward_pre_hook(keep_input(layer)),
                 block.register_forward_hook(keep_output(layer)),
@@ -61,7 +61,7 @@ def recorded(model: Any, layers: Sequence[int]) -> Iterator[dict[int, dict[str, 
             handle.remove()
 
 
-def _modules(model: Any, layer: int) -> tuple[torch.nn.Module, torch.nn.Module]:
+def layer_modules(model: Any, layer: int) -> tuple[torch.nn.Module, torch.nn.Module]:
     """The module that holds a layer's `out` matrix, and the whole block. Raises BadInput for a mixture of experts."""
     try:
         _, place = live_parameter(model, "out", layer)

@@ -157,7 +157,8 @@ class Target:
     z-score alone; channel_vectors: for each located neuron the float32 [c, d_model] channels that located it;
     direction: the direction of the concept's (group of) tokens as the recipe wants it; plain: the plain unit direction
     of the whole concept; seed: for methods that choose at random; evidence: for methods that need text; keyed: by keyed
-    method the rows it takes here and their coefficients, int64 and float32 [n] (see `keys`).
+    method the rows it takes here and their coefficients, int64 and float32 [n] (see `keys`); fitted: the factors of the
+    matrix's whole change, float32 [n, r] and [r, d_model] (see `fitting`).
     """
 
     layer: int
@@ -173,6 +174,7 @@ class Target:
     seed: int
     evidence: Evidence | None = None
     keyed: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    fitted: tuple[Tensor, Tensor] | None = None
 
 
 Factors = tuple[Tensor, Tensor, Tensor]
@@ -309,6 +311,13 @@ def project_channel(target: Target) -> Factors:
     return target.located, left, right
 
 
+def fitted(target: Target) -> Factors:
+    """The last layer's whole `out` matrix, changed by as little as the predictions elsewhere allow (`fitting`)."""
+    if target.fitted is None:
+        return _nothing(target)
+    return torch.arange(len(target.vectors)), *target.fitted
+
+
 def keyed(target: Target) -> Factors:
     """The recipe's direction out of the last layer, by as much as its neurons say that the concept comes next.
 
@@ -371,6 +380,7 @@ def _nothing(target: Target) -> Factors:
 
 
 METHODS: dict[str, Callable[[Target], Factors]] = {
+    "fitted": fitted,
     "keyed": keyed,
     "channel-keyed": channel_keyed,
     "lm-head-keyed": lm_head_keyed,
@@ -394,7 +404,9 @@ ROWS_AT_MOST = 0.75
 # These cannot be written into weights, so they are controls on the live model only.
 LIVE_METHODS = ("clamp-neurons",)
 # These read activations on the model's own text.
-KEYED = ("keyed", "channel-keyed", "lm-head-keyed", "random-keyed")
+KEYED = ("fitted", "keyed", "channel-keyed", "lm-head-keyed", "random-keyed")
+# Of these the ones that take all neurons of the last layer, whatever was located.
+WHOLE_LAYER = ("fitted", "keyed")
 # These read activations too, so they need text about the concept and other text.
 NEEDS_TEXT = ("difference-of-means", "snmf-features", "clamp-neurons")
 

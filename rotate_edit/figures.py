@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 
 # Colour, dash pattern and marker of each edit method, the same in every report, so that no method is told by hue alone.
 STYLES: dict[str, tuple[str, Any, str]] = {
-    "keyed": ("blue", "-", "o"),
+    "fitted": ("blue", "-", "o"),
+    "keyed": ("blue", (0, (1, 2)), "s"),
     "channel-keyed": ("blue", (0, (5, 2)), "d"),
     "lm-head-keyed": ("green", (0, (1, 2)), "d"),
     "random-keyed": ("grey", (0, (3, 2)), "d"),

@@ -25,6 +25,7 @@ from rotate_edit.estimate import (
     to_download,
 )
 from rotate_edit.evaluate import divide, texts_about
+from rotate_edit.fitting import AT_ONCE, DRAWN, STEPS
 from rotate_edit.recipe import Recipe
 from rotate_edit.rotate import SolverSettings
 from rotate_edit.tasks import Items
@@ -34,6 +35,9 @@ PRODUCTS_ASKING = 26
 # Seconds of the demo model's forward passes over the seconds of their products alone: 1.1 to 1.9 measured on one
 # thread, about 3.4 on two, which the small products around the large ones do not fill.
 FORWARD_OVERHEAD = 2.5
+# The same of a fit's steps, which also take logarithms of what they predict: 2.0 measured on one thread. Operations of
+# an eigendecomposition over the cube of its size.
+FITTING_OVERHEAD, ROOTS = 2.0, 20
 # `group_distance: auto` tries three divisions of a concept; together they search about so many times the candidates.
 SEARCHES, GROUPS = 3, 6
 # Forward passes over a concept's texts to find a strength, three times while divisions are tried and once at the end.
@@ -70,6 +74,14 @@ def recipe_cost(
     if keyed:
         # Second moments of a layer's activations, in float64: their sum, one more for a batch, and what the fit solves.
         cost += Cost(memory=3 * 8 * checkpoint.neurons**2)
+    if recipe.edit.method == "fitted":
+        model = estimate_live(checkpoint, 2 if on_gpu else 4, gpu=on_gpu)
+        fit = _fitting_memory(recipe, checkpoint)
+        cost += Cost(
+            operations=len(recipe.concepts) * _fitting(recipe, checkpoint),
+            memory=model.memory + (0 if on_gpu else fit),
+            gpu_memory=model.gpu_memory + fit if on_gpu else 0,
+        )
     if recipe.save.checkpoint:
         written = estimate_patch(checkpoint)
         cost += Cost(read=written.read, memory=written.memory, disk=written.disk)
@@ -159,6 +171,24 @@ def _locating(
 def _forward(checkpoint: Checkpoint) -> float:
     """Operations of one token's forward pass: two a parameter."""
     return FORWARD_OVERHEAD * 2 * parameters(checkpoint)
+
+
+def _fitting(recipe: Recipe, checkpoint: Checkpoint) -> float:
+    """Operations of one fit: each step predicts its positions twice and goes back once, after one look at all."""
+    head = 2 * checkpoint.hidden_size * checkpoint.vocabulary_size
+    change = 2 * checkpoint.neurons * checkpoint.hidden_size
+    steps = STEPS * (DRAWN * (4 * head + 3 * change) + 3 * 2 * checkpoint.neurons * checkpoint.hidden_size**2)
+    roots = ROOTS * checkpoint.neurons**3 + 2 * 2 * recipe.edit.key_tokens * checkpoint.neurons**2
+    return FITTING_OVERHEAD * (steps + recipe.edit.key_tokens * head + roots)
+
+
+def _fitting_memory(recipe: Recipe, checkpoint: Checkpoint) -> int:
+    """The positions as they are and whitened, the head in float32, a step's predictions, and the change four times."""
+    positions = recipe.edit.key_tokens * 2 * (checkpoint.neurons + checkpoint.hidden_size)
+    head = checkpoint.hidden_size * checkpoint.vocabulary_size
+    predictions = 6 * max(DRAWN, AT_ONCE // 2) * checkpoint.vocabulary_size
+    roots = 2 * 5 * checkpoint.neurons**2
+    return 4 * (positions + head + predictions + roots + 4 * checkpoint.neurons * checkpoint.hidden_size)
 
 
 def _reference_memory(recipe: Recipe, checkpoint: Checkpoint) -> int:

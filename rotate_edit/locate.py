@@ -5,7 +5,7 @@ Matrices are read one at a time, so that a model larger than memory can be edite
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
@@ -35,11 +35,13 @@ Keys = Mapping[str, Mapping[int, tuple[Tensor, Tensor]]]
 
 @dataclass(frozen=True)
 class Fitted:
-    """What was read off the model's own text: keys by concept and group, and the metric of its predictions,
-    float64 [d_model, d_model], where the direction asks for it (see `keys.KeyMoments`)."""
+    """What was read off the model's own text: keys by concept and group; the metric of its predictions,
+    float64 [d_model, d_model], where the direction asks for it (see `keys.KeyMoments`); and by concept the factors of
+    the last layer's whole change, where the method asks for it (see `fitting`)."""
 
     keys: Mapping[tuple[str, int], Keys]
     metric: Tensor | None = None
+    changes: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, order=True)
@@ -215,7 +217,7 @@ def solver_settings(checkpoint: Checkpoint, recipe: Recipe) -> SolverSettings:
 def key_rows(checkpoint: Checkpoint, recipe: Recipe, located: Located, method: str) -> dict[int, Tensor]:
     """The neurons a keyed method looks at, by layer: int64, ascending. Empty where no `out` matrix is looked at."""
     writing = [site for site in sites(checkpoint, recipe) if site.matrix == "out"]
-    if method == "keyed":
+    if method in edits.WHOLE_LAYER:
         return {site.layer: torch.arange(checkpoint.neurons) for site in writing[-1:]}
     if method == "lm-head-keyed":
         scored = {site.layer: located.scores[site].abs() >= recipe.select.lm_head_z for site in writing}
@@ -355,7 +357,8 @@ def build_edits(
                 changes[method] += [replace(made, most=most).at(strength) for made in made_on_tokens]
         for site, plain_target in targets(checkpoint, recipe, located, directions_of):
             keyed = _at(site, fitted.keys.get((name, located.group), {}) if fitted else {})
-            target = replace(plain_target, evidence=seen_in.get(site.layer), keyed=keyed)
+            whole = fitted.changes.get(name) if fitted and not located.group and _ends(site, checkpoint) else None
+            target = replace(plain_target, evidence=seen_in.get(site.layer), keyed=keyed, fitted=whole)
             weight = recipe.edit.layer_strengths.get(site.layer, 1.0)
             before = taken.setdefault((name, site), set())
             fresh = [row for row in target.located.tolist() if row not in before]
@@ -384,6 +387,11 @@ def _at(site: Site, keys: Keys) -> dict[str, tuple[Tensor, Tensor]]:
     if site.matrix != "out":
         return {}
     return {method: layers[site.layer] for method, layers in keys.items() if site.layer in layers}
+
+
+def _ends(site: Site, checkpoint: Checkpoint) -> bool:
+    """Whether a site is what the last layer writes."""
+    return site.matrix == "out" and site.layer == checkpoint.layers - 1
 
 
 def _as_edits(

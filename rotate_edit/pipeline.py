@@ -20,17 +20,28 @@ from rotate_edit.activations import SNMF_FEATURES, evidence_about
 from rotate_edit.adapter import write_adapter
 from rotate_edit.card import write_cards
 from rotate_edit.channels import save_channels
-from rotate_edit.checkpoint import identity, load_model, read_unembedding
+from rotate_edit.checkpoint import identity, load_model, read_norm, read_unembedding
 from rotate_edit.comparison import Plan
 from rotate_edit.concept import TokenSet, find_tokens
 from rotate_edit.console import Report, silent
-from rotate_edit.edit import KEYED, NEEDS_TEXT, Edit, Evidence
+from rotate_edit.edit import KEYED, NEEDS_TEXT, Edit, Evidence, concept_mean
 from rotate_edit.edit_file import save_edit
 from rotate_edit.errors import BadInput, Failure
 from rotate_edit.evaluate import Variant, evaluate, texts_about
 from rotate_edit.files import check_output_free, whole_folder, write_atomically
+from rotate_edit.fitting import Wanted, fit_change
 from rotate_edit.keys import fit_keys, key_moments, own_samples
-from rotate_edit.locate import Fitted, Located, build_edits, key_rows, locate_concept, sites, solver_settings
+from rotate_edit.locate import (
+    Fitted,
+    Located,
+    Site,
+    build_edits,
+    directions,
+    key_rows,
+    locate_concept,
+    sites,
+    solver_settings,
+)
 from rotate_edit.opened import Opened, open_recipe
 from rotate_edit.patch import write_checkpoint
 from rotate_edit.projection import read_projections
@@ -39,6 +50,7 @@ from rotate_edit.recipe import ConceptRecipe, Recipe, recipe_text
 from rotate_edit.report import write_report
 from rotate_edit.reproduce import write_reproduction
 from rotate_edit.scoring import Settings
+from rotate_edit.tail import positions, tail_of
 from rotate_edit.text_items import save_items
 
 FORMAT = 1
@@ -120,6 +132,18 @@ def edits_of(
     """The edits of the wanted methods. Each concept's direction leaves alone its kept and neighbour words, what the
     recipe protects and the other concepts. model: the loaded base, for methods that need text or samples; it is loaded
     when left out; fitted: from `fit`, which is called when it is left out."""
+    evidence = {}
+    if any(method in NEEDS_TEXT for method in methods):
+        evidence = _evidence(opened, found, methods, model)
+    if fitted is None:
+        fitted = fit(opened, found, methods, model)
+    untrained = opened.vocabulary.untrained
+    kept = _kept(opened)
+    return build_edits(opened.checkpoint, opened.recipe, untrained, found, methods, kept, evidence, fitted)
+
+
+def _kept(opened: Opened) -> dict[str, list[Tensor]]:
+    """By concept the token sets that its edit leaves alone."""
     texts = list(opened.vocabulary.texts)
 
     def ids_of(where: str, words: Sequence[str], plurals: bool = False) -> Tensor:
@@ -132,13 +156,7 @@ def edits_of(
         others = [tokens.ids for tokens in opened.tokens if tokens.name != concept.name]
         own = next(tokens.ids for tokens in opened.tokens if tokens.name == concept.name)
         kept[concept.name] = words + _neighbours(opened, concept, own) + others + protected
-    evidence = {}
-    if any(method in NEEDS_TEXT for method in methods):
-        evidence = _evidence(opened, found, methods, model)
-    if fitted is None:
-        fitted = fit(opened, found, methods, model)
-    untrained = opened.vocabulary.untrained
-    return build_edits(opened.checkpoint, opened.recipe, untrained, found, methods, kept, evidence, fitted)
+    return kept
 
 
 def _neighbours(opened: Opened, concept: ConceptRecipe, own: Tensor) -> list[Tensor]:
@@ -183,7 +201,41 @@ def fit(opened: Opened, found: Sequence[Located], methods: Sequence[str], model:
         }
         for place, located in enumerate(found)
     }
-    return Fitted(keys, moments.metric)
+    fitted = Fitted(keys, moments.metric)
+    if "fitted" not in keyed:
+        return fitted
+    return replace(fitted, changes=fit_changes(opened, found, fitted, model, samples))
+
+
+def fit_changes(
+    opened: Opened, found: Sequence[Located], fitted: Fitted, model: Any, samples: measures.Passages
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """By concept the factors of the change that is fitted on samples, from its keyed change in `fitted` on."""
+    checkpoint, recipe, kept = opened.checkpoint, opened.recipe, _kept(opened)
+    last = Site(checkpoint.layers - 1, -1, "out")
+    if last not in sites(checkpoint, recipe):
+        raise BadInput(
+            f"locate.layers: the method fitted rewrites the last layer, {last.layer}; add it, or set edit.method to "
+            "keyed."
+        )
+    tail, seen = tail_of(model), positions(model, samples)
+    untrained = opened.vocabulary.untrained
+    projection = read_unembedding(checkpoint)
+    norm = read_norm(checkpoint, "final")
+    gain = norm if recipe.edit.fold_norm and norm is not None else torch.ones(projection.shape[1])
+    changes = {}
+    for name, groups in by_concept(found).items():
+        near, ids = kept[name], groups[0].tokens.ids
+        write = directions(checkpoint, recipe, untrained, groups[0], near, fitted.metric)(last)[0].write
+        rows = torch.stack([gain * concept_mean(projection, own, ~untrained) for own in near]) if near else None
+        close = torch.cat(near).unique() if near else ids[:0]
+        wanted = Wanted(ids, recipe.edit.target, close[~torch.isin(close, ids)], rows)
+        coefficients = fitted.keys[name, 0]["fitted"][last.layer][1]
+        changes[name] = fit_change(
+            seen, tail, (coefficients, write), wanted,
+            ridge=recipe.edit.key_ridge, rank=recipe.edit.fit_rank, seed=recipe.seed,
+        )  # fmt: skip
+    return changes
 
 
 def _evidence(

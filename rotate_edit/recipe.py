@@ -122,8 +122,8 @@ class EditRecipe(_Section):
 
     method: str = Field(
         "auto",
-        description="keyed, or channel-located where a concept is amplified or no `out` matrix is looked at. Or one "
-        "of: " + ", ".join((*METHODS, TOKEN_METHOD)) + ".",
+        description="fitted; keyed where `locate.layers` is given; channel-located where a concept is amplified or no "
+        "`out` matrix is looked at. Or one of: " + ", ".join((*METHODS, TOKEN_METHOD)) + ".",
     )
     direction: Literal["least-collateral", "least-divergence", "plain"] = Field(
         "least-collateral",
@@ -135,11 +135,12 @@ class EditRecipe(_Section):
     )
     fold_norm: bool = Field(True, description="Fold the gain of the norm before the vocabulary into the direction.")
     key_tokens: Annotated[int, Field(ge=100)] = Field(
-        24000, description="How many tokens of its own text the model writes for the keyed methods."
+        48000, description="How many tokens of its own text the model writes for the keyed methods."
     )
     key_ridge: Annotated[float, Field(gt=0, allow_inf_nan=False)] = Field(
         0.03, description="Ridge of the keyed methods, as a multiple of the neurons' mean square."
     )
+    fit_rank: Positive = Field(32, description="The method `fitted` writes along so many directions at most.")
     embeddings: bool = Field(
         False,
         description="Also take three quarters of the concept out of its own tokens' embeddings and head rows (the "
@@ -326,7 +327,9 @@ def _method(recipe: Recipe) -> str:
     if recipe.edit.method != "auto":
         return recipe.edit.method
     amplifies = any(concept.strength != "auto" and concept.strength < 0 for concept in recipe.concepts)
-    return "channel-located" if amplifies or "out" not in recipe.locate.matrices else "keyed"
+    if amplifies or "out" not in recipe.locate.matrices:
+        return "channel-located"
+    return "fitted" if recipe.locate.layers is None else "keyed"
 
 
 def recipe_text(recipe: Recipe) -> str:

@@ -6,22 +6,23 @@ them, and solves for the strength that leaves the share of the concept it aims a
 
 import math
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from rotate_edit import curves, measures, pareto, statistics
 from rotate_edit.checkpoint import load_model, read_unembedding
 from rotate_edit.console import Report, silent
-from rotate_edit.edit import KEYED, Edit
+from rotate_edit.edit import KEYED, WHOLE_LAYER, Edit
 from rotate_edit.errors import BadInput, Failure
 from rotate_edit.evaluate import texts_about
 from rotate_edit.keys import KeyMoments, fit_keys, key_moments, own_samples
 from rotate_edit.live import applied
 from rotate_edit.locate import Fitted, Located, choose_channels
-from rotate_edit.pipeline import GROUP_DISTANCES, Opened, edits_of, locate
+from rotate_edit.pipeline import GROUP_DISTANCES, Opened, edits_of, fit_changes, locate
 from rotate_edit.recipe import Recipe, parse_recipe
 
 TOKENS = 1200
@@ -36,14 +37,16 @@ AROUND = (0.85, 1.15)
 @dataclass(frozen=True)
 class Prepared:
     """What all trials share: the opened recipe, the loaded base, what was located for each division into groups,
-    and the base's answers for each concept on a split of the texts; for the keyed method also its moments on text of
-    the model's own, in the layers that may be the last one edited."""
+    and the base's answers for each concept on a split of the texts; for the methods that take a whole layer also its
+    moments on text of the model's own, in the layers that may be the last one edited, and by concept the factors of the
+    recipe's own fit, if it is fitted."""
 
     opened: Opened
     model: Any
     found: dict[float, tuple[Located, ...]]
     known: dict[str, measures.Reference]
     moments: KeyMoments | None = None
+    changes: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -79,13 +82,17 @@ def prepare(opened: Opened, *, tokens: int = TOKENS, report: Report = silent) ->
     for distance in distances[:1] if recipe.edit.method in KEYED else distances:
         settings = {"locate.group_distance": distance}
         found[distance] = locate(replace(opened, recipe=with_settings(opened.recipe, settings)), report=report)
-    moments = None
-    if recipe.edit.method == KEYED[0]:
+    moments, changes = None, {}
+    if recipe.edit.method in WHOLE_LAYER:
         groups = [located.ids for located in next(iter(found.values()))]
         rows = {layer: torch.arange(opened.checkpoint.neurons) for layer in last_layers(opened)}
         samples = own_samples(model, opened.tokenizer, tokens=recipe.edit.key_tokens, seed=recipe.seed)
         moments = key_moments(model, samples, rows, groups, read_unembedding(opened.checkpoint))
-    return Prepared(opened, model, found, references(opened, model, "choose", tokens), moments)
+        if recipe.edit.method == "fitted":
+            report("fit", 0, 1)
+            (located,) = found.values()
+            changes = fit_changes(opened, located, _keys(moments, recipe, located), model, samples)
+    return Prepared(opened, model, found, references(opened, model, "choose", tokens), moments, changes)
 
 
 def last_layers(opened: Opened) -> list[int]:
@@ -150,15 +157,21 @@ def _fitted(prepared: Prepared, recipe: Recipe, found: Sequence[Located]) -> Fit
     """The fit of a trial from the moments that all trials share; None for other methods (none, or their own)."""
     if prepared.moments is None:
         return None
-    last = max(recipe.locate.layers or prepared.moments.rows)
-    rows = {last: prepared.moments.rows[last]}
+    # The directions of a fit come by their weight, so fewer of them are the fit of a smaller rank.
+    rank = recipe.edit.fit_rank
+    changes = {name: (left[:, :rank], right[:rank]) for name, (left, right) in prepared.changes.items()}
+    return replace(_keys(prepared.moments, recipe, found), changes=changes)
+
+
+def _keys(moments: KeyMoments, recipe: Recipe, found: Sequence[Located]) -> Fitted:
+    last = max(recipe.locate.layers or moments.rows)
     keys = {
-        (located.concept.name, located.group): {
-            KEYED[0]: fit_keys(prepared.moments, place, rows, ridge=recipe.edit.key_ridge)
-        }
+        (located.concept.name, located.group): dict.fromkeys(
+            WHOLE_LAYER, fit_keys(moments, place, {last: moments.rows[last]}, ridge=recipe.edit.key_ridge)
+        )
         for place, located in enumerate(found)
     }
-    return Fitted(keys, prepared.moments.metric if recipe.edit.direction == "least-divergence" else None)
+    return Fitted(keys, moments.metric if recipe.edit.direction == "least-divergence" else None)
 
 
 def try_settings(prepared: Prepared, settings: dict[str, Any]) -> Tried:

@@ -15,7 +15,7 @@ from typing import Any
 from rotate_edit import pareto
 from rotate_edit.comparison import Plan
 from rotate_edit.console import Report, silent
-from rotate_edit.edit import KEYED
+from rotate_edit.edit import KEYED, WHOLE_LAYER
 from rotate_edit.errors import BadInput, Failure
 from rotate_edit.evaluate import evaluate
 from rotate_edit.files import write_atomically
@@ -58,6 +58,12 @@ def suggest(trial: Any, prepared: Prepared) -> dict[str, Any]:
     """The settings of one trial by their keys in the recipe, and `target`, the share of the mass it aims to leave."""
     recipe, layers = prepared.opened.recipe, prepared.opened.checkpoint.layers
     settings: dict[str, Any] = {}
+    if recipe.edit.method == "fitted":
+        # A fit takes seconds, so the recipe's own is tried at several ranks, beside keyed edits of all settings.
+        settings["edit.method"] = trial.suggest_categorical("edit.method", list(WHOLE_LAYER))
+        if settings["edit.method"] == "fitted":
+            settings["edit.fit_rank"] = trial.suggest_int("edit.fit_rank", 1, recipe.edit.fit_rank, log=True)
+            return settings | {"target": trial.suggest_float("target", LEAST_LEFT, MOST_LEFT, log=True)}
     if len(prepared.found) > 1:
         settings["locate.group_distance"] = trial.suggest_categorical("locate.group_distance", list(prepared.found))
     looked_at = recipe.locate.layers or range(layers)
@@ -73,7 +79,7 @@ def suggest(trial: Any, prepared: Prepared) -> dict[str, Any]:
         settings["edit.key_ridge"] = trial.suggest_float("edit.key_ridge", 0.001, 1.0, log=True)
     if recipe.edit.method in ("lm-head-located", "lm-head-keyed"):
         settings["select.lm_head_z"] = trial.suggest_float("select.lm_head_z", 0.2, 3.0, log=True)
-    elif recipe.edit.method != KEYED[0]:
+    elif recipe.edit.method not in WHOLE_LAYER:
         settings["select.share"] = trial.suggest_float("select.share", 0.05, 0.9)
         settings["select.support"] = trial.suggest_float("select.support", 0.5, 4.0)
         settings["select.top"] = trial.suggest_int("select.top", 3, 20)
@@ -98,6 +104,8 @@ def own_parameters(recipe: Recipe, prepared: Prepared, target: float) -> dict[st
         "edit.ridge": recipe.edit.ridge,
         "edit.fold_norm": recipe.edit.fold_norm,
         "edit.key_ridge": recipe.edit.key_ridge,
+        "edit.fit_rank": recipe.edit.fit_rank,
+        "edit.method": recipe.edit.method,
         "target": target,
     }
     if len(prepared.found) > 1:

@@ -41,18 +41,29 @@ def target(seed: int = 0, located: tuple[int, ...] = (1, 4, 7)) -> Target:
             feature=torch.randn(12, generator=generator) * torch.tensor([3.0, 0, 0, -2.0] + 7 * [0.0] + [0.01]),
         ),
         keyed={method: (torch.tensor([0, 4, 11]), torch.randn(3, generator=generator)) for method in edits.KEYED},
+        fitted=(torch.randn(12, 3, generator=generator), torch.randn(3, 16, generator=generator)),
     )
 
 
 def test_a_keyed_edit_writes_the_direction_by_its_coefficients() -> None:
     seen = target()
-    for method in edits.KEYED:
+    for method in edits.KEYED[1:]:
         made = edits.change(method, seen, strength=2.0, concept="c")
         assert made is not None
         rows, coefficients = seen.keyed[method]
         assert torch.equal(made.rows, rows)
         torch.testing.assert_close(made.delta(), -2.0 * torch.outer(coefficients, seen.direction.write))
     assert edits.change("keyed", replace(seen, keyed={}), strength=1.0, concept="c") is None
+
+
+def test_a_fitted_edit_is_the_change_that_was_fitted() -> None:
+    seen = target()
+    assert seen.fitted is not None
+    made = edits.change("fitted", seen, strength=0.5, concept="c")
+    assert made is not None
+    assert torch.equal(made.rows, torch.arange(12))
+    torch.testing.assert_close(made.delta(), 0.5 * seen.fitted[0] @ seen.fitted[1])
+    assert edits.change("fitted", replace(seen, fitted=None), strength=1.0, concept="c") is None
 
 
 def applied(method: str, seen: Target, strength: float) -> torch.Tensor:

@@ -94,8 +94,8 @@ def test_sampled_text_says_how_often_the_concept_leaks(result: dict[str, Any]) -
 
 
 def test_every_control_is_on_the_curve(result: dict[str, Any]) -> None:
-    assert set(result["curves"]["dogs"]) == {"keyed", "direction-everywhere", "random-neurons"}
-    strengths = [point["strength"] for point in result["curves"]["dogs"]["keyed"]]
+    assert set(result["curves"]["dogs"]) == {"fitted", "direction-everywhere", "random-neurons"}
+    strengths = [point["strength"] for point in result["curves"]["dogs"]["fitted"]]
     assert strengths == [2, 6.5, 8]
 
 
@@ -178,6 +178,26 @@ def test_a_keyed_edit_changes_the_last_layer_and_repeats() -> None:
     (other,) = pipeline.edits_of(least, found, ["keyed"])["keyed"].changes
     assert torch.equal(other.left, edit.changes[0].left)
     assert 0.3 < float(torch.cosine_similarity(other.right, edit.changes[0].right)) < 0.999
+
+
+def test_a_fitted_edit_changes_the_last_layer_once_a_concept_and_repeats(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rotate_edit.fitting.STEPS", 3)
+    opened = pipeline.open_recipe(recipe(locate={"group_distance": 0.5, "candidates": 20}, edit={"fit_rank": 4}))
+    found = pipeline.locate(opened)
+    assert len(found) > 1
+    edit = pipeline.edits_of(opened, found, ["fitted"])["fitted"]
+    (change,) = edit.changes
+    assert (change.matrix, change.layer) == ("out", opened.checkpoint.layers - 1)
+    assert len(change.rows) == len(edit.vectors) == opened.checkpoint.neurons
+    assert change.right.shape == (4, opened.checkpoint.hidden_size)
+    (again,) = pipeline.edits_of(opened, found, ["fitted"])["fitted"].changes
+    assert torch.equal(change.delta(), again.delta())
+
+
+def test_a_fit_needs_the_last_layer() -> None:
+    opened = pipeline.open_recipe(recipe(locate={"layers": [1, 2], "candidates": 20}, edit={"method": "fitted"}))
+    with pytest.raises(BadInput, match=r"locate\.layers: the method fitted rewrites the last layer"):
+        pipeline.edits_of(opened, pipeline.locate(opened), ["fitted"])
 
 
 def test_groups_are_edited_together_and_the_whole_concept_is_covered() -> None:
@@ -264,7 +284,7 @@ def test_real_checkpoints_run_with_plain_text(tmp_path: Path, name: str) -> None
     result = pipeline.run(words, tmp_path / "run")
     assert any("first token" in warning for warning in result["concepts"][0]["warnings"])
     assert (tmp_path / "run" / "model" / "model.safetensors").is_file()
-    assert result["curves"]["things"]["keyed"][0]["mass"]["value"] > 0
+    assert result["curves"]["things"]["fitted"][0]["mass"]["value"] > 0
     # The items made from the text lie beside the numbers, in a folder that an evaluation can be given.
     items = open_items(tmp_path / "run" / "items")
     cloze = next(task for task in items.tasks if task.name == "text_cloze")

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -9,7 +10,7 @@ from unittest import mock
 import pytest
 import torch
 
-from rotate_edit import trials, tune
+from rotate_edit import pipeline, trials, tune
 from rotate_edit.demo.world import concepts
 from rotate_edit.errors import BadInput, Failure
 from rotate_edit.live import applied
@@ -181,6 +182,35 @@ def test_a_keyed_recipe_is_tuned_on_shared_moments(tmp_path: Path) -> None:
     assert {max(trial["settings"]["locate.layers"]) for trial in record["trials"]} <= {3, 4}
     found = read_recipe(tmp_path / "tune" / tune.CHOSEN)
     assert found.edit.method == "keyed"
+
+
+def test_a_fitted_recipe_is_tuned_with_one_fit_at_several_ranks_beside_keyed_edits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rotate_edit.fitting.STEPS", 3)
+    fitted = recipe(edit={"key_tokens": 2000, "fit_rank": 8})
+    assert fitted.edit.method == "fitted"
+    with mock.patch("rotate_edit.pipeline.fit_change", wraps=pipeline.fit_change) as fit:
+        record = tune.search(fitted, tmp_path / "tune", trials=8, tokens=TOKENS)
+    assert fit.call_count == 1
+    settings = [trial["settings"] for trial in record["trials"]]
+    assert [own["edit.method"] for own in settings[:3]] == ["fitted"] * 3
+    assert [own["edit.fit_rank"] for own in settings[:3]] == [8] * 3
+    assert {own["edit.method"] for own in settings} == {"fitted", "keyed"}
+    assert record["trials"][0]["removal"] == pytest.approx(0.9, abs=0.011)
+    assert read_recipe(tmp_path / "tune" / tune.CHOSEN).edit.method in ("fitted", "keyed")
+
+
+def test_a_smaller_rank_is_the_fit_cut_to_its_first_directions(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rotate_edit.fitting.STEPS", 3)
+    opened = open_recipe(recipe(edit={"key_tokens": 2000, "fit_rank": 8}))
+    shared = trials.prepare(opened, tokens=TOKENS)
+    (cut,) = trials.built(shared, {"edit.method": "fitted", "edit.fit_rank": 3}).changes
+    small = trials.with_settings(opened.recipe, {"edit.fit_rank": 3})
+    (own,) = edits_of(replace(opened, recipe=small), next(iter(shared.found.values())), ["fitted"], shared.model)[
+        "fitted"
+    ].changes
+    torch.testing.assert_close(cut.delta(), own.delta())
 
 
 def test_the_shared_moments_give_the_recipes_own_edit() -> None:

@@ -1,0 +1,175 @@
+"""The least-divergence change of the last layer's `out` matrix, fitted on the model's own text (maths only).
+
+A keyed edit has one key and one direction, both in closed form. Its cost is mostly that one direction is pushed along
+wherever the concept is somewhat likely; here the whole matrix is free, and the divergence itself is what is minimised.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rotate_edit.tail import Positions, Tail
+
+STEPS = 120
+# Positions of one step, and of one look at all of them.
+DRAWN, AT_ONCE = 1000, 4000
+# Positions are drawn by three weights at once: the concept's probability, its square, and all alike.
+SHARES = (0.4, 0.3, 0.3)
+# Of Adam's first step, as a multiple of the mean entry of the change that it starts from.
+LEARNING_RATE = 0.04
+STRONGEST = 64.0
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What a fit is for: the concept's token ids, int64; the share of its mass to leave; token ids whose probability
+    is to stay; and vectors [m, d_model] that nothing written may move along (None for none)."""
+
+    ids: Tensor
+    target: float
+    near: Tensor
+    keep: Tensor | None
+
+
+@dataclass(frozen=True)
+class _Drawn:
+    """Positions of one step: the base's log-probabilities there and what each counts, for a mean over all positions
+    and for the concept's and the neighbours' mass."""
+
+    positions: Positions
+    base: Tensor
+    everywhere: Tensor
+    concept: Tensor
+    near: Tensor
+
+
+def fit_change(
+    seen: Positions, tail: Tail, start: tuple[Tensor, Tensor], wanted: Wanted, *, ridge: float, rank: int, seed: int
+) -> tuple[Tensor, Tensor]:
+    """Factors [neurons, rank] and [rank, d_model] of what is added to the `out` vectors, float32 on the CPU.
+
+    seen: the positions to fit on; start: a keyed change, coefficients [neurons] and direction [d_model]; ridge: of the
+    neurons' second moments, as a multiple of their mean square, which make the coordinates that the steps are taken
+    in; rank: the change is cut to so many directions. A strength means what it means for the start: the change was
+    fitted for the strength at which the start leaves the target.
+
+    Minimises `mean KL(base || edited) + price * (mass left + what neighbours moved)` by Adam. Mass left is
+    `sum p p' / sum p^2`, the concept's probability p where it is the next token, after and before; the price is the
+    one at which the start would stop at the target (damage growing with the square of the strength, log mass falling
+    with it).
+    """
+    generator = torch.Generator().manual_seed(seed)
+    whiten, unwhiten = _roots(seen.neurons, ridge)
+    white = Positions(seen.neurons @ whiten, seen.residual, seen.written)
+    groups = [wanted.ids, wanted.near] if len(wanted.near) else [wanted.ids]
+    weights = [mass.square() for mass in _masses(white, tail, groups)]
+    shares = _shares(weights)
+    device = white.residual.device
+
+    def draw() -> _Drawn:
+        places = torch.multinomial(shares, DRAWN, replacement=True, generator=generator)
+        factor = 1 / (shares[places] * len(shares))
+        chosen = white.at(places.to(device))
+        with torch.no_grad():
+            base = tail.log_probabilities(chosen.residual)
+        own, near = (factor * weight[places] / weight.mean() for weight in (weights[0], weights[-1]))
+        # Where the concept is about to be said its loss is the aim: what counts is a text that goes on without it.
+        without = factor * (1 - weights[0][places].sqrt())
+        return _Drawn(chosen, base, *(part.float().to(device) for part in (without, own, near)))
+
+    coefficients, write = (part.float().to(device) for part in start)
+    begin = torch.outer(unwhiten @ coefficients, write)
+    strength, price = _start(draw(), tail, begin, wanted)
+    outside = _outside(wanted.keep, write)
+    entry = strength * float(begin.norm()) / begin.numel() ** 0.5
+    moved = torch.zeros_like(begin).requires_grad_()
+    optimiser = torch.optim.Adam([moved], lr=LEARNING_RATE * entry)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, STEPS)
+    with torch.enable_grad():
+        for _ in range(STEPS):
+            drawn = draw()
+            change = -strength * begin + moved @ outside
+            divergence, left, shifted = _effects(drawn, tail, change, wanted)
+            loss = divergence + price * (left + shifted)
+            optimiser.zero_grad()
+            loss.backward()
+            optimiser.step()
+            scheduler.step()
+    change = -strength * begin + moved.detach() @ outside
+    outer, sizes, inner = torch.linalg.svd(change, full_matrices=False)
+    return (whiten @ (outer[:, :rank] * sizes[:rank]) / strength).cpu(), inner[:rank].cpu()
+
+
+def _effects(drawn: _Drawn, tail: Tail, change: Tensor, wanted: Wanted) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean divergence in nats, the share of the concept's mass that is left, and how far neighbours moved (squared)."""
+    residual = tail.moved(drawn.positions, drawn.positions.neurons @ change)
+    after = tail.log_probabilities(residual)
+    divergence = (drawn.everywhere * (drawn.base.exp() * (drawn.base - after)).sum(1)).mean()
+    ratio = after[:, wanted.ids].logsumexp(1) - drawn.base[:, wanted.ids].logsumexp(1)
+    left = (drawn.concept * ratio.exp()).mean()
+    if not len(wanted.near):
+        return divergence, left, torch.zeros_like(left)
+    shift = after[:, wanted.near].logsumexp(1) - drawn.base[:, wanted.near].logsumexp(1)
+    return divergence, left, (drawn.near * shift.square()).mean()
+
+
+def _start(drawn: _Drawn, tail: Tail, begin: Tensor, wanted: Wanted) -> tuple[float, float]:
+    """The strength at which the start leaves the target, and the price that makes this strength the cheapest.
+
+    With damage `a s^2` and mass `exp(-b s)` the sum `a s^2 + price * exp(-b s)` is least at s where the price is
+    `2 damage / (left log(1 / left))`.
+    """
+
+    def at(strength: float) -> tuple[float, float]:
+        with torch.no_grad():
+            damage, left, _ = _effects(drawn, tail, -strength * begin, wanted)
+        return float(damage), float(left)
+
+    low, high = 0.0, 1.0
+    while high < STRONGEST and at(high)[1] > wanted.target:
+        low, high = high, 2 * high
+    for _ in range(6):
+        middle = (low + high) / 2
+        low, high = (middle, high) if at(middle)[1] > wanted.target else (low, middle)
+    return high, 2 * at(high)[0] / (wanted.target * math.log(1 / wanted.target))
+
+
+def _masses(positions: Positions, tail: Tail, groups: Sequence[Tensor]) -> list[Tensor]:
+    """The probability of each group of tokens at every position, float64 [n] each on the CPU."""
+    found: list[list[Tensor]] = [[] for _ in groups]
+    with torch.no_grad():
+        for residual in positions.residual.split(AT_ONCE):
+            chances = tail.log_probabilities(residual).exp()
+            for parts, ids in zip(found, groups):
+                parts.append(chances[:, ids.to(chances.device)].sum(1).double().cpu())
+    return [torch.cat(parts) for parts in found]
+
+
+def _shares(weights: Sequence[Tensor]) -> Tensor:
+    """How often each position is drawn, float64 [n]: every group by its probability, by its square, and all alike."""
+    by_mass, by_square, alike = SHARES
+    drawn = torch.full_like(weights[0], alike / len(weights[0]))
+    for weight in weights:
+        mass = weight.sqrt()
+        drawn += (by_mass * mass / mass.sum() + by_square * weight / weight.sum()) / len(weights)
+    return drawn
+
+
+def _roots(neurons: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
+    """`(S + l I)^-1/2` and its inverse, float32, of the second moments S of neurons [n, k]."""
+    second = (neurons.T @ neurons).double() / len(neurons)
+    second += ridge * second.diagonal().mean() * torch.eye(len(second), dtype=second.dtype, device=second.device)
+    values, vectors = torch.linalg.eigh(second)
+    return ((vectors * values**-0.5) @ vectors.T).float(), ((vectors * values**0.5) @ vectors.T).float()
+
+
+def _outside(keep: Tensor | None, like: Tensor) -> Tensor:
+    """The projection [d_model, d_model] off the rows that nothing written may move along."""
+    whole = torch.eye(len(like), device=like.device)
+    if keep is None or not len(keep):
+        return whole
+    rows = keep.double().to(like.device)
+    return whole - (torch.linalg.pinv(rows) @ rows).float()

@@ -1,0 +1,154 @@
+"""The fit: less divergence than its start at equal removal, nothing written along what is kept, the same every time."""
+
+import math
+
+import pytest
+import torch
+
+from rotate_edit import fitting
+from rotate_edit.edit import key_coefficients
+from rotate_edit.fitting import Wanted, fit_change
+from rotate_edit.tail import Positions, Tail
+
+TARGET = 0.1
+CONCEPT, NEAR = torch.tensor([0, 1]), torch.tensor([2, 3])
+
+
+def planted(seed: int) -> tuple[Tail, Positions]:
+    """A tail of 40 tokens, and positions of which a tenth are about to say tokens 0 and 1, which two neurons tell."""
+    fixed = torch.Generator().manual_seed(11)
+    table = torch.randn(40, 16, generator=fixed)
+    reading = torch.randn(16, 24, generator=fixed) / 4
+    generator = torch.Generator().manual_seed(seed)
+    residual = torch.randn(3000, 16, generator=generator)
+    about = torch.rand(3000, generator=generator) < 0.1
+    residual[about] += table[CONCEPT].mean(0)
+    return Tail(None, lambda values: values, lambda values: values @ table.T, 1.0), Positions(
+        torch.relu(residual @ reading), residual, None
+    )
+
+
+@pytest.fixture(scope="module")
+def known():
+    """The planted tail, positions to fit on and others, and the keyed change of the concept."""
+    (tail, seen), (_, fresh) = planted(0), planted(1)
+    chance = tail.log_probabilities(seen.residual).exp()[:, CONCEPT].sum(1).double()
+    neurons = seen.neurons.double()
+    mean = chance @ neurons / chance.sum()
+    coefficients = key_coefficients(neurons.T @ neurons / len(neurons), mean, ridge=0.03)
+    rows = tail.head(torch.eye(16)).T
+    write = rows[CONCEPT].mean(0) - rows.mean(0)
+    return tail, seen, fresh, (coefficients, write / write.square().sum())
+
+
+def wanted(near=NEAR[:0], keep=None):
+    return Wanted(CONCEPT, TARGET, near, keep)
+
+
+def at_target(tail, seen: Positions, change: torch.Tensor) -> float:
+    """Mean divergence where the concept does not come next, at the strength that leaves the target of its mass."""
+    base = tail.log_probabilities(seen.residual)
+    own = base[:, CONCEPT].exp().sum(1)
+
+    def after(strength: float) -> torch.Tensor:
+        return tail.log_probabilities(tail.moved(seen, seen.neurons @ (strength * change)))
+
+    def left(strength: float) -> float:
+        return float((own * after(strength)[:, CONCEPT].exp().sum(1)).sum() / own.square().sum())
+
+    low, high = 0.0, 0.5
+    while left(high) > TARGET:
+        low, high = high, 2 * high
+        assert high < 1000
+    for _ in range(20):
+        middle = (low + high) / 2
+        low, high = (middle, high) if left(middle) > TARGET else (low, middle)
+    return float(((1 - own) * (base.exp() * (base - after(high))).sum(1)).mean())
+
+
+def test_the_fit_does_less_damage_than_its_start_on_text_it_did_not_see(known) -> None:
+    tail, seen, fresh, start = known
+    left, right = fit_change(seen, tail, start, wanted(), ridge=0.03, rank=16, seed=0)
+    keyed = -torch.outer(start[0].float(), start[1])
+    assert at_target(tail, fresh, left @ right) < 0.75 * at_target(tail, fresh, keyed)
+
+
+def mass_left(tail, seen: Positions, change: torch.Tensor) -> float:
+    base, after = (
+        tail.log_probabilities(tail.moved(seen, seen.neurons @ delta))[:, CONCEPT].exp().sum(1)
+        for delta in (0 * change, change)
+    )
+    return float((base * after).sum() / base.square().sum())
+
+
+def start_strength(tail, seen: Positions, start) -> float:
+    """The strength at which the start leaves the target."""
+    keyed = -torch.outer(start[0].float(), start[1])
+    return next(step / 100 for step in range(1, 6400) if mass_left(tail, seen, step / 100 * keyed) <= TARGET)
+
+
+def test_a_strength_means_what_it_means_for_the_start(known) -> None:
+    tail, seen, _, start = known
+    left, right = fit_change(seen, tail, start, wanted(), ridge=0.03, rank=16, seed=0)
+    # The price is what the start's last step towards the target costs, and the fit gets further for it.
+    assert 0.1 * TARGET < mass_left(tail, seen, start_strength(tail, seen, start) * left @ right) < 1.1 * TARGET
+
+
+def test_nothing_is_written_along_what_is_kept_and_the_rank_is_a_limit(known) -> None:
+    tail, seen, _, start = known
+    keep = torch.randn(3, len(start[1]), generator=torch.Generator().manual_seed(2))
+    # A start's direction avoids what is kept already; the fit must not come back to it.
+    apart = start[1] - torch.linalg.pinv(keep) @ (keep @ start[1])
+    left, right = fit_change(seen, tail, (start[0], apart), wanted(keep=keep), ridge=0.03, rank=5, seed=0)
+    assert left.shape == (seen.neurons.shape[1], 5)
+    assert right.shape == (5, len(start[1]))
+    assert float((right @ keep.T).abs().max()) < 1e-5
+    whole = fit_change(seen, tail, (start[0], apart), wanted(keep=keep), ridge=0.03, rank=500, seed=0)
+    assert len(whole[1]) == len(start[1])
+    # In the coordinates that the ridge whitens, the first directions are the whole change's best approximation.
+    torch.testing.assert_close(left @ right, whole[0][:, :5] @ whole[1][:5], rtol=1e-4, atol=1e-4)
+
+
+def test_neighbours_move_less_when_they_are_named(known) -> None:
+    tail, seen, fresh, start = known
+    strength = start_strength(tail, seen, start)
+
+    def moved(near: torch.Tensor) -> float:
+        left, right = fit_change(seen, tail, start, wanted(near), ridge=0.03, rank=16, seed=0)
+        before = tail.log_probabilities(fresh.residual)[:, NEAR].logsumexp(1)
+        after = tail.log_probabilities(tail.moved(fresh, strength * fresh.neurons @ left @ right))[:, NEAR]
+        return float(
+            (before.exp().square() * (after.logsumexp(1) - before).square()).sum() / before.exp().square().sum()
+        )
+
+    assert moved(NEAR) < 0.7 * moved(NEAR[:0])
+
+
+def test_the_same_seed_gives_the_same_change_and_torch_is_left_alone(known) -> None:
+    tail, seen, _, start = known
+    torch.manual_seed(5)
+    expected = torch.rand(2)
+    torch.manual_seed(5)
+    first = fit_change(seen, tail, start, wanted(), ridge=0.03, rank=4, seed=1)
+    assert torch.equal(torch.rand(2), expected)
+    again = fit_change(seen, tail, start, wanted(), ridge=0.03, rank=4, seed=1)
+    other = fit_change(seen, tail, start, wanted(), ridge=0.03, rank=4, seed=2)
+    assert all(torch.equal(one, two) for one, two in zip(first, again))
+    assert not torch.equal(first[0], other[0])
+
+
+def test_the_price_makes_the_starts_strength_the_cheapest() -> None:
+    """With damage a s^2 and mass exp(-b s): the sum's derivative at the target's strength is zero."""
+    damage, decay = 0.7, 1.9
+    strength = math.log(1 / TARGET) / decay
+    price = 2 * damage * strength**2 / (TARGET * math.log(1 / TARGET))
+    assert 2 * damage * strength - price * decay * TARGET == pytest.approx(0, abs=1e-12)
+
+
+def test_positions_are_drawn_in_proportion_to_what_they_weigh() -> None:
+    first = torch.tensor([0.0, 0.25, 0.01, 0.04], dtype=torch.float64)
+    shares = fitting._shares([first])
+    mass = first.sqrt()
+    torch.testing.assert_close(shares, 0.4 * mass / mass.sum() + 0.3 * first / first.sum() + 0.3 / 4)
+    assert float(shares.sum()) == pytest.approx(1)
+    assert float(fitting._shares([first, first.flip(0)]).sum()) == pytest.approx(1)
