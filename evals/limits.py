@@ -1,8 +1,8 @@
-"""What limits a keyed edit: the default beside edits that know more, at the same removal.
+"""What limits an edit of the last layer: the default beside edits that know less and more, at the same removal.
 
 `python evals/limits.py --model ../shared/models/bookworm --concepts evals/bookworm/concepts.yaml --half dev
---texts ../shared/corpora/books --output evals/results/limits-bookworm`. A keyed edit changes the last layer alone,
-so every row is computed exactly from what that layer's neurons and the residual stream hold on the texts.
+--texts ../shared/corpora/books --output evals/results/limits-bookworm`. These edits change the last layer
+alone, so every row is computed exactly from what that layer's neurons and the residual stream hold on the texts.
 """
 
 import argparse
@@ -20,14 +20,17 @@ from torch import Tensor
 from rotate_edit import edit as edits
 from rotate_edit.activations import recorded
 from rotate_edit.edit import key_coefficients
+from rotate_edit.fitting import Wanted, fit_change, whitened
 from rotate_edit.keys import own_samples
 from rotate_edit.measures import Passages, log_probabilities, real_positions
 from rotate_edit.opened import open_recipe
 from rotate_edit.pipeline import _neighbours
-from rotate_edit.recipe import parse_recipe
+from rotate_edit.recipe import EditRecipe, parse_recipe
+from rotate_edit.tail import Positions, Tail, tail_of
 
-TARGET, TOKENS, STEPS = 0.1, 24000, 60
-OURS, FLOOR = "one key, one direction (the default)", "the concept's own logits lowered everywhere"
+TARGET, TOKENS, RIDGE = 0.1, 48000, 0.03
+OURS, FLOOR = "the whole matrix, fitted (the default)", "the concept's own logits lowered everywhere"
+KEYED, LONGER = "one key, one direction (keyed)", "the key from twice the text"
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,7 @@ class Head:
         return (residual / self.size(residual)[:, None] * self.gain @ self.unembedding.T).log_softmax(1)
 
 
+RANK = EditRecipe().fit_rank
 Variant = Callable[[Seen, float], Tensor]
 
 
@@ -78,12 +82,15 @@ def seen(model: Any, passages: Passages) -> Seen:
     return Seen(*(torch.cat(column) for column in zip(*parts)))
 
 
-def variants(head: Head, own: Seen, more: Seen, ids: Tensor, direction: Tensor, metric: Tensor) -> dict[str, Variant]:
+def variants(
+    head: Head, tail: Tail, own: Seen, more: Seen, wanted: Wanted, direction: Tensor, metric: Tensor
+) -> dict[str, Variant]:
     """Every edit by name: from positions and a strength to log-probabilities.
 
     direction: [d_model] of the concept; metric: [d_model, d_model], the inverse cost that it minimises, with what is to
     be kept projected out.
     """
+    ids = wanted.ids
     found: dict[str, Tensor] = {}
     rows = (head.unembedding * head.gain).double()
     rows = rows - rows.mean(0)
@@ -93,32 +100,36 @@ def variants(head: Head, own: Seen, more: Seen, ids: Tensor, direction: Tensor, 
         return felt, head(where.residual).exp()
 
     felt, chance = moments(own)
-    wanted = chance[:, ids].double()
-    concept = wanted.sum(1)
+    words = chance[:, ids].double()
+    concept = words.sum(1)
     second, mean = felt.T @ felt / len(felt), concept @ felt / concept.sum()
 
     def key(second: Tensor, mean: Tensor) -> Tensor:
-        return key_coefficients(second, mean, ridge=0.03)
+        return key_coefficients(second, mean, ridge=RIDGE)
 
-    found[OURS] = key(second, mean)[:, None] * direction
+    # The start of the fit, as the package scales it: by the residual stream's size where the concept comes next.
+    size = concept @ head.size(own.residual).double() / concept.sum()
+    seen_by_fit = whitened(Positions(own.neurons, own.residual, None), ridge=RIDGE)
+    start = (size * key(second, mean), direction)
+    left, right = fit_change(seen_by_fit, tail, start, wanted, rank=RANK, seed=0)
+    found[OURS] = -(left.double() @ right.double())
+    found[KEYED] = key(second, mean)[:, None] * direction
     felt_more, chance_more = moments(more)
     concept_more = chance_more[:, ids].sum(1).double()
     mean_more = concept_more @ felt_more / concept_more.sum()
     longer = key(felt_more.T @ felt_more / len(felt_more), mean_more)
-    found["the key from three times the text"] = longer[:, None] * direction
+    found[LONGER] = longer[:, None] * direction
     moved = (rows @ direction).float()
     cost = (chance @ moved.square() - (chance @ moved).square()).double()
     found["places weighted by what moving the concept costs there"] = (
         key((felt * (cost / cost.mean())[:, None]).T @ felt / len(felt), mean)[:, None] * direction
     )
-    often = wanted.sum(0)
+    often = words.sum(0)
     kept = often > 1e-4 * often.sum()
-    keys = torch.stack([key(second, place) for place in (wanted.T @ felt / often[:, None])[kept]])
+    keys = torch.stack([key(second, place) for place in (words.T @ felt / often[:, None])[kept]])
     directions = rows[ids[kept]] @ metric
     directions = directions / (directions * rows[ids[kept]]).sum(1, keepdim=True)
     found["a key and a direction for every word"] = (keys * (often[kept] / often.sum())[:, None]).T @ directions
-    free = fitted(head, own, chance, ids, found[OURS], second, metric)
-    found["every weight of the matrix, fitted by gradient"] = free
 
     def linear(change: Tensor) -> Variant:
         return lambda where, strength: head(where.residual - strength * (where.neurons @ change.float()))
@@ -135,35 +146,6 @@ def variants(head: Head, own: Seen, more: Seen, ids: Tensor, direction: Tensor, 
 
     named = {name: linear(change) for name, change in found.items()}
     return named | {"our direction, a key that is told the concept's probability": told, FLOOR: lowered}
-
-
-def fitted(head: Head, own: Seen, chance: Tensor, ids: Tensor, start: Tensor, second: Tensor, metric: Tensor) -> Tensor:
-    """A change [neurons, d_model] after some steps of Adam from `start`, in the coordinates that the default's own
-    costs whiten, towards the base's prediction with a tenth of the concept's probability."""
-    damped = second + 0.03 * second.diagonal().mean() * torch.eye(len(second), dtype=torch.float64)
-    before, after = (_root(damped, -0.5).float(), _root(metric, 0.5).float())
-    inside = (_root(damped, 0.5) @ start @ _root(metric, -0.5)).float().requires_grad_()
-    optimiser = torch.optim.Adam([inside], lr=0.02 * float(inside.detach().norm()) / inside.numel() ** 0.5)
-    concept, generator = chance[:, ids].sum(1), torch.Generator().manual_seed(0)
-    share = 0.5 * concept / concept.sum() + 0.5 / len(concept)
-    for _ in range(STEPS):
-        drawn = torch.multinomial(share, 1500, replacement=True, generator=generator)
-        aim = chance[drawn].clone()
-        aim[:, ids] *= TARGET
-        aim /= aim.sum(1, keepdim=True)
-        predicted = head(own.residual[drawn] - own.neurons[drawn] @ (before @ inside @ after))
-        loss = ((aim * (aim.clamp_min(1e-20).log() - predicted)).sum(1) / share[drawn]).mean() / len(concept)
-        optimiser.zero_grad()
-        loss.backward()
-        optimiser.step()
-    return (before @ inside.detach() @ after).double()
-
-
-def _root(matrix: Tensor, power: float) -> Tensor:
-    values, vectors = torch.linalg.eigh(matrix)
-    largest = values.max()
-    scaled = torch.where(values > 1e-9 * largest, values.clamp_min(1e-9 * largest) ** power, 0.0)
-    return (vectors * scaled) @ vectors.T
 
 
 def at_target(variant: Variant, head: Head, texts: dict[str, Seen], ids: Tensor, near_ids: Tensor) -> dict[str, Any]:
@@ -200,7 +182,7 @@ def measure(model: Any, material: Material, name: str, samples: dict[int, Seen],
     concept = {"name": material.name, "words": material.words, "strength": 1.0, "neighbour_words": material.near_words}
     recipe = parse_recipe({"model": name, "concepts": [concept | {"plurals": material.plurals}]})
     opened = replace(open_recipe(recipe), items=material.items)
-    for size in (TOKENS, 3 * TOKENS):
+    for size in (TOKENS, 2 * TOKENS):
         if size not in samples:
             samples[size] = seen(model, own_samples(model, opened.tokenizer, tokens=size, seed=0))
     proof, ids = proof_of(model, opened, material), opened.tokens[0].ids
@@ -208,7 +190,8 @@ def measure(model: Any, material: Material, name: str, samples: dict[int, Seen],
     assert proof.near_ids is not None
     usable = ~opened.vocabulary.untrained
     projection = head.unembedding * head.gain
-    keep = [edits.concept_mean(projection, words, usable) for words in _neighbours(opened, recipe.concepts[0], ids)]
+    near = _neighbours(opened, recipe.concepts[0], ids)
+    keep = [edits.concept_mean(projection, words, usable) for words in near]
     covariance = edits.token_covariance(projection[usable])
     mean = edits.concept_mean(projection, ids, usable)
     rows = torch.stack(keep) if keep else None
@@ -218,8 +201,10 @@ def measure(model: Any, material: Material, name: str, samples: dict[int, Seen],
         "others": seen(model, proof.others.passages),
         "near": seen(model, proof.near.passages),
     }
+    close = torch.cat(near).unique() if near else ids[:0]
+    wanted = Wanted(ids, TARGET, close[~torch.isin(close, ids)], rows)
     found = variants(
-        head, samples[TOKENS], samples[3 * TOKENS], ids, direction.write.double(),
+        head, tail_of(model), samples[TOKENS], samples[2 * TOKENS], wanted, direction.write.double(),
         _inverse(covariance.double(), recipe.edit.ridge, rows),
     )  # fmt: skip
     return {
@@ -273,7 +258,7 @@ def main() -> None:
         f"{len(results)} concepts, every edit at the strength that leaves {TARGET:.0%} of the concept's mass in "
         "held-out text. KL: over all positions of text without the concept, geometric mean over concepts."
     )
-    title = "What limits a keyed edit"
+    title = "What limits an edit of the last layer"
     write_result(arguments.output, about, {"results": results}, title, words, table(results))
 
 

@@ -25,7 +25,7 @@ from rotate_edit.edit import TOKEN_METHOD
 from rotate_edit.errors import Failure
 from rotate_edit.live import applied
 from rotate_edit.opened import open_recipe
-from rotate_edit.pipeline import edits_of, locate, reference
+from rotate_edit.pipeline import edits_of, fit, locate, reference
 from rotate_edit.recipe import parse_recipe
 from rotate_edit.relearn import Training, relearn
 from rotate_edit.variants import Variant
@@ -45,10 +45,11 @@ def measure_concept(name: str, model: Any, training: Training, target: float) ->
     opened = open_recipe(plain)
     assert opened.items is not None
     found = locate(opened, model)
-    made = edits_of(opened, found, [own, TOKEN_METHOD, *BASELINES], model)
+    fitted = fit(opened, found, [own], model)
+    made = edits_of(opened, found, [own, TOKEN_METHOD, *BASELINES], model, fitted)
     and_tokens = plain.edit.model_copy(update={"embeddings": True})
     with_tokens = replace(opened, recipe=plain.model_copy(update={"edit": and_tokens}))
-    edits = {f"{own} with embeddings": edits_of(with_tokens, found, [own], model)[own], **made}
+    edits = {f"{own} with embeddings": edits_of(with_tokens, found, [own], model, fitted)[own], **made}
     known, held = (reference(opened, found[0], model, split) for split in ("choose", "report"))
     assert known is not None
     assert held is not None

@@ -18,12 +18,14 @@ from material import Material, add_arguments, materials, provenance, write_resul
 from scipy.stats import gmean
 
 from rotate_edit import matched, measures
+from rotate_edit.checkpoint import load_tokenizer, open_checkpoint
 from rotate_edit.concept import find_tokens, token_texts
 from rotate_edit.edit import TOKEN_METHOD
+from rotate_edit.keys import own_samples
 from rotate_edit.live import applied
 from rotate_edit.opened import open_recipe
-from rotate_edit.pipeline import edits_of, locate
-from rotate_edit.recipe import Recipe, parse_recipe
+from rotate_edit.pipeline import edits_of, fit, locate
+from rotate_edit.recipe import EditRecipe, Recipe, parse_recipe
 
 METHODS = ("fitted", "keyed", TOKEN_METHOD, "lm-head-located", "direction-everywhere")
 
@@ -34,8 +36,12 @@ def told(model_name: str, material: Material, words: Sequence[str]) -> Recipe:
     return parse_recipe({"model": model_name, "concepts": [concept | {"neighbour_words": material.near_words}]})
 
 
-def measure_half(model: Any, model_name: str, material: Material, half: int) -> list[dict[str, Any]]:
-    """Every method told one half of the words: what it leaves of the other half's mass, and its damage; plain JSON."""
+def measure_half(
+    model: Any, model_name: str, material: Material, half: int, samples: measures.Passages
+) -> list[dict[str, Any]]:
+    """Every method told one half of the words: what it leaves of the other half's mass, and its damage; plain JSON.
+
+    samples: text that the model wrote, for the methods that read it."""
     opened = replace(open_recipe(told(model_name, material, material.words[half::2])), items=material.items)
     whole = replace(open_recipe(told(model_name, material, material.words)), items=material.items)
     ids = opened.tokens[0].ids
@@ -48,13 +54,15 @@ def measure_half(model: Any, model_name: str, material: Material, half: int) -> 
     proof = matched.prepare(model, ids, texts.concept, texts.others, None, texts.size)
     base = measures.mass_by_text(model, texts.concept.passages, others)[0].sum()
     rows = []
-    for method, edit in edits_of(opened, locate(opened, model), METHODS, model).items():
-        found = matched.trace(model, proof, edit)
+    found = locate(opened, model)
+    fitted = fit(opened, found, METHODS, model, samples)
+    for method, edit in edits_of(opened, found, METHODS, model, fitted).items():
+        traced = matched.trace(model, proof, edit)
         row: dict[str, Any] = {"concept": material.name, "half": half, "method": method, "left": None, "kl": None}
-        if found["reached"]:
-            with applied(model, edit, found["strength"]):
+        if traced["reached"]:
+            with applied(model, edit, traced["strength"]):
                 row["left"] = float(measures.mass_by_text(model, texts.concept.passages, others)[0].sum() / base)
-            at = next(point for point in found["points"] if point["strength"] == found["strength"])
+            at = next(point for point in traced["points"] if point["strength"] == traced["strength"])
             row["kl"] = float(at["damage"].sum() / proof.base["counts"].sum())
         rows.append(row)
     return rows
@@ -85,8 +93,10 @@ def main() -> None:
     arguments = parser.parse_args()
     about = provenance("unseen_words.py", parser, arguments)
     model, rows = load(arguments.model), []
+    tokenizer = load_tokenizer(open_checkpoint(arguments.model))
+    samples = own_samples(model, tokenizer, tokens=EditRecipe().key_tokens, seed=0)
     for material in materials(arguments):
-        rows += [row for half in (0, 1) for row in measure_half(model, arguments.model, material, half)]
+        rows += [row for half in (0, 1) for row in measure_half(model, arguments.model, material, half, samples)]
         print(material.name, {row["method"]: row["left"] for row in rows[-len(METHODS) :]}, flush=True)
     words = (
         f"{len(rows) // len(METHODS)} halves of concepts: an edit is told every second word of a concept and left at "

@@ -35,6 +35,27 @@ class Wanted:
 
 
 @dataclass(frozen=True)
+class Whitened:
+    """Positions whose `neurons` are in coordinates in which their second moments are the identity.
+
+    whiten, unwhiten: [neurons, neurons], `(S + l I)^-1/2` and its inverse; neurons times `whiten` are what is held.
+    """
+
+    positions: Positions
+    whiten: Tensor
+    unwhiten: Tensor
+
+
+def whitened(seen: Positions, *, ridge: float) -> Whitened:
+    """Positions in whitened coordinates. ridge: l as a multiple of the neurons' mean square. Solved in float64."""
+    second = (seen.neurons.T @ seen.neurons).double() / len(seen.neurons)
+    second += ridge * second.diagonal().mean() * torch.eye(len(second), dtype=second.dtype, device=second.device)
+    values, vectors = torch.linalg.eigh(second)
+    whiten, unwhiten = (((vectors * values**power) @ vectors.T).float() for power in (-0.5, 0.5))
+    return Whitened(Positions(seen.neurons @ whiten, seen.residual, seen.written), whiten, unwhiten)
+
+
+@dataclass(frozen=True)
 class _Drawn:
     """Positions of one step: the base's log-probabilities there and what each counts, for a mean over all positions
     and for the concept's and the neighbours' mass."""
@@ -47,14 +68,13 @@ class _Drawn:
 
 
 def fit_change(
-    seen: Positions, tail: Tail, start: tuple[Tensor, Tensor], wanted: Wanted, *, ridge: float, rank: int, seed: int
+    seen: Whitened, tail: Tail, start: tuple[Tensor, Tensor], wanted: Wanted, *, rank: int, seed: int
 ) -> tuple[Tensor, Tensor]:
     """Factors [neurons, rank] and [rank, d_model] of what is added to the `out` vectors, float32 on the CPU.
 
-    seen: the positions to fit on; start: a keyed change, coefficients [neurons] and direction [d_model]; ridge: of the
-    neurons' second moments, as a multiple of their mean square, which make the coordinates that the steps are taken
-    in; rank: the change is cut to so many directions. A strength means what it means for the start: the change was
-    fitted for the strength at which the start leaves the target.
+    seen: the positions to fit on, in the coordinates that the steps are taken in; start: a keyed change, coefficients
+    [neurons] and direction [d_model]; rank: the change is cut to so many directions. A strength means what it means for
+    the start: the change was fitted for the strength at which the start leaves the target.
 
     Minimises `mean KL(base || edited) + price * (mass left + what neighbours moved)` by Adam. Mass left is
     `sum p p' / sum p^2`, the concept's probability p where it is the next token, after and before; the price is the
@@ -62,8 +82,7 @@ def fit_change(
     with it).
     """
     generator = torch.Generator().manual_seed(seed)
-    whiten, unwhiten = _roots(seen.neurons, ridge)
-    white = Positions(seen.neurons @ whiten, seen.residual, seen.written)
+    white = seen.positions
     groups = [wanted.ids, wanted.near] if len(wanted.near) else [wanted.ids]
     weights = [mass.square() for mass in _masses(white, tail, groups)]
     shares = _shares(weights)
@@ -81,7 +100,7 @@ def fit_change(
         return _Drawn(chosen, base, *(part.float().to(device) for part in (without, own, near)))
 
     coefficients, write = (part.float().to(device) for part in start)
-    begin = torch.outer(unwhiten @ coefficients, write)
+    begin = torch.outer(seen.unwhiten @ coefficients, write)
     strength, price = _start(draw(), tail, begin, wanted)
     outside = _outside(wanted.keep, write)
     entry = strength * float(begin.norm()) / begin.numel() ** 0.5
@@ -100,7 +119,7 @@ def fit_change(
             scheduler.step()
     change = -strength * begin + moved.detach() @ outside
     outer, sizes, inner = torch.linalg.svd(change, full_matrices=False)
-    return (whiten @ (outer[:, :rank] * sizes[:rank]) / strength).cpu(), inner[:rank].cpu()
+    return (seen.whiten @ (outer[:, :rank] * sizes[:rank]) / strength).cpu(), inner[:rank].cpu()
 
 
 def _effects(drawn: _Drawn, tail: Tail, change: Tensor, wanted: Wanted) -> tuple[Tensor, Tensor, Tensor]:
@@ -156,14 +175,6 @@ def _shares(weights: Sequence[Tensor]) -> Tensor:
         mass = weight.sqrt()
         drawn += (by_mass * mass / mass.sum() + by_square * weight / weight.sum()) / len(weights)
     return drawn
-
-
-def _roots(neurons: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
-    """`(S + l I)^-1/2` and its inverse, float32, of the second moments S of neurons [n, k]."""
-    second = (neurons.T @ neurons).double() / len(neurons)
-    second += ridge * second.diagonal().mean() * torch.eye(len(second), dtype=second.dtype, device=second.device)
-    values, vectors = torch.linalg.eigh(second)
-    return ((vectors * values**-0.5) @ vectors.T).float(), ((vectors * values**0.5) @ vectors.T).float()
 
 
 def _outside(keep: Tensor | None, like: Tensor) -> Tensor:

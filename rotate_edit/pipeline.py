@@ -29,7 +29,7 @@ from rotate_edit.edit_file import save_edit
 from rotate_edit.errors import BadInput, Failure
 from rotate_edit.evaluate import Variant, evaluate, texts_about
 from rotate_edit.files import check_output_free, whole_folder, write_atomically
-from rotate_edit.fitting import Wanted, fit_change
+from rotate_edit.fitting import Wanted, fit_change, whitened
 from rotate_edit.keys import fit_keys, key_moments, own_samples
 from rotate_edit.locate import (
     Fitted,
@@ -175,10 +175,16 @@ def _neighbours(opened: Opened, concept: ConceptRecipe, own: Tensor) -> list[Ten
     return [torch.cat(kept).unique()] if many else kept
 
 
-def fit(opened: Opened, found: Sequence[Located], methods: Sequence[str], model: Any = None) -> Fitted:
+def fit(
+    opened: Opened,
+    found: Sequence[Located],
+    methods: Sequence[str],
+    model: Any = None,
+    samples: measures.Passages | None = None,
+) -> Fitted:
     """For the keyed ones among the methods: which neurons they take and by how much, by concept and group.
 
-    The model writes the text that they are read on; it is loaded when left out.
+    samples: the text that they are read on, which the model writes when it is left out; the model is loaded then.
     """
     recipe, keyed = opened.recipe, [method for method in methods if method in KEYED]
     if not keyed:
@@ -191,7 +197,8 @@ def fit(opened: Opened, found: Sequence[Located], methods: Sequence[str], model:
             for layer, wanted in layers.items():
                 every.setdefault(layer, []).append(wanted)
     union = {layer: torch.cat(wanted).unique() for layer, wanted in every.items()}
-    samples = own_samples(model, opened.tokenizer, tokens=recipe.edit.key_tokens, seed=recipe.seed)
+    if samples is None:
+        samples = own_samples(model, opened.tokenizer, tokens=recipe.edit.key_tokens, seed=recipe.seed)
     head = read_unembedding(opened.checkpoint) if recipe.edit.direction == "least-divergence" else None
     moments = key_moments(model, samples, union, [located.ids for located in found], head)
     keys = {
@@ -218,7 +225,7 @@ def fit_changes(
             f"locate.layers: the method fitted rewrites the last layer, {last.layer}; add it, or set edit.method to "
             "keyed."
         )
-    tail, seen = tail_of(model), positions(model, samples)
+    tail, seen = tail_of(model), whitened(positions(model, samples), ridge=recipe.edit.key_ridge)
     untrained = opened.vocabulary.untrained
     projection = read_unembedding(checkpoint)
     norm = read_norm(checkpoint, "final")
@@ -232,9 +239,8 @@ def fit_changes(
         wanted = Wanted(ids, recipe.edit.target, close[~torch.isin(close, ids)], rows)
         coefficients = fitted.keys[name, 0]["fitted"][last.layer][1]
         changes[name] = fit_change(
-            seen, tail, (coefficients, write), wanted,
-            ridge=recipe.edit.key_ridge, rank=recipe.edit.fit_rank, seed=recipe.seed,
-        )  # fmt: skip
+            seen, tail, (coefficients, write), wanted, rank=recipe.edit.fit_rank, seed=recipe.seed
+        )
     return changes
 
 

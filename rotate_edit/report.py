@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from rotate_edit import drawing, figures, report_content
 from rotate_edit.console import plain
+from rotate_edit.edit import WHOLE_LAYER
 from rotate_edit.errors import BadInput
 from rotate_edit.files import write_atomically
 
@@ -127,7 +128,7 @@ def _render(template: str, content: dict[str, Any], *, escape: bool) -> str:
         "lines": _lines,
         "fence": fence,
     }
-    return environment.get_template(template).render(**content, colours=drawing.COLOURS)
+    return environment.get_template(template).render(**content, colours=drawing.COLOURS, whole_layer=WHOLE_LAYER)
 
 
 # Drawings in their place.

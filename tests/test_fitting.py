@@ -7,7 +7,7 @@ import torch
 
 from rotate_edit import fitting
 from rotate_edit.edit import key_coefficients
-from rotate_edit.fitting import Wanted, fit_change
+from rotate_edit.fitting import Wanted, fit_change, whitened
 from rotate_edit.tail import Positions, Tail
 
 TARGET = 0.1
@@ -68,7 +68,7 @@ def at_target(tail, seen: Positions, change: torch.Tensor) -> float:
 
 def test_the_fit_does_less_damage_than_its_start_on_text_it_did_not_see(known) -> None:
     tail, seen, fresh, start = known
-    left, right = fit_change(seen, tail, start, wanted(), ridge=0.03, rank=16, seed=0)
+    left, right = fit_change(whitened(seen, ridge=0.03), tail, start, wanted(), rank=16, seed=0)
     keyed = -torch.outer(start[0].float(), start[1])
     assert at_target(tail, fresh, left @ right) < 0.75 * at_target(tail, fresh, keyed)
 
@@ -89,7 +89,7 @@ def start_strength(tail, seen: Positions, start) -> float:
 
 def test_a_strength_means_what_it_means_for_the_start(known) -> None:
     tail, seen, _, start = known
-    left, right = fit_change(seen, tail, start, wanted(), ridge=0.03, rank=16, seed=0)
+    left, right = fit_change(whitened(seen, ridge=0.03), tail, start, wanted(), rank=16, seed=0)
     # The price is what the start's last step towards the target costs, and the fit gets further for it.
     assert 0.1 * TARGET < mass_left(tail, seen, start_strength(tail, seen, start) * left @ right) < 1.1 * TARGET
 
@@ -99,11 +99,11 @@ def test_nothing_is_written_along_what_is_kept_and_the_rank_is_a_limit(known) ->
     keep = torch.randn(3, len(start[1]), generator=torch.Generator().manual_seed(2))
     # A start's direction avoids what is kept already; the fit must not come back to it.
     apart = start[1] - torch.linalg.pinv(keep) @ (keep @ start[1])
-    left, right = fit_change(seen, tail, (start[0], apart), wanted(keep=keep), ridge=0.03, rank=5, seed=0)
+    left, right = fit_change(whitened(seen, ridge=0.03), tail, (start[0], apart), wanted(keep=keep), rank=5, seed=0)
     assert left.shape == (seen.neurons.shape[1], 5)
     assert right.shape == (5, len(start[1]))
     assert float((right @ keep.T).abs().max()) < 1e-5
-    whole = fit_change(seen, tail, (start[0], apart), wanted(keep=keep), ridge=0.03, rank=500, seed=0)
+    whole = fit_change(whitened(seen, ridge=0.03), tail, (start[0], apart), wanted(keep=keep), rank=500, seed=0)
     assert len(whole[1]) == len(start[1])
     # In the coordinates that the ridge whitens, the first directions are the whole change's best approximation.
     torch.testing.assert_close(left @ right, whole[0][:, :5] @ whole[1][:5], rtol=1e-4, atol=1e-4)
@@ -114,7 +114,7 @@ def test_neighbours_move_less_when_they_are_named(known) -> None:
     strength = start_strength(tail, seen, start)
 
     def moved(near: torch.Tensor) -> float:
-        left, right = fit_change(seen, tail, start, wanted(near), ridge=0.03, rank=16, seed=0)
+        left, right = fit_change(whitened(seen, ridge=0.03), tail, start, wanted(near), rank=16, seed=0)
         before = tail.log_probabilities(fresh.residual)[:, NEAR].logsumexp(1)
         after = tail.log_probabilities(tail.moved(fresh, strength * fresh.neurons @ left @ right))[:, NEAR]
         return float(
@@ -129,12 +129,20 @@ def test_the_same_seed_gives_the_same_change_and_torch_is_left_alone(known) -> N
     torch.manual_seed(5)
     expected = torch.rand(2)
     torch.manual_seed(5)
-    first = fit_change(seen, tail, start, wanted(), ridge=0.03, rank=4, seed=1)
+    first = fit_change(whitened(seen, ridge=0.03), tail, start, wanted(), rank=4, seed=1)
     assert torch.equal(torch.rand(2), expected)
-    again = fit_change(seen, tail, start, wanted(), ridge=0.03, rank=4, seed=1)
-    other = fit_change(seen, tail, start, wanted(), ridge=0.03, rank=4, seed=2)
+    again = fit_change(whitened(seen, ridge=0.03), tail, start, wanted(), rank=4, seed=1)
+    other = fit_change(whitened(seen, ridge=0.03), tail, start, wanted(), rank=4, seed=2)
     assert all(torch.equal(one, two) for one, two in zip(first, again))
     assert not torch.equal(first[0], other[0])
+
+
+def test_whitened_neurons_have_the_identity_for_second_moments(known) -> None:
+    _, seen, _, _ = known
+    white = whitened(seen, ridge=1e-9)
+    neurons = white.positions.neurons
+    torch.testing.assert_close(neurons.T @ neurons / len(neurons), torch.eye(neurons.shape[1]), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(neurons @ white.unwhiten, seen.neurons, rtol=1e-4, atol=1e-4)
 
 
 def test_the_price_makes_the_starts_strength_the_cheapest() -> None:

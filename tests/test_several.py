@@ -85,6 +85,12 @@ def test_two_keyed_concepts_are_both_removed() -> None:
         assert kept(name, both) < gone + 0.05
 
 
+def test_two_fitted_concepts_are_both_removed() -> None:
+    both = edit(("dogs", 6.0), ("ships", 6.0), method="fitted")
+    assert kept("dogs", both) < 0.3
+    assert kept("ships", both) < 0.3
+
+
 def test_a_protected_concept_and_word_are_not_moved_to_first_order() -> None:
     cats = list(concepts()["cats"].words)
     opened = pipeline.open_recipe(recipe(("dogs", 6.0), protect=["violin", cats]))
@@ -102,6 +108,18 @@ def test_a_protected_concept_and_word_are_not_moved_to_first_order() -> None:
     assert moved(made.changes[0], ["violin"]) < 1e-4
     assert moved(free.changes[0], ["violin"]) > 1e-3
     assert kept("dogs", made) < 0.3
+
+
+def test_no_direction_of_a_fit_moves_what_is_protected(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rotate_edit.fitting.STEPS", 3)
+    opened = pipeline.open_recipe(recipe(("dogs", 6.0), protect=["violin"], edit={"method": "fitted"}))
+    (change,) = pipeline.edits_of(opened, pipeline.locate(opened), ["fitted"], demo())["fitted"].changes
+    head = demo().lm_head.weight.detach() * demo().model.norm.weight.detach()
+    violin = next(index for index, text in enumerate(opened.vocabulary.texts) if text == " violin")
+    mean = head[violin] - head[~opened.vocabulary.untrained].mean(0)
+    assert len(change.right) > 10
+    moved = change.delta() @ mean
+    assert float(moved.norm()) < 1e-6 * float(change.delta().norm() * mean.norm())
 
 
 @pytest.mark.parametrize("words", [["kitten", "tabby"], sorted(concepts()["cats"].words)])
