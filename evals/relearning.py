@@ -37,9 +37,8 @@ BASELINES = (
 )  # fmt: skip
 
 
-def measure_concept(name: str, model: Any, training: Training, target: float) -> dict[str, Any]:
-    """Every method's edit of one concept at `target` of its mass, relearned; plain JSON."""
-    own = "fitted"
+def measure_concept(name: str, model: Any, training: Training, target: float, own: str) -> dict[str, Any]:
+    """Every method's edit of one concept at `target` of its mass, relearned; plain JSON. own: ours."""
     concept = {"name": name, "words": list(concepts()[name].words), "plurals": True, "strength": 1.0}
     plain = parse_recipe({"model": "demo", "concepts": [concept], "evaluate": {"items": "demo", "tokens": 1500}})
     opened = open_recipe(plain)
@@ -108,6 +107,7 @@ def main() -> None:
     """Measure every concept, print the table so far after each, and write the JSON and the Markdown."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--concepts", default=CHOSEN, help="names of the demo's concepts, separated by commas")
+    parser.add_argument("--method", default="keyed", help="ours; keyed is what auto takes where embeddings are edited")
     parser.add_argument("--learning-rate", type=float, default=1e-5)
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--target", type=float, default=0.1, help="share of the mass that every edit leaves")
@@ -115,7 +115,7 @@ def main() -> None:
     arguments = parser.parse_args()
     training = Training(epochs=arguments.epochs, learning_rate=arguments.learning_rate)
     command = f"python evals/relearning.py --output {arguments.output.as_posix()}"
-    for name in ("concepts", "learning_rate", "epochs", "target"):
+    for name in ("concepts", "method", "learning_rate", "epochs", "target"):
         value = getattr(arguments, name)
         if value != parser.get_default(name):
             command += f" --{name.replace('_', '-')} {value}"
@@ -124,7 +124,7 @@ def main() -> None:
     model = load_model("demo")
     results: list[dict[str, Any]] = []
     for name in arguments.concepts.split(","):
-        results.append(measure_concept(name, model, training, arguments.target))
+        results.append(measure_concept(name, model, training, arguments.target, arguments.method))
         print(table(results), flush=True)
         arguments.output.with_suffix(".json").write_text(json.dumps({**about, "results": results}, indent=1))
         never = {result["concept"]: result["never_reached"] for result in results if result["never_reached"]}

@@ -122,8 +122,8 @@ class EditRecipe(_Section):
 
     method: str = Field(
         "auto",
-        description="fitted; keyed where `locate.layers` is given; channel-located where a concept is amplified or no "
-        "`out` matrix is looked at. Or one of: " + ", ".join((*METHODS, TOKEN_METHOD)) + ".",
+        description="fitted; keyed where `locate.layers` or `edit.embeddings` is given; channel-located where a "
+        "concept is amplified or no `out` matrix is looked at. Or one of: " + ", ".join((*METHODS, TOKEN_METHOD)) + ".",
     )
     direction: Literal["least-collateral", "least-divergence", "plain"] = Field(
         "least-collateral",
@@ -329,7 +329,8 @@ def _method(recipe: Recipe) -> str:
     amplifies = any(concept.strength != "auto" and concept.strength < 0 for concept in recipe.concepts)
     if amplifies or "out" not in recipe.locate.matrices:
         return "channel-located"
-    return "fitted" if recipe.locate.layers is None else "keyed"
+    # Beside embedding rows a fit comes back through fine-tuning sooner than the key that it starts from.
+    return "keyed" if recipe.edit.embeddings or recipe.locate.layers is not None else "fitted"
 
 
 def recipe_text(recipe: Recipe) -> str:
