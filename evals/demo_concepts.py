@@ -68,7 +68,7 @@ def table(rows: list[dict[str, Any]]) -> str:
     lines = ["| " + " | ".join([*head, *(f"{name}, times ours" for name in METHODS)]) + " |"]
     lines.append("|" + "---|" * (len(head) + len(METHODS)))
     for row in rows:
-        own = row["matched"]["fitted"]["collateral_kl"]
+        own = row["matched"]["keyed"]["collateral_kl"]
         cells = [row["concept"], str(row["neurons"]), f"{row['strength']:.2f}"]
         cells += [_interval(row["summary"][key]) for key in ("efficacy", "specificity")]
         cells += [f"{row['summary']['first_token_kl']['value']:.4f}", "never" if own is None else f"{own:.4f}"]

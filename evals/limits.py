@@ -1,4 +1,4 @@
-"""What limits an edit of the last layer: the default beside edits that know less and more, at the same removal.
+"""What limits an edit of the last layer: the fitted edit beside edits that know less and more, at the same removal.
 
 `python evals/limits.py --model ../shared/models/bookworm --concepts evals/bookworm/concepts.yaml --half dev
 --texts ../shared/corpora/books --output evals/results/limits-bookworm`. These edits change the last layer
@@ -29,7 +29,7 @@ from rotate_edit.recipe import EditRecipe, parse_recipe
 from rotate_edit.tail import Positions, Tail, tail_of
 
 TARGET, TOKENS, RIDGE = 0.1, 48000, 0.03
-OURS, FLOOR = "the whole matrix, fitted (the default)", "the concept's own logits lowered everywhere"
+OURS, FLOOR = "the whole matrix, fitted", "the concept's own logits lowered everywhere"
 KEYED, LONGER = "one key, one direction (keyed)", "the key from twice the text"
 
 
@@ -225,7 +225,7 @@ def _inverse(covariance: Tensor, ridge: float, keep: Tensor | None) -> Tensor:
 def table(results: list[dict[str, Any]]) -> str:
     """By variant: damage as a multiple of the default's (geometric mean), and on how many concepts each limit holds."""
     lines = [
-        "| edit | concepts | KL, times the default's | perplexity, mean | at most +1 % | neighbours at least 90 % |",
+        "| edit | concepts | KL, times fitted | perplexity, mean | at most +1 % | neighbours at least 90 % |",
         "|---|---|---|---|---|---|",
     ]
     for name in results[0]["rows"]:

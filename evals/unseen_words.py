@@ -25,8 +25,9 @@ from rotate_edit.keys import own_samples
 from rotate_edit.live import applied
 from rotate_edit.opened import open_recipe
 from rotate_edit.pipeline import edits_of, fit, locate
-from rotate_edit.recipe import EditRecipe, Recipe, parse_recipe
+from rotate_edit.recipe import Recipe, parse_recipe
 
+KEY_TOKENS = 48000
 METHODS = ("fitted", "keyed", TOKEN_METHOD, "lm-head-located", "direction-everywhere")
 
 
@@ -94,7 +95,7 @@ def main() -> None:
     about = provenance("unseen_words.py", parser, arguments)
     model, rows = load(arguments.model), []
     tokenizer = load_tokenizer(open_checkpoint(arguments.model))
-    samples = own_samples(model, tokenizer, tokens=EditRecipe().key_tokens, seed=0)
+    samples = own_samples(model, tokenizer, tokens=KEY_TOKENS, seed=0)
     for material in materials(arguments):
         rows += [row for half in (0, 1) for row in measure_half(model, arguments.model, material, half, samples)]
         print(material.name, {row["method"]: row["left"] for row in rows[-len(METHODS) :]}, flush=True)

@@ -122,8 +122,8 @@ class EditRecipe(_Section):
 
     method: str = Field(
         "auto",
-        description="fitted; keyed where `locate.layers` or `edit.embeddings` is given; channel-located where a "
-        "concept is amplified or no `out` matrix is looked at. Or one of: " + ", ".join((*METHODS, TOKEN_METHOD)) + ".",
+        description="keyed, or channel-located where a concept is amplified or no `out` matrix is looked at. Or one "
+        "of: " + ", ".join((*METHODS, TOKEN_METHOD)) + ".",
     )
     direction: Literal["least-collateral", "least-divergence", "plain"] = Field(
         "least-collateral",
@@ -135,7 +135,8 @@ class EditRecipe(_Section):
     )
     fold_norm: bool = Field(True, description="Fold the gain of the norm before the vocabulary into the direction.")
     key_tokens: Annotated[int, Field(ge=100)] = Field(
-        48000, description="How many tokens of its own text the model writes for the keyed methods."
+        24000,
+        description="How many tokens of its own text the model writes for keyed methods; `fitted` gains from 48000.",
     )
     key_ridge: Annotated[float, Field(gt=0, allow_inf_nan=False)] = Field(
         0.03, description="Ridge of the keyed methods, as a multiple of the neurons' mean square."
@@ -327,10 +328,7 @@ def _method(recipe: Recipe) -> str:
     if recipe.edit.method != "auto":
         return recipe.edit.method
     amplifies = any(concept.strength != "auto" and concept.strength < 0 for concept in recipe.concepts)
-    if amplifies or "out" not in recipe.locate.matrices:
-        return "channel-located"
-    # Beside embedding rows a fit comes back through fine-tuning sooner than the key that it starts from.
-    return "keyed" if recipe.edit.embeddings or recipe.locate.layers is not None else "fitted"
+    return "channel-located" if amplifies or "out" not in recipe.locate.matrices else "keyed"
 
 
 def recipe_text(recipe: Recipe) -> str:

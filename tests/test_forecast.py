@@ -24,7 +24,7 @@ def test_steps_are_counted_from_the_settings() -> None:
     steps = tokens_read(recipe(), ITEMS)
     located = {"edit": {"method": "channel-located"}}
     assert {name for name, count in steps.items() if not count} == {"groups"}
-    assert steps["keys"] == 2 * 48_000
+    assert steps["keys"] == 2 * 24_000
     assert tokens_read(recipe(strength=2), ITEMS) == steps | {"strengths": 0}
     # A located edit tries groups; beside it channel-keyed still reads what the model writes.
     grouped = tokens_read(recipe(**located), ITEMS)
@@ -48,13 +48,14 @@ def test_costs_follow_the_recipe() -> None:
     assert edit.disk == whole.disk > demo.size
     unsaved = recipe_cost(recipe(save={"checkpoint": False}), demo, ITEMS)
     assert unsaved.disk < whole.disk - demo.size
-    keyed = recipe_cost(recipe(edit={"method": "keyed"}), demo, ITEMS)
-    more = recipe_cost(recipe(edit={"method": "keyed"}, locate={"candidates": 600}), demo, ITEMS)
-    assert more.operations > keyed.operations
-    assert more.memory > keyed.memory
-    two = parse_recipe(recipe().model_dump() | {"concepts": [{"name": n, "words": [n]} for n in ("dog", "cat")]})
-    assert keyed.operations < whole.operations < recipe_cost(two, demo, ITEMS).operations
-    assert keyed.memory <= whole.memory
+    more = recipe_cost(recipe(locate={"candidates": 600}), demo, ITEMS)
+    assert more.operations > whole.operations
+    assert more.memory > whole.memory
+    fitted = recipe(edit={"method": "fitted"})
+    two = parse_recipe(fitted.model_dump() | {"concepts": [{"name": n, "words": [n]} for n in ("dog", "cat")]})
+    once, twice = (recipe_cost(asked, demo, ITEMS) for asked in (fitted, two))
+    assert whole.operations < once.operations < twice.operations
+    assert whole.memory <= once.memory
     on_gpu = recipe_cost(recipe(), demo, ITEMS, device="cuda")
     assert on_gpu.gpu_memory > 2 * demo.size > whole.gpu_memory == 0
 

@@ -94,8 +94,8 @@ def test_sampled_text_says_how_often_the_concept_leaks(result: dict[str, Any]) -
 
 
 def test_every_control_is_on_the_curve(result: dict[str, Any]) -> None:
-    assert set(result["curves"]["dogs"]) == {"fitted", "direction-everywhere", "random-neurons"}
-    strengths = [point["strength"] for point in result["curves"]["dogs"]["fitted"]]
+    assert set(result["curves"]["dogs"]) == {"keyed", "direction-everywhere", "random-neurons"}
+    strengths = [point["strength"] for point in result["curves"]["dogs"]["keyed"]]
     assert strengths == [2, 6.5, 8]
 
 
@@ -182,7 +182,8 @@ def test_a_keyed_edit_changes_the_last_layer_and_repeats() -> None:
 
 def test_a_fitted_edit_changes_the_last_layer_once_a_concept_and_repeats(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("rotate_edit.fitting.STEPS", 3)
-    opened = pipeline.open_recipe(recipe(locate={"group_distance": 0.5, "candidates": 20}, edit={"fit_rank": 4}))
+    settings = {"method": "fitted", "fit_rank": 4, "key_tokens": 2000}
+    opened = pipeline.open_recipe(recipe(locate={"group_distance": 0.5, "candidates": 20}, edit=settings))
     found = pipeline.locate(opened)
     assert len(found) > 1
     edit = pipeline.edits_of(opened, found, ["fitted"])["fitted"]
@@ -284,7 +285,7 @@ def test_real_checkpoints_run_with_plain_text(tmp_path: Path, name: str) -> None
     result = pipeline.run(words, tmp_path / "run")
     assert any("first token" in warning for warning in result["concepts"][0]["warnings"])
     assert (tmp_path / "run" / "model" / "model.safetensors").is_file()
-    assert result["curves"]["things"]["fitted"][0]["mass"]["value"] > 0
+    assert result["curves"]["things"]["keyed"][0]["mass"]["value"] > 0
     # The items made from the text lie beside the numbers, in a folder that an evaluation can be given.
     items = open_items(tmp_path / "run" / "items")
     cloze = next(task for task in items.tasks if task.name == "text_cloze")

@@ -188,8 +188,7 @@ def test_a_fitted_recipe_is_tuned_with_one_fit_at_several_ranks_beside_keyed_edi
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("rotate_edit.fitting.STEPS", 3)
-    fitted = recipe(edit={"key_tokens": 2000, "fit_rank": 8})
-    assert fitted.edit.method == "fitted"
+    fitted = recipe(edit={"method": "fitted", "key_tokens": 2000, "fit_rank": 8})
     with mock.patch("rotate_edit.pipeline.fit_change", wraps=pipeline.fit_change) as fit:
         record = tune.search(fitted, tmp_path / "tune", trials=8, tokens=TOKENS)
     assert fit.call_count == 1
@@ -203,7 +202,7 @@ def test_a_fitted_recipe_is_tuned_with_one_fit_at_several_ranks_beside_keyed_edi
 
 def test_a_smaller_rank_is_the_fit_cut_to_its_first_directions(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("rotate_edit.fitting.STEPS", 3)
-    opened = open_recipe(recipe(edit={"key_tokens": 2000, "fit_rank": 8}))
+    opened = open_recipe(recipe(edit={"method": "fitted", "key_tokens": 2000, "fit_rank": 8}))
     shared = trials.prepare(opened, tokens=TOKENS)
     (cut,) = trials.built(shared, {"edit.method": "fitted", "edit.fit_rank": 3}).changes
     small = trials.with_settings(opened.recipe, {"edit.fit_rank": 3})
