@@ -22,8 +22,9 @@ from rotate_edit.edit import Edit
 from rotate_edit.errors import Failure
 from rotate_edit.generations import generate, repetition
 from rotate_edit.live import applied
+from rotate_edit.making import edits_of
 from rotate_edit.opened import open_recipe
-from rotate_edit.pipeline import edits_of, locate
+from rotate_edit.pipeline import locate
 from rotate_edit.recipe import Recipe, parse_recipe
 
 TIMES = 5.0

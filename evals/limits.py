@@ -22,9 +22,9 @@ from rotate_edit.activations import recorded
 from rotate_edit.edit import key_coefficients
 from rotate_edit.fitting import Wanted, fit_change, whitened
 from rotate_edit.keys import own_samples
+from rotate_edit.making import neighbours
 from rotate_edit.measures import Passages, log_probabilities, real_positions
 from rotate_edit.opened import open_recipe
-from rotate_edit.pipeline import _neighbours
 from rotate_edit.recipe import EditRecipe, parse_recipe
 from rotate_edit.tail import Positions, Tail, tail_of
 
@@ -190,7 +190,7 @@ def measure(model: Any, material: Material, name: str, samples: dict[int, Seen],
     assert proof.near_ids is not None
     usable = ~opened.vocabulary.untrained
     projection = head.unembedding * head.gain
-    near = _neighbours(opened, recipe.concepts[0], ids)
+    near = neighbours(opened, recipe.concepts[0], ids)
     keep = [edits.concept_mean(projection, words, usable) for words in near]
     covariance = edits.token_covariance(projection[usable])
     mean = edits.concept_mean(projection, ids, usable)

@@ -27,8 +27,9 @@ from rotate_edit import matched
 from rotate_edit.concept import find_tokens, token_texts
 from rotate_edit.edit import LIVE_METHODS, METHODS, TOKEN_METHOD, Edit
 from rotate_edit.errors import Failure
+from rotate_edit.making import edits_of
 from rotate_edit.opened import Opened, open_recipe
-from rotate_edit.pipeline import edits_of, locate
+from rotate_edit.pipeline import locate
 from rotate_edit.recipe import Recipe, parse_recipe
 
 LONGEST = 64

@@ -24,8 +24,9 @@ from rotate_edit.demo.world import concepts
 from rotate_edit.edit import TOKEN_METHOD
 from rotate_edit.errors import Failure
 from rotate_edit.live import applied
+from rotate_edit.making import edits_of, fit
 from rotate_edit.opened import open_recipe
-from rotate_edit.pipeline import edits_of, fit, locate, reference
+from rotate_edit.pipeline import locate, reference
 from rotate_edit.recipe import parse_recipe
 from rotate_edit.relearn import Training, relearn
 from rotate_edit.variants import Variant

@@ -23,8 +23,9 @@ from rotate_edit.concept import find_tokens, token_texts
 from rotate_edit.edit import TOKEN_METHOD
 from rotate_edit.keys import own_samples
 from rotate_edit.live import applied
+from rotate_edit.making import edits_of, fit
 from rotate_edit.opened import open_recipe
-from rotate_edit.pipeline import edits_of, fit, locate
+from rotate_edit.pipeline import locate
 from rotate_edit.recipe import Recipe, parse_recipe
 
 KEY_TOKENS = 48000

@@ -137,13 +137,14 @@ def locate(recipe: str, as_json: bool) -> None:
     from rotate_edit import recipe as recipes
     from rotate_edit.estimate import check_cost
     from rotate_edit.forecast import locating_cost
+    from rotate_edit.locate import by_concept
 
     opened = pipeline.open_recipe(recipes.read_recipe(recipe))
     check_cost(locating_cost(opened.recipe, opened.checkpoint, device=opened.device), Path(recipe))
     print_warnings(opened.warnings())
     with progress_bars() as report:
         found = pipeline.locate(opened, report=report)
-    for name, groups in pipeline.by_concept(found).items():
+    for name, groups in by_concept(found).items():
         chosen = list({channel.name: channel for located in groups for channel in located.chosen}.values())
         if not as_json:
             print_line(f"{name}: {counted(len(chosen), 'channel')} for {counted(len(groups), 'group')} of its tokens.")

@@ -81,6 +81,14 @@ class Located:
     chosen: tuple[Channel, ...]
 
 
+def by_concept(found: Sequence[Located]) -> dict[str, list[Located]]:
+    """What was located, by concept."""
+    groups: dict[str, list[Located]] = {}
+    for located in found:
+        groups.setdefault(located.concept.name, []).append(located)
+    return groups
+
+
 def sites(checkpoint: Checkpoint, recipe: Recipe) -> list[Site]:
     """The matrices that a recipe looks at. Raises BadInput for a layer or matrix that the model does not have."""
     missing = [matrix for matrix in recipe.locate.matrices if matrix not in checkpoint.matrices]

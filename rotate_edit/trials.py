@@ -22,7 +22,8 @@ from rotate_edit.evaluate import texts_about
 from rotate_edit.keys import KeyMoments, fit_keys, key_moments, own_samples
 from rotate_edit.live import applied
 from rotate_edit.locate import Fitted, Located, choose_channels
-from rotate_edit.pipeline import GROUP_DISTANCES, Opened, edits_of, fit_changes, locate
+from rotate_edit.making import edits_of, fit_changes
+from rotate_edit.pipeline import GROUP_DISTANCES, Opened, locate
 from rotate_edit.recipe import Recipe, parse_recipe
 
 TOKENS = 1200

@@ -18,6 +18,7 @@ from rotate_edit.channels import load_channels
 from rotate_edit.demo import demo_model_folder
 from rotate_edit.demo.world import concepts
 from rotate_edit.errors import BadInput, Failure
+from rotate_edit.making import edits_of
 from rotate_edit.patch import revert
 from rotate_edit.recipe import Recipe, parse_recipe
 from rotate_edit.tasks import open_items
@@ -160,7 +161,7 @@ def test_amplifying_makes_the_concept_likelier() -> None:
             return float(model(ids).logits[0, -1].softmax(-1)[opened.tokens[0].ids].sum())
 
     before = probability()
-    edit = pipeline.edits_of(opened, pipeline.locate(opened), ["channel-located"])["channel-located"]
+    edit = edits_of(opened, pipeline.locate(opened), ["channel-located"])["channel-located"]
     with edit.applied(model):
         assert probability() > 2 * before
 
@@ -168,14 +169,14 @@ def test_amplifying_makes_the_concept_likelier() -> None:
 def test_a_keyed_edit_changes_the_last_layer_and_repeats() -> None:
     opened = pipeline.open_recipe(recipe())
     found = pipeline.locate(opened)
-    edit = pipeline.edits_of(opened, found, ["keyed"])["keyed"]
+    edit = edits_of(opened, found, ["keyed"])["keyed"]
     assert [(change.matrix, change.layer) for change in edit.changes] == [("out", opened.checkpoint.layers - 1)]
     assert len(edit.changes[0].rows) == opened.checkpoint.neurons
-    again = pipeline.edits_of(opened, found, ["keyed"])["keyed"]
+    again = edits_of(opened, found, ["keyed"])["keyed"]
     assert torch.equal(edit.changes[0].delta(), again.changes[0].delta())
     settings = opened.recipe.edit.model_copy(update={"direction": "least-divergence"})
     least = replace(opened, recipe=opened.recipe.model_copy(update={"edit": settings}))
-    (other,) = pipeline.edits_of(least, found, ["keyed"])["keyed"].changes
+    (other,) = edits_of(least, found, ["keyed"])["keyed"].changes
     assert torch.equal(other.left, edit.changes[0].left)
     assert 0.3 < float(torch.cosine_similarity(other.right, edit.changes[0].right)) < 0.999
 
@@ -186,19 +187,19 @@ def test_a_fitted_edit_changes_the_last_layer_once_a_concept_and_repeats(monkeyp
     opened = pipeline.open_recipe(recipe(locate={"group_distance": 0.5, "candidates": 20}, edit=settings))
     found = pipeline.locate(opened)
     assert len(found) > 1
-    edit = pipeline.edits_of(opened, found, ["fitted"])["fitted"]
+    edit = edits_of(opened, found, ["fitted"])["fitted"]
     (change,) = edit.changes
     assert (change.matrix, change.layer) == ("out", opened.checkpoint.layers - 1)
     assert len(change.rows) == len(edit.vectors) == opened.checkpoint.neurons
     assert change.right.shape == (4, opened.checkpoint.hidden_size)
-    (again,) = pipeline.edits_of(opened, found, ["fitted"])["fitted"].changes
+    (again,) = edits_of(opened, found, ["fitted"])["fitted"].changes
     assert torch.equal(change.delta(), again.delta())
 
 
 def test_a_fit_needs_the_last_layer() -> None:
     opened = pipeline.open_recipe(recipe(locate={"layers": [1, 2], "candidates": 20}, edit={"method": "fitted"}))
     with pytest.raises(BadInput, match=r"locate\.layers: the method fitted rewrites the last layer"):
-        pipeline.edits_of(opened, pipeline.locate(opened), ["fitted"])
+        edits_of(opened, pipeline.locate(opened), ["fitted"])
 
 
 def test_groups_are_edited_together_and_the_whole_concept_is_covered() -> None:
@@ -208,7 +209,7 @@ def test_groups_are_edited_together_and_the_whole_concept_is_covered() -> None:
     assert len(found) > 3
     assert torch.equal(together, opened.tokens[0].ids)
     methods = ["keyed", "channel-located", "direction-everywhere", "zero-neurons"]
-    edits = pipeline.edits_of(opened, found, methods)
+    edits = edits_of(opened, found, methods)
     layers = [change.layer for change in edits["direction-everywhere"].changes]
     assert layers == sorted(set(layers))
     zeroed = [(change.layer, int(row)) for change in edits["zero-neurons"].changes for row in change.rows]

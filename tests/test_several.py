@@ -17,6 +17,7 @@ from rotate_edit.errors import BadInput
 from rotate_edit.evaluate import texts_about
 from rotate_edit.live import applied
 from rotate_edit.locate import Located, token_changes
+from rotate_edit.making import edits_of
 from rotate_edit.recipe import Recipe, parse_recipe
 
 SUPPRESSED, AMPLIFIED = ("dogs", 6.0), ("cats", -3.0)
@@ -46,7 +47,7 @@ def demo() -> Any:
 @cache
 def edit(*wanted: tuple[str, float], method: str = "channel-located") -> Edit:
     opened = pipeline.open_recipe(recipe(*wanted, edit={"method": method}))
-    return pipeline.edits_of(opened, pipeline.locate(opened), [method], demo())[method]
+    return edits_of(opened, pipeline.locate(opened), [method], demo())[method]
 
 
 def kept(name: str, made: Edit) -> float:
@@ -95,8 +96,8 @@ def test_a_protected_concept_and_word_are_not_moved_to_first_order() -> None:
     cats = list(concepts()["cats"].words)
     opened = pipeline.open_recipe(recipe(("dogs", 6.0), protect=["violin", cats]))
     found = pipeline.locate(opened)
-    made = pipeline.edits_of(opened, found, ["channel-located"])["channel-located"]
-    free = pipeline.edits_of(pipeline.open_recipe(recipe(("dogs", 6.0))), found, ["channel-located"])["channel-located"]
+    made = edits_of(opened, found, ["channel-located"])["channel-located"]
+    free = edits_of(pipeline.open_recipe(recipe(("dogs", 6.0))), found, ["channel-located"])["channel-located"]
     head = demo().lm_head.weight.detach() * demo().model.norm.weight.detach()
     text_of = {text: index for index, text in enumerate(opened.vocabulary.texts)}
     trained = head[~opened.vocabulary.untrained].mean(0)
@@ -113,7 +114,7 @@ def test_a_protected_concept_and_word_are_not_moved_to_first_order() -> None:
 def test_no_direction_of_a_fit_moves_what_is_protected(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("rotate_edit.fitting.STEPS", 3)
     opened = pipeline.open_recipe(recipe(("dogs", 6.0), protect=["violin"], edit={"method": "fitted"}))
-    (change,) = pipeline.edits_of(opened, pipeline.locate(opened), ["fitted"], demo())["fitted"].changes
+    (change,) = edits_of(opened, pipeline.locate(opened), ["fitted"], demo())["fitted"].changes
     head = demo().lm_head.weight.detach() * demo().model.norm.weight.detach()
     violin = next(index for index, text in enumerate(opened.vocabulary.texts) if text == " violin")
     mean = head[violin] - head[~opened.vocabulary.untrained].mean(0)
@@ -127,7 +128,7 @@ def test_neighbour_words_are_left_alone_each_or_together_when_they_are_many(word
     content = recipe(("dogs", 6.0)).model_dump()
     content["concepts"][0]["neighbour_words"] = words
     opened = pipeline.open_recipe(parse_recipe(content))
-    made = pipeline.edits_of(opened, pipeline.locate(opened), ["channel-located"])["channel-located"]
+    made = edits_of(opened, pipeline.locate(opened), ["channel-located"])["channel-located"]
     head = demo().lm_head.weight.detach() * demo().model.norm.weight.detach()
     ids = find_tokens("cats", words, opened.tokenizer, list(opened.vocabulary.texts), plurals=True).ids
     ids = ids[~torch.isin(ids, opened.tokens[0].ids)]
@@ -139,7 +140,7 @@ def test_neighbour_words_are_left_alone_each_or_together_when_they_are_many(word
 @pytest.mark.parametrize("direction", ["plain", "least-collateral"])
 def test_other_concepts_of_the_recipe_are_kept_by_every_direction(direction: str) -> None:
     opened = pipeline.open_recipe(recipe(SUPPRESSED, AMPLIFIED, edit={"direction": direction}))
-    made = pipeline.edits_of(opened, pipeline.locate(opened), ["channel-located"])["channel-located"]
+    made = edits_of(opened, pipeline.locate(opened), ["channel-located"])["channel-located"]
     head = demo().lm_head.weight.detach() * demo().model.norm.weight.detach()
     cats = head[opened.tokens[1].ids].mean(0) - head[~opened.vocabulary.untrained].mean(0)
     write = next(change.right[0] for change in made.changes if change.concept == "dogs")
@@ -149,7 +150,7 @@ def test_other_concepts_of_the_recipe_are_kept_by_every_direction(direction: str
 def test_methods_that_need_text_remove_the_concept_or_say_what_they_need() -> None:
     opened = pipeline.open_recipe(recipe(("dogs", 1.0)))
     found = pipeline.locate(opened)
-    made = pipeline.edits_of(opened, found, ["channel-located", *NEEDS_TEXT], demo())
+    made = edits_of(opened, found, ["channel-located", *NEEDS_TEXT], demo())
     assert {len(made[method].changes) for method in NEEDS_TEXT} == {0, opened.checkpoint.layers}
     assert len(made["clamp-neurons"].clamps) > 0
     left = {
@@ -160,14 +161,14 @@ def test_methods_that_need_text_remove_the_concept_or_say_what_they_need() -> No
     assert max(left.values()) < 0.9
     without = pipeline.open_recipe(recipe(("dogs", 1.0), items=None))
     with pytest.raises(BadInput, match="the method snmf-features needs text about the concept"):
-        pipeline.edits_of(without, found, ["channel-located", "snmf-features"], demo())
+        edits_of(without, found, ["channel-located", "snmf-features"], demo())
 
 
 def test_layer_strengths_multiply_the_layers_own() -> None:
     opened = pipeline.open_recipe(recipe(("dogs", 2.0), edit={"layer_strengths": {0: 0.0, 2: 0.5}}))
     found = pipeline.locate(pipeline.open_recipe(recipe(("dogs", 2.0))))
     plain = edit(("dogs", 2.0))
-    made = pipeline.edits_of(opened, found, ["channel-located"])["channel-located"]
+    made = edits_of(opened, found, ["channel-located"])["channel-located"]
     before = {change.layer: change.delta() for change in plain.changes}
     after = {change.layer: change.delta() for change in made.changes}
     assert set(after) == set(before) - {0}
@@ -178,7 +179,7 @@ def test_layer_strengths_multiply_the_layers_own() -> None:
 def test_embeddings_are_edited_when_asked_and_once_where_the_head_is_tied() -> None:
     opened = pipeline.open_recipe(recipe(("dogs", 1.0), edit={"embeddings": True}))
     found = pipeline.locate(pipeline.open_recipe(recipe(("dogs", 1.0))))
-    made = pipeline.edits_of(opened, found, ["channel-located", TOKEN_METHOD, "direction-everywhere"])
+    made = edits_of(opened, found, ["channel-located", TOKEN_METHOD, "direction-everywhere"])
     ids = opened.tokens[0].ids
     (change,) = [change for change in made["channel-located"].changes if change.matrix == "embedding"]
     # Beside neurons the rows go three quarters of the way and no further; alone they go as far as they are told.

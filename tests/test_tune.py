@@ -10,12 +10,12 @@ from unittest import mock
 import pytest
 import torch
 
-from rotate_edit import pipeline, trials, tune
+from rotate_edit import making, trials, tune
 from rotate_edit.demo.world import concepts
 from rotate_edit.errors import BadInput, Failure
 from rotate_edit.live import applied
+from rotate_edit.making import edits_of
 from rotate_edit.opened import open_recipe
-from rotate_edit.pipeline import edits_of
 from rotate_edit.recipe import Recipe, parse_recipe, read_recipe
 
 TOKENS = 512
@@ -189,7 +189,7 @@ def test_a_fitted_recipe_is_tuned_with_one_fit_at_several_ranks_beside_keyed_edi
 ) -> None:
     monkeypatch.setattr("rotate_edit.fitting.STEPS", 3)
     fitted = recipe(edit={"method": "fitted", "key_tokens": 2000, "fit_rank": 8})
-    with mock.patch("rotate_edit.pipeline.fit_change", wraps=pipeline.fit_change) as fit:
+    with mock.patch("rotate_edit.making.fit_change", wraps=making.fit_change) as fit:
         record = tune.search(fitted, tmp_path / "tune", trials=8, tokens=TOKENS)
     assert fit.call_count == 1
     settings = [trial["settings"] for trial in record["trials"]]
