@@ -64,7 +64,7 @@ class Head:
         return (residual / self.size(residual)[:, None] * self.gain @ self.unembedding.T).log_softmax(1)
 
 
-RANK = EditRecipe().fit_rank
+FIT = EditRecipe()
 Variant = Callable[[Seen, float], Tensor]
 
 
@@ -111,7 +111,7 @@ def variants(
     size = concept @ head.size(own.residual).double() / concept.sum()
     seen_by_fit = whitened(Positions(own.neurons, own.residual, None), ridge=RIDGE)
     start = (size * key(second, mean), direction)
-    left, right = fit_change(seen_by_fit, tail, start, wanted, rank=RANK, seed=0)
+    left, right = fit_change(seen_by_fit, tail, start, wanted, rank=FIT.fit_rank, leash=FIT.fit_leash, seed=0)
     found[OURS] = -(left.double() @ right.double())
     found[KEYED] = key(second, mean)[:, None] * direction
     felt_more, chance_more = moments(more)

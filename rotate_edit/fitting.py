@@ -25,7 +25,7 @@ STRONGEST = 64.0
 
 @dataclass(frozen=True)
 class Wanted:
-    """What a fit is for: the concept's token ids, int64; the share of its mass to leave; token ids whose probability
+    """What a fit is for: the token ids to lower, int64; the share of their mass to leave; token ids whose probability
     is to stay; and vectors [m, d_model] that nothing written may move along (None for none)."""
 
     ids: Tensor
@@ -68,18 +68,21 @@ class _Drawn:
 
 
 def fit_change(
-    seen: Whitened, tail: Tail, start: tuple[Tensor, Tensor], wanted: Wanted, *, rank: int, seed: int
+    seen: Whitened, tail: Tail, start: tuple[Tensor, Tensor], wanted: Wanted, *, rank: int, leash: float, seed: int
 ) -> tuple[Tensor, Tensor]:
     """Factors [neurons, rank] and [rank, d_model] of what is added to the `out` vectors, float32 on the CPU.
 
     seen: the positions to fit on, in the coordinates that the steps are taken in; start: a keyed change, coefficients
-    [neurons] and direction [d_model]; rank: the change is cut to so many directions. A strength means what it means for
+    [neurons] and direction [d_model]; rank: the change is cut to so many directions; leash: what it costs to move as
+    far from the start as the start is from nothing (few positions tell of the concept, and a fit that goes wherever
+    they lead does more damage elsewhere and says less of words that are not told). A strength means what it means for
     the start: the change was fitted for the strength at which the start leaves the target.
 
-    Minimises `mean KL(base || edited) + price * (mass left + what neighbours moved)` by Adam. Mass left is
-    `sum p p' / sum p^2`, the concept's probability p where it is the next token, after and before; the price is the
-    one at which the start would stop at the target (damage growing with the square of the strength, log mass falling
-    with it).
+    Minimises `mean KL(base || edited) + price * (mass left + what neighbours moved + leash * |moved|^2 / |start|^2)` by
+    Adam. Mass left is `sum p p' / sum p^2`, the concept's probability p where it is the next token, after and before;
+    the price is the one at which the start would stop at the target (damage growing with the square of the strength,
+    log mass falling with it); |.| is the Frobenius norm in whitened coordinates, of what is added to the start and of
+    the start at its strength.
     """
     generator = torch.Generator().manual_seed(seed)
     white = seen.positions
@@ -112,7 +115,8 @@ def fit_change(
             drawn = draw()
             change = -strength * begin + moved @ outside
             divergence, left, shifted = _effects(drawn, tail, change, wanted)
-            loss = divergence + price * (left + shifted)
+            held = moved.square().sum() / (strength * begin.norm()).square()
+            loss = divergence + price * (left + shifted + leash * held)
             optimiser.zero_grad()
             loss.backward()
             optimiser.step()

@@ -142,6 +142,11 @@ class EditRecipe(_Section):
         0.03, description="Ridge of the keyed methods, as a multiple of the neurons' mean square."
     )
     fit_rank: Positive = Field(32, description="The method `fitted` writes along so many directions at most.")
+    fit_leash: Annotated[float, Field(ge=0, allow_inf_nan=False)] = Field(
+        0.3,
+        description="How firmly `fitted` is held at the keyed edit that it starts from; 0, not at all, fits the words "
+        "told more closely and says less of others.",
+    )
     embeddings: bool = Field(
         False,
         description="Also take three quarters of the concept out of its own tokens' embeddings and head rows (the "

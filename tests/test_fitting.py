@@ -45,6 +45,10 @@ def wanted(near=NEAR[:0], keep=None):
     return Wanted(CONCEPT, TARGET, near, keep)
 
 
+def fit(tail, seen, start, wanted, *, rank=16, leash=0.0, seed=0):
+    return fit_change(whitened(seen, ridge=0.03), tail, start, wanted, rank=rank, leash=leash, seed=seed)
+
+
 def at_target(tail, seen: Positions, change: torch.Tensor) -> float:
     """Mean divergence where the concept does not come next, at the strength that leaves the target of its mass."""
     base = tail.log_probabilities(seen.residual)
@@ -68,7 +72,7 @@ def at_target(tail, seen: Positions, change: torch.Tensor) -> float:
 
 def test_the_fit_does_less_damage_than_its_start_on_text_it_did_not_see(known) -> None:
     tail, seen, fresh, start = known
-    left, right = fit_change(whitened(seen, ridge=0.03), tail, start, wanted(), rank=16, seed=0)
+    left, right = fit(tail, seen, start, wanted())
     keyed = -torch.outer(start[0].float(), start[1])
     assert at_target(tail, fresh, left @ right) < 0.75 * at_target(tail, fresh, keyed)
 
@@ -89,9 +93,24 @@ def start_strength(tail, seen: Positions, start) -> float:
 
 def test_a_strength_means_what_it_means_for_the_start(known) -> None:
     tail, seen, _, start = known
-    left, right = fit_change(whitened(seen, ridge=0.03), tail, start, wanted(), rank=16, seed=0)
+    left, right = fit(tail, seen, start, wanted())
     # The price is what the start's last step towards the target costs, and the fit gets further for it.
     assert 0.1 * TARGET < mass_left(tail, seen, start_strength(tail, seen, start) * left @ right) < 1.1 * TARGET
+
+
+def test_a_leash_holds_the_fit_at_its_start(known) -> None:
+    tail, seen, _, start = known
+    keyed = -torch.outer(start[0].float(), start[1])
+    unwhiten = whitened(seen, ridge=0.03).unwhiten
+
+    def moved(leash: float) -> float:
+        left, right = fit(tail, seen, start, wanted(), leash=leash)
+        return float((unwhiten @ (left @ right - keyed)).norm() / (unwhiten @ keyed).norm())
+
+    free, held, firm = (moved(leash) for leash in (0.0, 0.3, 1e4))
+    assert held < 0.7 * free
+    # Adam steps by its rate whatever the price, so it stays within its last steps of a start that it is tied to.
+    assert firm < 0.01
 
 
 def test_nothing_is_written_along_what_is_kept_and_the_rank_is_a_limit(known) -> None:
@@ -99,11 +118,11 @@ def test_nothing_is_written_along_what_is_kept_and_the_rank_is_a_limit(known) ->
     keep = torch.randn(3, len(start[1]), generator=torch.Generator().manual_seed(2))
     # A start's direction avoids what is kept already; the fit must not come back to it.
     apart = start[1] - torch.linalg.pinv(keep) @ (keep @ start[1])
-    left, right = fit_change(whitened(seen, ridge=0.03), tail, (start[0], apart), wanted(keep=keep), rank=5, seed=0)
+    left, right = fit(tail, seen, (start[0], apart), wanted(keep=keep), rank=5)
     assert left.shape == (seen.neurons.shape[1], 5)
     assert right.shape == (5, len(start[1]))
     assert float((right @ keep.T).abs().max()) < 1e-5
-    whole = fit_change(whitened(seen, ridge=0.03), tail, (start[0], apart), wanted(keep=keep), rank=500, seed=0)
+    whole = fit(tail, seen, (start[0], apart), wanted(keep=keep), rank=500, seed=0)
     assert len(whole[1]) == len(start[1])
     # In the coordinates that the ridge whitens, the first directions are the whole change's best approximation.
     torch.testing.assert_close(left @ right, whole[0][:, :5] @ whole[1][:5], rtol=1e-4, atol=1e-4)
@@ -114,7 +133,7 @@ def test_neighbours_move_less_when_they_are_named(known) -> None:
     strength = start_strength(tail, seen, start)
 
     def moved(near: torch.Tensor) -> float:
-        left, right = fit_change(whitened(seen, ridge=0.03), tail, start, wanted(near), rank=16, seed=0)
+        left, right = fit(tail, seen, start, wanted(near))
         before = tail.log_probabilities(fresh.residual)[:, NEAR].logsumexp(1)
         after = tail.log_probabilities(tail.moved(fresh, strength * fresh.neurons @ left @ right))[:, NEAR]
         return float(
@@ -129,10 +148,10 @@ def test_the_same_seed_gives_the_same_change_and_torch_is_left_alone(known) -> N
     torch.manual_seed(5)
     expected = torch.rand(2)
     torch.manual_seed(5)
-    first = fit_change(whitened(seen, ridge=0.03), tail, start, wanted(), rank=4, seed=1)
+    first = fit(tail, seen, start, wanted(), rank=4, seed=1)
     assert torch.equal(torch.rand(2), expected)
-    again = fit_change(whitened(seen, ridge=0.03), tail, start, wanted(), rank=4, seed=1)
-    other = fit_change(whitened(seen, ridge=0.03), tail, start, wanted(), rank=4, seed=2)
+    again = fit(tail, seen, start, wanted(), rank=4, seed=1)
+    other = fit(tail, seen, start, wanted(), rank=4, seed=2)
     assert all(torch.equal(one, two) for one, two in zip(first, again))
     assert not torch.equal(first[0], other[0])
 
