@@ -126,7 +126,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="a folder")
     arguments = parser.parse_args()
     settings = yaml.safe_load(arguments.settings)
-    chosen = settings.get("edit", {}).get("method", "keyed")
+    chosen = settings.get("edit", {}).get("method", "fitted")
     methods = list(dict.fromkeys([chosen, *arguments.methods.split(",")]))
     about = {
         "model": Path(arguments.model).name,

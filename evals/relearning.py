@@ -32,6 +32,7 @@ from rotate_edit.relearn import Training, relearn
 from rotate_edit.variants import Variant
 
 CHOSEN = "dogs,ships"
+TEXTS = {"items": "demo", "tokens": 1500}
 BASELINES = (
     "lm-head-located", "direction-everywhere", "least-collateral-everywhere", "layer-kernel", "difference-of-means",
     "snmf-features",
@@ -41,7 +42,7 @@ BASELINES = (
 def measure_concept(name: str, model: Any, training: Training, target: float, own: str) -> dict[str, Any]:
     """Every method's edit of one concept at `target` of its mass, relearned; plain JSON. own: ours."""
     concept = {"name": name, "words": list(concepts()[name].words), "plurals": True, "strength": 1.0}
-    plain = parse_recipe({"model": "demo", "concepts": [concept], "evaluate": {"items": "demo", "tokens": 1500}})
+    plain = parse_recipe({"model": "demo", "concepts": [concept], "edit": {"method": own}, "evaluate": TEXTS})
     opened = open_recipe(plain)
     assert opened.items is not None
     found = locate(opened, model)

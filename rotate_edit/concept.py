@@ -11,9 +11,6 @@ from rotate_edit.channels import Channel
 from rotate_edit.errors import BadInput
 
 MOST_OTHER_WORDS = 5
-FEWEST_TO_BE_KINDRED_TO = 4
-# The quantile of a concept's tokens, by how near they are to the others, that a kindred token is as near as.
-NEARER_THAN = 0.25
 
 
 @dataclass(frozen=True)
@@ -114,27 +111,6 @@ def group_tokens(rows: Tensor, ids: Tensor, distance: float) -> list[Tensor]:
     labels = torch.from_numpy(fcluster(linkage(unit, "average", metric="cosine"), distance, "distance"))
     groups = [ids[labels == label] for label in labels.unique()]
     return sorted(groups, key=lambda group: (-len(group), int(group[0])))
-
-
-def kindred_tokens(projection: Tensor, ids: Tensor, apart: Tensor, usable: Tensor) -> Tensor:
-    """Tokens that lie among a concept's own although no word names them: int64, ascending.
-
-    projection: [V, d_model]; ids: the concept's tokens; apart: token ids that are not of it; usable: bool [V].
-    A token is kindred when its cosine with the concept's mean is at least that which three in four of the concept's
-    tokens have with the mean of the others (all less the vocabulary's mean). When more tokens pass than the concept
-    has, the vocabulary does not hold the concept in one place and none is kindred; nor is any to fewer than
-    four tokens.
-    """
-    if len(ids) < FEWEST_TO_BE_KINDRED_TO:
-        return ids[:0]
-    unit = torch.nn.functional.normalize((projection - projection[usable].mean(0)).double(), dim=1)
-    own = unit[ids]
-    others = own.sum(0) - own
-    lowest = ((own * others).sum(1) / others.norm(dim=1)).quantile(NEARER_THAN)
-    free = usable.clone()
-    free[torch.cat((ids, apart))] = False
-    kindred = ((unit @ own.sum(0) >= lowest * own.sum(0).norm()) & free).nonzero()[:, 0]
-    return kindred if len(kindred) <= len(ids) else ids[:0]
 
 
 def concept_share(channel: Channel, token_ids: frozenset[int], top: int) -> float:

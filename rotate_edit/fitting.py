@@ -21,6 +21,9 @@ SHARES = (0.4, 0.3, 0.3)
 # Of Adam's first step, as a multiple of the mean entry of the change that it starts from.
 LEARNING_RATE = 0.04
 STRONGEST = 64.0
+# How alike the places are where a kindred token and the concept are predicted, and how many there may be of them for
+# each token of the concept.
+ALIKE, MOST_KINDRED = 0.2, 2
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,26 @@ def whitened(seen: Positions, *, ridge: float) -> Whitened:
     values, vectors = torch.linalg.eigh(second)
     whiten, unwhiten = (((vectors * values**power) @ vectors.T).float() for power in (-0.5, 0.5))
     return Whitened(Positions(seen.neurons @ whiten, seen.residual, seen.written), whiten, unwhiten)
+
+
+def kindred(seen: Positions, tail: Tail, ids: Tensor, apart: Tensor) -> Tensor:
+    """Tokens that no word names but that the model says in the concept's places: int64, ascending.
+
+    A fit would take care to keep them there. ids: the concept's tokens; apart: token ids that are not of it. A token is
+    kindred when the cosine, over positions, of its probability with the concept's is at least 0.2. Where more than
+    twice as many pass as the concept has, predictions are too unsure to tell and none is kindred.
+    """
+    parts = []
+    with torch.no_grad():
+        for residual in seen.residual.split(AT_ONCE):
+            chances = tail.log_probabilities(residual).exp()
+            concept = chances[:, ids.to(chances.device)].sum(1)
+            parts.append((concept @ chances, chances.square().sum(0), concept.square().sum()))
+    together, squares, whole = (torch.stack(column).sum(0).cpu() for column in zip(*parts))
+    alike = together / (squares * whole).sqrt()
+    alike[torch.cat((ids, apart))] = 0
+    found = (alike >= ALIKE).nonzero()[:, 0]
+    return found if len(found) <= MOST_KINDRED * len(ids) else ids[:0]
 
 
 @dataclass(frozen=True)

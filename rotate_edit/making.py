@@ -10,10 +10,10 @@ from torch import Tensor
 from rotate_edit import measures
 from rotate_edit.activations import SNMF_FEATURES, evidence_about
 from rotate_edit.checkpoint import load_model, read_norm, read_unembedding
-from rotate_edit.concept import find_tokens, kindred_tokens
+from rotate_edit.concept import find_tokens
 from rotate_edit.edit import KEYED, NEEDS_TEXT, Edit, Evidence, concept_mean
 from rotate_edit.errors import BadInput
-from rotate_edit.fitting import Wanted, fit_change, whitened
+from rotate_edit.fitting import Wanted, fit_change, kindred, whitened
 from rotate_edit.keys import fit_keys, key_moments, own_samples
 from rotate_edit.locate import Fitted, Located, Site, build_edits, by_concept, directions, key_rows, sites
 from rotate_edit.opened import Opened
@@ -135,11 +135,11 @@ def fit_changes(
         write = directions(checkpoint, recipe, untrained, groups[0], near, fitted.metric)(last)[0].write
         rows = torch.stack([gain * concept_mean(projection, own, ~untrained) for own in near]) if near else None
         close = torch.cat(near).unique() if near else ids[:0]
-        lowered = torch.cat((ids, kindred_tokens(gain * projection, ids, close, ~untrained)))
+        lowered = torch.cat((ids, kindred(seen.positions, tail, ids, close)))
         wanted = Wanted(lowered, recipe.edit.target, close[~torch.isin(close, ids)], rows)
         coefficients = fitted.keys[name, 0]["fitted"][last.layer][1]
-        settings = {"rank": recipe.edit.fit_rank, "leash": recipe.edit.fit_leash, "seed": recipe.seed}
-        changes[name] = fit_change(seen, tail, (coefficients, write), wanted, **settings)
+        rank, leash = recipe.edit.fit_rank, recipe.edit.fit_leash
+        changes[name] = fit_change(seen, tail, (coefficients, write), wanted, rank=rank, leash=leash, seed=recipe.seed)
     return changes
 
 

@@ -122,8 +122,8 @@ class EditRecipe(_Section):
 
     method: str = Field(
         "auto",
-        description="keyed, or channel-located where a concept is amplified or no `out` matrix is looked at. Or one "
-        "of: " + ", ".join((*METHODS, TOKEN_METHOD)) + ".",
+        description="fitted; keyed beside `embeddings` or where `locate.layers` names layers; channel-located where a "
+        "concept is amplified or no `out` matrix is looked at. Or one of: " + ", ".join((*METHODS, TOKEN_METHOD)) + ".",
     )
     direction: Literal["least-collateral", "least-divergence", "plain"] = Field(
         "least-collateral",
@@ -135,8 +135,7 @@ class EditRecipe(_Section):
     )
     fold_norm: bool = Field(True, description="Fold the gain of the norm before the vocabulary into the direction.")
     key_tokens: Annotated[int, Field(ge=100)] = Field(
-        24000,
-        description="How many tokens of its own text the model writes for keyed methods; `fitted` gains from 48000.",
+        48000, description="How many tokens of its own text the model writes for fitted and keyed methods."
     )
     key_ridge: Annotated[float, Field(gt=0, allow_inf_nan=False)] = Field(
         0.03, description="Ridge of the keyed methods, as a multiple of the neurons' mean square."
@@ -196,6 +195,7 @@ class EvaluateRecipe(_Section):
     tokens: Positive = Field(4000, description="At most this many tokens of text for each point of a curve.")
     controls: list[str] = Field(
         [
+            "keyed",
             "channel-located",
             "channel-keyed",
             "lm-head-located",
@@ -324,7 +324,8 @@ def parse_recipe(content: dict[str, Any], name: str = "recipe") -> Recipe:
 def _settled(recipe: Recipe) -> Recipe:
     """The recipe with the edit method that `auto` stands for.
 
-    A keyed edit works where the concept comes next anyway, so it cannot bring a concept up where it does not.
+    A keyed or fitted edit works where the concept comes next anyway, so it cannot bring a concept up where it does not.
+    A fit needs the last layer, and beside embedding rows it comes back sooner than the key when it is relearned.
     """
     return recipe.model_copy(update={"edit": recipe.edit.model_copy(update={"method": _method(recipe)})})
 
@@ -333,7 +334,9 @@ def _method(recipe: Recipe) -> str:
     if recipe.edit.method != "auto":
         return recipe.edit.method
     amplifies = any(concept.strength != "auto" and concept.strength < 0 for concept in recipe.concepts)
-    return "channel-located" if amplifies or "out" not in recipe.locate.matrices else "keyed"
+    if amplifies or "out" not in recipe.locate.matrices:
+        return "channel-located"
+    return "keyed" if recipe.edit.embeddings or recipe.locate.layers is not None else "fitted"
 
 
 def recipe_text(recipe: Recipe) -> str:

@@ -7,7 +7,7 @@ from tokenizers.decoders import ByteLevel
 from transformers import PreTrainedTokenizerFast
 
 from rotate_edit.channels import Channel
-from rotate_edit.concept import concept_share, find_tokens, group_tokens, kindred_tokens, plural, token_texts
+from rotate_edit.concept import concept_share, find_tokens, group_tokens, plural, token_texts
 from rotate_edit.errors import BadInput
 
 
@@ -106,32 +106,3 @@ def test_tokens_that_point_the_same_way_are_one_group() -> None:
     assert [group.tolist() for group in groups] == [[10, 11, 12, 13], [20, 21, 22]]
     assert [group.tolist() for group in group_tokens(rows, torch.arange(7), 2.0)] == [list(range(7))]
     assert [group.tolist() for group in group_tokens(rows[:1], torch.tensor([3]), 0.5)] == [[3]]
-
-
-def clusters(spread: float) -> torch.Tensor:
-    """200 random tokens in 64 dimensions, of which the first twelve lie around one point."""
-    generator = torch.Generator().manual_seed(3)
-    table = torch.randn(200, 64, generator=generator)
-    table[:12] = torch.randn(64, generator=generator) + spread * table[:12]
-    return table
-
-
-def test_kindred_tokens_are_those_that_lie_among_the_concepts_own() -> None:
-    table, usable, nothing = clusters(0.5), torch.ones(200, dtype=torch.bool), torch.tensor([], dtype=torch.int64)
-    told = torch.arange(8)
-    found = kindred_tokens(table, told, nothing, usable)
-    # As near as three in four: one of the four others may fall behind.
-    assert set(found.tolist()) < {8, 9, 10, 11}
-    assert len(found) >= 2
-    first, second = found[:1], found[1:2]
-    assert torch.equal(kindred_tokens(table, told, first, usable), found[1:])
-    usable[second] = False
-    assert not torch.isin(second, kindred_tokens(table, told, nothing, usable)).any()
-
-
-def test_no_token_is_kindred_to_words_that_lie_apart_or_are_few() -> None:
-    usable, nothing = torch.ones(200, dtype=torch.bool), torch.tensor([], dtype=torch.int64)
-    # These words are no nearer to one another than any others, so too many would pass.
-    scattered = torch.randn(200, 64, generator=torch.Generator().manual_seed(4))
-    assert len(kindred_tokens(scattered, torch.arange(8), nothing, usable)) == 0
-    assert len(kindred_tokens(clusters(0.1), torch.arange(3), nothing, usable)) == 0

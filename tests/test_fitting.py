@@ -7,7 +7,7 @@ import torch
 
 from rotate_edit import fitting
 from rotate_edit.edit import key_coefficients
-from rotate_edit.fitting import Wanted, fit_change, whitened
+from rotate_edit.fitting import Wanted, fit_change, kindred, whitened
 from rotate_edit.tail import Positions, Tail
 
 TARGET = 0.1
@@ -179,3 +179,21 @@ def test_positions_are_drawn_in_proportion_to_what_they_weigh() -> None:
     torch.testing.assert_close(shares, 0.4 * mass / mass.sum() + 0.3 * first / first.sum() + 0.3 / 4)
     assert float(shares.sum()) == pytest.approx(1)
     assert float(fitting._shares([first, first.flip(0)]).sum()) == pytest.approx(1)
+
+
+def test_kindred_tokens_are_said_in_the_concepts_places() -> None:
+    """Tokens 0 to 3 share one direction and are said by turns, the others have places of their own."""
+    generator = torch.Generator().manual_seed(5)
+    table = torch.nn.functional.normalize(torch.randn(40, 64, generator=generator), dim=1)
+    table[:4] = table[0]
+    tail = Tail(None, lambda values: values, lambda values: values @ table.T, 1.0)
+    seen = Positions(torch.empty(2000, 0), 20 * table[torch.randint(40, (2000,), generator=generator)], None)
+    nothing = torch.tensor([], dtype=torch.int64)
+    assert kindred(seen, tail, torch.tensor([0, 1]), nothing).tolist() == [2, 3]
+    assert kindred(seen, tail, torch.tensor([0, 1]), torch.tensor([3])).tolist() == [2]
+    assert kindred(seen, tail, torch.tensor([0, 1, 2, 3]), nothing).tolist() == []
+    # Three others are more than twice one token: this model does not tell them apart.
+    assert kindred(seen, tail, torch.tensor([0]), nothing).tolist() == []
+    # One that says everything everywhere tells nothing either.
+    unsure = Positions(seen.neurons, seen.residual / 100, None)
+    assert kindred(unsure, tail, torch.tensor([0, 1]), nothing).tolist() == []

@@ -110,9 +110,12 @@ def test_a_filled_recipe_does_not_tell_the_home_folder_and_reads_back(monkeypatc
     )
 
 
-def test_auto_is_keyed_unless_a_concept_is_amplified_or_only_the_read_side_is_edited() -> None:
+def test_auto_is_fitted_unless_that_is_not_what_the_recipe_needs() -> None:
     dogs = {"name": "dogs", "words": ["dog"], "strength": 1.0}
-    assert parse_recipe({"model": "demo", "concepts": [dogs]}).edit.method == "keyed"
+    plain = {"model": "demo", "concepts": [dogs]}
+    assert parse_recipe(plain).edit.method == "fitted"
+    assert parse_recipe(plain | {"edit": {"embeddings": True}}).edit.method == "keyed"
+    assert parse_recipe(plain | {"locate": {"layers": [1, 2]}}).edit.method == "keyed"
     louder = parse_recipe({"model": "demo", "concepts": [dogs, dogs | {"name": "hounds", "strength": -1.0}]})
     assert louder.edit.method == "channel-located"
     reading = {"model": "demo", "concepts": [dogs], "locate": {"matrices": ["gate", "in"]}}
