@@ -21,9 +21,8 @@ SHARES = (0.4, 0.3, 0.3)
 # Of Adam's first step, as a multiple of the mean entry of the change that it starts from.
 LEARNING_RATE = 0.04
 STRONGEST = 64.0
-# How alike the places are where a kindred token and the concept are predicted, and how many there may be of them for
-# each token of the concept.
-ALIKE, MOST_KINDRED = 0.2, 2
+# How many kindred tokens there may be for each token of the concept.
+MOST_KINDRED = 2
 
 
 @dataclass(frozen=True)
@@ -59,22 +58,28 @@ def whitened(seen: Positions, *, ridge: float) -> Whitened:
 
 
 def kindred(seen: Positions, tail: Tail, ids: Tensor, apart: Tensor) -> Tensor:
-    """Tokens that no word names but that the model says in the concept's places: int64, ascending.
+    """Tokens that no word names but that are predicted where the concept is: int64, ascending.
 
-    A fit would take care to keep them there. ids: the concept's tokens; apart: token ids that are not of it. A token is
-    kindred when the cosine, over positions, of its probability with the concept's is at least 0.2. Where more than
-    twice as many pass as the concept has, predictions are too unsure to tell and none is kindred.
+    A fit would take care to keep them there. ids: the concept's tokens; apart: token ids that are not of it. A token's
+    lift is its mean probability, positions weighted by the concept's, over its mean at all positions. A token is
+    kindred when its lift is at least half the median lift of the concept's own tokens, each by the others. Where more
+    than twice as many pass as the concept has, predictions are too unsure to tell and none is kindred; nor is any
+    to a single token.
     """
     parts = []
     with torch.no_grad():
         for residual in seen.residual.split(AT_ONCE):
             chances = tail.log_probabilities(residual).exp()
-            concept = chances[:, ids.to(chances.device)].sum(1)
-            parts.append((concept @ chances, chances.square().sum(0), concept.square().sum()))
-    together, squares, whole = (torch.stack(column).sum(0).cpu() for column in zip(*parts))
-    alike = together / (squares * whole).sqrt()
-    alike[torch.cat((ids, apart))] = 0
-    found = (alike >= ALIKE).nonzero()[:, 0]
+            own = chances[:, ids.to(chances.device)]
+            parts.append((own.T @ chances, chances.sum(0)))
+    # The products of the concept's tokens with all tokens, [n, V], and how often each token is expected, [V].
+    together, often = (torch.stack(column).sum(0).double().cpu() for column in zip(*parts))
+    among = together[:, ids]
+    of_others = often[ids].sum() - often[ids]
+    own_lift = (among.sum(0) - among.diagonal()) / (often[ids] * of_others)
+    lift = together.sum(0) / (often * often[ids].sum())
+    lift[torch.cat((ids, apart))] = 0
+    found = (lift >= own_lift.median() / 2).nonzero()[:, 0]
     return found if len(found) <= MOST_KINDRED * len(ids) else ids[:0]
 
 

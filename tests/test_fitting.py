@@ -182,7 +182,7 @@ def test_positions_are_drawn_in_proportion_to_what_they_weigh() -> None:
 
 
 def test_kindred_tokens_are_said_in_the_concepts_places() -> None:
-    """Tokens 0 to 3 share one direction and are said by turns, the others have places of their own."""
+    """Tokens 0 to 3 share one direction and are said in the same places, the others have places of their own."""
     generator = torch.Generator().manual_seed(5)
     table = torch.nn.functional.normalize(torch.randn(40, 64, generator=generator), dim=1)
     table[:4] = table[0]
@@ -192,8 +192,14 @@ def test_kindred_tokens_are_said_in_the_concepts_places() -> None:
     assert kindred(seen, tail, torch.tensor([0, 1]), nothing).tolist() == [2, 3]
     assert kindred(seen, tail, torch.tensor([0, 1]), torch.tensor([3])).tolist() == [2]
     assert kindred(seen, tail, torch.tensor([0, 1, 2, 3]), nothing).tolist() == []
-    # Three others are more than twice one token: this model does not tell them apart.
+    # One token has no others that would tell how often they come together.
     assert kindred(seen, tail, torch.tensor([0]), nothing).tolist() == []
-    # One that says everything everywhere tells nothing either.
+    # More than twice as many as are told: this model does not tell them apart.
+    alike = table.clone()
+    alike[:8] = table[0]
+    crowded = Tail(None, tail.norm, lambda values: values @ alike.T, 1.0)
+    assert kindred(seen, crowded, torch.tensor([0, 1]), nothing).tolist() == []
+    assert kindred(seen, crowded, torch.tensor([0, 1, 2]), nothing).tolist() == [3, 4, 5, 6, 7]
+    # Nor does one that says everything everywhere.
     unsure = Positions(seen.neurons, seen.residual / 100, None)
     assert kindred(unsure, tail, torch.tensor([0, 1]), nothing).tolist() == []
