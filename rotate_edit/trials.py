@@ -39,15 +39,15 @@ AROUND = (0.85, 1.15)
 class Prepared:
     """What all trials share: the opened recipe, the loaded base, what was located for each division into groups,
     and the base's answers for each concept on a split of the texts; for the methods that take a whole layer also its
-    moments on text of the model's own, in the layers that may be the last one edited, and by concept the factors of the
-    recipe's own fit, if it is fitted."""
+    moments on text of its own, in the layers that may be the last one edited, and if it is fitted the factors of
+    its fits, by the direction that they start from and by concept."""
 
     opened: Opened
     model: Any
     found: dict[float, tuple[Located, ...]]
     known: dict[str, measures.Reference]
     moments: KeyMoments | None = None
-    changes: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    changes: Mapping[str, Mapping[str, tuple[Tensor, Tensor]]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -81,19 +81,30 @@ def prepare(opened: Opened, *, tokens: int = TOKENS, report: Report = silent) ->
     found = {}
     # A keyed edit fits every place where the concept comes next, so there is nothing for groups to add.
     for distance in distances[:1] if recipe.edit.method in KEYED else distances:
-        settings = {"locate.group_distance": distance}
+        settings: dict[str, Any] = {"locate.group_distance": distance}
+        if recipe.edit.method in WHOLE_LAYER:
+            # No channel enters the edit, so hardly any is searched.
+            settings |= {"locate.candidates": 1, "decompose.channels": 1}
         found[distance] = locate(replace(opened, recipe=with_settings(opened.recipe, settings)), report=report)
-    moments, changes = None, {}
+    moments, changes = None, dict[str, Any]()
     if recipe.edit.method in WHOLE_LAYER:
         groups = [located.ids for located in next(iter(found.values()))]
         rows = {layer: torch.arange(opened.checkpoint.neurons) for layer in last_layers(opened)}
         samples = own_samples(model, opened.tokenizer, tokens=recipe.edit.key_tokens, seed=recipe.seed)
         moments = key_moments(model, samples, rows, groups, read_unembedding(opened.checkpoint))
         if recipe.edit.method == "fitted":
-            report("fit", 0, 1)
             (located,) = found.values()
-            changes = fit_changes(opened, located, _keys(moments, recipe, located), model, samples)
+            for number, direction in enumerate(asked := fit_directions(recipe)):
+                report("fit", number, len(asked))
+                own = with_settings(recipe, {"edit.direction": direction})
+                keys = _keys(moments, own, located)
+                changes[direction] = fit_changes(replace(opened, recipe=own), located, keys, model, samples)
     return Prepared(opened, model, found, references(opened, model, "choose", tokens), moments, changes)
+
+
+def fit_directions(recipe: Recipe) -> list[str]:
+    """The directions that fits start from: the recipe's own and the one that takes least from what is predicted."""
+    return list(dict.fromkeys((recipe.edit.direction, "least-divergence")))
 
 
 def last_layers(opened: Opened) -> list[int]:
@@ -160,7 +171,8 @@ def _fitted(prepared: Prepared, recipe: Recipe, found: Sequence[Located]) -> Fit
         return None
     # The directions of a fit come by their weight, so fewer of them are the fit of a smaller rank.
     rank = recipe.edit.fit_rank
-    changes = {name: (left[:, :rank], right[:rank]) for name, (left, right) in prepared.changes.items()}
+    fits = prepared.changes.get(recipe.edit.direction, {})
+    changes = {name: (left[:, :rank], right[:rank]) for name, (left, right) in fits.items()}
     return replace(_keys(prepared.moments, recipe, found), changes=changes)
 
 
