@@ -7,6 +7,7 @@ them, and solves for the strength that leaves the share of the concept it aims a
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -25,6 +26,7 @@ from rotate_edit.locate import Fitted, Located, choose_channels
 from rotate_edit.making import edits_of, fit_changes
 from rotate_edit.pipeline import GROUP_DISTANCES, Opened, locate
 from rotate_edit.recipe import Recipe, parse_recipe
+from rotate_edit.tail import Positions, Tail, positions, tail_of
 
 TOKENS = 1200
 # What an amplified concept's strength is multiplied by is its target over this.
@@ -40,7 +42,7 @@ class Prepared:
     """What all trials share: the opened recipe, the loaded base, what was located for each division into groups,
     and the base's answers for each concept on a split of the texts; for the methods that take a whole layer also its
     moments on text of its own, in the layers that may be the last one edited, and if it is fitted the factors of
-    its fits, by the direction that they start from and by concept."""
+    its fits, by the direction that they start from and by concept, and what its last layer holds on the texts."""
 
     opened: Opened
     model: Any
@@ -48,6 +50,17 @@ class Prepared:
     known: dict[str, measures.Reference]
     moments: KeyMoments | None = None
     changes: Mapping[str, Mapping[str, tuple[Tensor, Tensor]]] = field(default_factory=dict)
+    ends: "Ends | None" = None
+
+
+@dataclass(frozen=True)
+class Ends:
+    """What the last layer holds on the texts of some references, for edits that change nothing before it: by concept
+    the positions where the text goes on with it, those of the texts without a concept, and the end of the model."""
+
+    tail: Tail
+    concept: Mapping[str, Positions]
+    others: Positions
 
 
 @dataclass(frozen=True)
@@ -99,7 +112,28 @@ def prepare(opened: Opened, *, tokens: int = TOKENS, report: Report = silent) ->
                 own = with_settings(recipe, {"edit.direction": direction})
                 keys = _keys(moments, own, located)
                 changes[direction] = fit_changes(replace(opened, recipe=own), located, keys, model, samples)
-    return Prepared(opened, model, found, references(opened, model, "choose", tokens), moments, changes)
+    prepared = Prepared(opened, model, found, {}, moments, changes)
+    return measured_on(prepared, references(opened, model, "choose", tokens))
+
+
+def measured_on(prepared: Prepared, known: dict[str, measures.Reference]) -> Prepared:
+    """The same on other texts. An edit of the last layer alone needs one pass over them for all trials."""
+    edit = prepared.opened.recipe.edit
+    if edit.method != "fitted" or edit.embeddings:
+        return replace(prepared, known=known)
+    tail = tail_of(prepared.model)
+    concept = {}
+    for name, reference in known.items():
+        seen, says = positions(prepared.model, reference.concept), []
+        for batch, lengths in zip(reference.concept.batches, reference.concept.lengths):
+            next_is = torch.zeros_like(batch, dtype=torch.bool)
+            next_is[:, :-1] = torch.isin(batch, reference.concept_ids)[:, 1:]
+            real = measures.real_positions(batch, lengths)
+            next_is[:, :-1] &= real[:, 1:]
+            says.append(next_is[real])
+        concept[name] = seen.at(torch.cat(says).to(seen.residual.device))
+    others = positions(prepared.model, next(iter(known.values())).others)
+    return replace(prepared, known=known, ends=Ends(tail, concept, others))
 
 
 def fit_directions(recipe: Recipe) -> list[str]:
@@ -108,8 +142,11 @@ def fit_directions(recipe: Recipe) -> list[str]:
 
 
 def last_layers(opened: Opened) -> list[int]:
-    """The layers that may be the last one edited: of those the recipe looks at, the upper half, for keyed edits two."""
+    """The layers that may be the last one edited: of those the recipe looks at, the upper half, for keyed edits two,
+    for a fitted one the last."""
     layers = sorted(opened.recipe.locate.layers or range(opened.checkpoint.layers))
+    if opened.recipe.edit.method == "fitted":
+        return layers[-1:]
     return layers[-2:] if opened.recipe.edit.method in KEYED else layers[len(layers) // 2 :]
 
 
@@ -205,7 +242,7 @@ def try_settings(prepared: Prepared, settings: dict[str, Any]) -> Tried:
             strengths[concept.name] = float(given) * settings["target"] / USUAL_TARGET
         else:
             strengths[concept.name] = _solved(prepared, own, concept.name, settings["target"])
-    removal, damage = effect(prepared.model, prepared.known, at_strengths(edit, strengths), strengths)
+    removal, damage = effect(prepared, at_strengths(edit, strengths), strengths)
     return Tried(settings, strengths, removal, damage, time.monotonic() - started)
 
 
@@ -214,31 +251,52 @@ def at_strengths(edit: Edit, strengths: dict[str, float]) -> Edit:
     return replace(edit, changes=tuple(change.at(strengths[change.concept]) for change in edit.changes))
 
 
-def effect(
-    model: Any, known: dict[str, measures.Reference], edit: Edit, strengths: dict[str, float]
-) -> tuple[float, float]:
-    """Mean removal over concepts and collateral KL of an edit as it stands."""
+def effect(prepared: Prepared, edit: Edit, strengths: dict[str, float]) -> tuple[float, float]:
+    """Mean removal over concepts and collateral KL of an edit as it stands, on the texts that are prepared."""
     removals = []
-    with applied(model, edit):
-        for name, reference in known.items():
-            left = _left(model, reference)
-            removals.append(1 - left if strengths[name] > 0 else 1 - 1 / max(left, 1e-9))
-        reference = next(iter(known.values()))
-        sums, counts = measures.kl_by_text(model, reference.others, reference.others_base)
-    return sum(removals) / len(removals), float(sums.sum() / counts.sum())
+    for name, left in _left(prepared, edit, tuple(prepared.known)).items():
+        removals.append(1 - left if strengths[name] > 0 else 1 - 1 / max(left, 1e-9))
+    return sum(removals) / len(removals), _damage(prepared, edit)
 
 
-def _left(model: Any, reference: measures.Reference) -> float:
-    sums, _ = measures.mass_by_text(model, reference.concept, reference.concept_ids)
-    return float(sums.sum() / reference.concept_mass[0].sum())
+def _left(prepared: Prepared, edit: Edit, names: Sequence[str]) -> dict[str, float]:
+    """The share of each concept's mass that an edit leaves."""
+    known, ends, left = prepared.known, prepared.ends, {}
+    with applied(prepared.model, edit) if ends is None else nullcontext():
+        for name in names:
+            reference = known[name]
+            if ends is None:
+                sums = measures.mass_by_text(prepared.model, reference.concept, reference.concept_ids)[0]
+            else:
+                after = _predicted(ends, ends.concept[name], edit)
+                sums = after[:, reference.concept_ids.to(after.device)].exp().sum(1).double()
+            left[name] = float(sums.sum().cpu() / reference.concept_mass[0].sum())
+    return left
+
+
+def _damage(prepared: Prepared, edit: Edit) -> float:
+    """Mean divergence from the base's predictions over all positions of the texts without a concept."""
+    reference, ends = next(iter(prepared.known.values())), prepared.ends
+    if ends is not None:
+        base = ends.tail.log_probabilities(ends.others.residual)
+        return float((base.exp() * (base - _predicted(ends, ends.others, edit))).sum(1).double().mean())
+    with applied(prepared.model, edit):
+        sums, counts = measures.kl_by_text(prepared.model, reference.others, reference.others_base)
+    return float(sums.sum() / counts.sum())
+
+
+def _predicted(ends: Ends, seen: Positions, edit: Edit) -> Tensor:
+    """Log-probabilities [n, V] after an edit of the last layer's `out` matrix."""
+    device = seen.neurons.device
+    change = torch.zeros_like(seen.residual)
+    for made in edit.changes:
+        vectors = made.strength * made.right.to(device)
+        change += seen.neurons[:, made.rows.to(device)] @ made.left.to(device) @ vectors
+    return ends.tail.log_probabilities(ends.tail.moved(seen, change))
 
 
 def _solved(prepared: Prepared, edit: Edit, name: str, target: float) -> float:
-    def left(strength: float) -> float:
-        with applied(prepared.model, edit, strength):
-            return _left(prepared.model, prepared.known[name])
-
-    return secant_strength(left, target)
+    return secant_strength(lambda strength: _left(prepared, edit.with_strength(strength), [name])[name], target)
 
 
 def secant_strength(left: Callable[[float], float], target: float) -> float:
@@ -285,9 +343,9 @@ def compared(prepared: Prepared, known: dict[str, measures.Reference], tried: Tr
     or when the recipe's own settings find no neuron or never remove as much; `why` then says which). The own damage is
     interpolated to exactly the same removal, its logarithm linear in that of the mass.
     """
-    there = replace(prepared, known=known)
+    there = measured_on(prepared, known)
     edit = at_strengths(built(there, tried.settings), tried.strengths)
-    removal, damage = effect(prepared.model, known, edit, tried.strengths)
+    removal, damage = effect(there, edit, tried.strengths)
     result: dict[str, Any] = {"removal": removal, "damage": damage, "own_damage": None, "why": ""}
     if any(strength < 0 for strength in tried.strengths.values()):
         return result | {"why": "amplified concepts are not compared"}
@@ -300,7 +358,7 @@ def compared(prepared: Prepared, known: dict[str, measures.Reference], tried: Tr
     masses, damages = [], []
     for factor in AROUND:
         strengths = {name: factor * strength for name, strength in solved.strengths.items()}
-        reached, cost = effect(prepared.model, known, at_strengths(unscaled, strengths), strengths)
+        reached, cost = effect(there, at_strengths(unscaled, strengths), strengths)
         masses.append(1 - reached)
         damages.append(cost)
     crossing = statistics.matched_removal(AROUND, masses, damages, target=1 - removal)

@@ -147,9 +147,7 @@ def test_layers_and_matrices_limit_the_edit(prepared: trials.Prepared) -> None:
 
 def test_an_amplified_concept_is_raised(prepared: trials.Prepared) -> None:
     edit = trials.built(prepared, {})
-    removal, damage = trials.effect(
-        prepared.model, prepared.known, trials.at_strengths(edit, {"dogs": -2.0}), {"dogs": -2.0}
-    )
+    removal, damage = trials.effect(prepared, trials.at_strengths(edit, {"dogs": -2.0}), {"dogs": -2.0})
     assert 0 < removal < 1
     assert damage > 0
     with applied(prepared.model, edit, -2.0):
@@ -212,6 +210,24 @@ def test_a_smaller_rank_is_the_fit_cut_to_its_first_directions(monkeypatch: pyte
             "fitted"
         ].changes
         torch.testing.assert_close(cut.delta(), own.delta())
+
+
+def test_a_fitted_recipes_trials_are_measured_at_the_models_end_as_the_whole_model_would(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("rotate_edit.fitting.STEPS", 3)
+    opened = open_recipe(recipe(edit={"method": "fitted", "key_tokens": 2000, "fit_rank": 8}))
+    shared = trials.prepare(opened, tokens=TOKENS)
+    assert shared.ends is not None
+    settings = {"target": 0.2}
+    at_the_end = trials.try_settings(shared, settings)
+    whole = trials.try_settings(replace(shared, ends=None), settings)
+    assert at_the_end.strengths == pytest.approx(whole.strengths, rel=1e-4)
+    assert at_the_end.removal == pytest.approx(whole.removal, abs=1e-4)
+    assert at_the_end.damage == pytest.approx(whole.damage, rel=1e-3)
+    # Rows of the embedding come before everything, so then the whole model is asked.
+    with_rows = recipe(edit={"method": "fitted", "key_tokens": 2000, "fit_rank": 8, "embeddings": True})
+    assert trials.prepare(open_recipe(with_rows), tokens=TOKENS).ends is None
 
 
 def test_the_shared_moments_give_the_recipes_own_edit() -> None:
