@@ -41,15 +41,15 @@ AROUND = (0.85, 1.15)
 class Prepared:
     """What all trials share: the opened recipe, the loaded base, what was located for each division into groups,
     and the base's answers for each concept on a split of the texts; for the methods that take a whole layer also its
-    moments on text of its own, in the layers that may be the last one edited, and if it is fitted the factors of
-    its fits, by the direction that they start from and by concept, and what its last layer holds on the texts."""
+    moments on text of its own, in the layers that may be the last one edited, and if it is fitted by concept the
+    factors of the fit, and what the last layer holds on the texts."""
 
     opened: Opened
     model: Any
     found: dict[float, tuple[Located, ...]]
     known: dict[str, measures.Reference]
     moments: KeyMoments | None = None
-    changes: Mapping[str, Mapping[str, tuple[Tensor, Tensor]]] = field(default_factory=dict)
+    changes: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     ends: "Ends | None" = None
 
 
@@ -99,7 +99,7 @@ def prepare(opened: Opened, *, tokens: int = TOKENS, report: Report = silent) ->
             # No channel enters the edit, so hardly any is searched.
             settings |= {"locate.candidates": 1, "decompose.channels": 1}
         found[distance] = locate(replace(opened, recipe=with_settings(opened.recipe, settings)), report=report)
-    moments, changes = None, dict[str, Any]()
+    moments, changes = None, {}
     if recipe.edit.method in WHOLE_LAYER:
         groups = [located.ids for located in next(iter(found.values()))]
         rows = {layer: torch.arange(opened.checkpoint.neurons) for layer in last_layers(opened)}
@@ -107,11 +107,8 @@ def prepare(opened: Opened, *, tokens: int = TOKENS, report: Report = silent) ->
         moments = key_moments(model, samples, rows, groups, read_unembedding(opened.checkpoint))
         if recipe.edit.method == "fitted":
             (located,) = found.values()
-            for number, direction in enumerate(asked := fit_directions(recipe)):
-                report("fit", number, len(asked))
-                own = with_settings(recipe, {"edit.direction": direction})
-                keys = _keys(moments, own, located)
-                changes[direction] = fit_changes(replace(opened, recipe=own), located, keys, model, samples)
+            report("fit", 0, 1)
+            changes = fit_changes(opened, located, _keys(moments, recipe, located), model, samples)
     prepared = Prepared(opened, model, found, {}, moments, changes)
     return measured_on(prepared, references(opened, model, "choose", tokens))
 
@@ -134,11 +131,6 @@ def measured_on(prepared: Prepared, known: dict[str, measures.Reference]) -> Pre
         concept[name] = seen.at(torch.cat(says).to(seen.residual.device))
     others = positions(prepared.model, next(iter(known.values())).others)
     return replace(prepared, known=known, ends=Ends(tail, concept, others))
-
-
-def fit_directions(recipe: Recipe) -> list[str]:
-    """The directions that fits start from: the recipe's own and the one that takes least from what is predicted."""
-    return list(dict.fromkeys((recipe.edit.direction, "least-divergence")))
 
 
 def last_layers(opened: Opened) -> list[int]:
@@ -208,8 +200,7 @@ def _fitted(prepared: Prepared, recipe: Recipe, found: Sequence[Located]) -> Fit
         return None
     # The directions of a fit come by their weight, so fewer of them are the fit of a smaller rank.
     rank = recipe.edit.fit_rank
-    fits = prepared.changes.get(recipe.edit.direction, {})
-    changes = {name: (left[:, :rank], right[:rank]) for name, (left, right) in fits.items()}
+    changes = {name: (left[:, :rank], right[:rank]) for name, (left, right) in prepared.changes.items()}
     return replace(_keys(prepared.moments, recipe, found), changes=changes)
 
 

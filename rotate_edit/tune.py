@@ -29,7 +29,6 @@ from rotate_edit.trials import (
     at_strengths,
     built,
     compared,
-    fit_directions,
     last_layers,
     prepare,
     references,
@@ -60,11 +59,9 @@ def suggest(trial: Any, prepared: Prepared) -> dict[str, Any]:
     recipe, layers = prepared.opened.recipe, prepared.opened.checkpoint.layers
     settings: dict[str, Any] = {}
     if recipe.edit.method == "fitted":
-        # A fit takes seconds, so two are tried at several ranks, beside keyed edits of all settings.
+        # A fit takes seconds, so the recipe's own is tried at several ranks, beside keyed edits of all settings.
         settings["edit.method"] = trial.suggest_categorical("edit.method", list(WHOLE_LAYER))
         if settings["edit.method"] == "fitted":
-            # A name of its own, because a keyed edit chooses among other directions.
-            settings["edit.direction"] = trial.suggest_categorical("a fit's direction", fit_directions(recipe))
             settings["edit.fit_rank"] = trial.suggest_int("edit.fit_rank", 1, recipe.edit.fit_rank, log=True)
             return settings | {"target": trial.suggest_float("target", LEAST_LEFT, MOST_LEFT, log=True)}
     if len(prepared.found) > 1:
@@ -108,7 +105,6 @@ def own_parameters(recipe: Recipe, prepared: Prepared, target: float) -> dict[st
         "edit.fold_norm": recipe.edit.fold_norm,
         "edit.key_ridge": recipe.edit.key_ridge,
         "edit.fit_rank": recipe.edit.fit_rank,
-        "a fit's direction": recipe.edit.direction,
         "edit.method": recipe.edit.method,
         "target": target,
     }

@@ -182,19 +182,18 @@ def test_a_keyed_recipe_is_tuned_on_shared_moments(tmp_path: Path) -> None:
     assert found.edit.method == "keyed"
 
 
-def test_a_fitted_recipe_is_tuned_with_two_fits_at_several_ranks_beside_keyed_edits(
+def test_a_fitted_recipe_is_tuned_with_one_fit_at_several_ranks_beside_keyed_edits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("rotate_edit.fitting.STEPS", 3)
     fitted = recipe(edit={"method": "fitted", "key_tokens": 2000, "fit_rank": 8})
     with mock.patch("rotate_edit.making.fit_change", wraps=making.fit_change) as fit:
         record = tune.search(fitted, tmp_path / "tune", trials=8, tokens=TOKENS)
-    assert fit.call_count == 2
+    assert fit.call_count == 1
     settings = [trial["settings"] for trial in record["trials"]]
     assert [own["edit.method"] for own in settings[:3]] == ["fitted"] * 3
     assert [own["edit.fit_rank"] for own in settings[:3]] == [8] * 3
     assert {own["edit.method"] for own in settings} == {"fitted", "keyed"}
-    assert settings[0]["edit.direction"] == fitted.edit.direction
     assert record["trials"][0]["removal"] == pytest.approx(0.9, abs=0.011)
     assert read_recipe(tmp_path / "tune" / tune.CHOSEN).edit.method in ("fitted", "keyed")
 
@@ -203,13 +202,12 @@ def test_a_smaller_rank_is_the_fit_cut_to_its_first_directions(monkeypatch: pyte
     monkeypatch.setattr("rotate_edit.fitting.STEPS", 3)
     opened = open_recipe(recipe(edit={"method": "fitted", "key_tokens": 2000, "fit_rank": 8}))
     shared = trials.prepare(opened, tokens=TOKENS)
-    for settings in ({"edit.fit_rank": 3}, {"edit.fit_rank": 3, "edit.direction": "least-divergence"}):
-        (cut,) = trials.built(shared, settings).changes
-        small = trials.with_settings(opened.recipe, settings)
-        (own,) = edits_of(replace(opened, recipe=small), next(iter(shared.found.values())), ["fitted"], shared.model)[
-            "fitted"
-        ].changes
-        torch.testing.assert_close(cut.delta(), own.delta())
+    (cut,) = trials.built(shared, {"edit.fit_rank": 3}).changes
+    small = trials.with_settings(opened.recipe, {"edit.fit_rank": 3})
+    (own,) = edits_of(replace(opened, recipe=small), next(iter(shared.found.values())), ["fitted"], shared.model)[
+        "fitted"
+    ].changes
+    torch.testing.assert_close(cut.delta(), own.delta())
 
 
 def test_a_fitted_recipes_trials_are_measured_at_the_models_end_as_the_whole_model_would(
