@@ -1,4 +1,4 @@
-"""What limits an edit of the last layer: the fitted edit beside edits that know less and more, at the same removal.
+"""What limits an edit of the last layer: a fit without a leash beside edits that know less and more, at one removal.
 
 `python evals/limits.py --model ../shared/models/bookworm --concepts evals/bookworm/concepts.yaml --half dev
 --texts ../shared/corpora/books --output evals/results/limits-bookworm`. These edits change the last layer
@@ -64,7 +64,7 @@ class Head:
         return (residual / self.size(residual)[:, None] * self.gain @ self.unembedding.T).log_softmax(1)
 
 
-FIT = EditRecipe()
+RANK = EditRecipe().fit_rank
 Variant = Callable[[Seen, float], Tensor]
 
 
@@ -111,7 +111,7 @@ def variants(
     size = concept @ head.size(own.residual).double() / concept.sum()
     seen_by_fit = whitened(Positions(own.neurons, own.residual, None), ridge=RIDGE)
     start = (size * key(second, mean), direction)
-    left, right = fit_change(seen_by_fit, tail, start, wanted, rank=FIT.fit_rank, leash=FIT.fit_leash, seed=0)
+    left, right = fit_change(seen_by_fit, tail, start, wanted, rank=RANK, leash=0.0, seed=0)
     found[OURS] = -(left.double() @ right.double())
     found[KEYED] = key(second, mean)[:, None] * direction
     felt_more, chance_more = moments(more)

@@ -174,12 +174,12 @@ def _forward(checkpoint: Checkpoint) -> float:
 
 
 def _fitting(recipe: Recipe, checkpoint: Checkpoint) -> float:
-    """Operations of one fit: each step predicts its positions twice and goes back once, after one look at all."""
+    """Operations of one fit: each step predicts its positions twice and goes back once, after two looks at all."""
     head = 2 * checkpoint.hidden_size * checkpoint.vocabulary_size
     change = 2 * checkpoint.neurons * checkpoint.hidden_size
     steps = STEPS * (DRAWN * (4 * head + 3 * change) + 3 * 2 * checkpoint.neurons * checkpoint.hidden_size**2)
     roots = ROOTS * checkpoint.neurons**3 + 2 * 2 * recipe.edit.key_tokens * checkpoint.neurons**2
-    return FITTING_OVERHEAD * (steps + recipe.edit.key_tokens * head + roots)
+    return FITTING_OVERHEAD * (steps + 2 * recipe.edit.key_tokens * head + roots)
 
 
 def _fitting_memory(recipe: Recipe, checkpoint: Checkpoint) -> int:
