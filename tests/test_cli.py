@@ -119,7 +119,7 @@ def test_demo_model_inspect_edit_diff_verify_revert(tmp_path: Path) -> None:
     made = call("edit", recipe, "--output", "made", "--adapter", cwd=tmp_path)
     assert made.returncode == 0, made.stderr
     assert "neuron vectors changed" in made.stdout
-    assert "keyed: 1 matrix" in call("diff", "made", cwd=tmp_path).stdout
+    assert "fitted: 1 matrix" in call("diff", "made", cwd=tmp_path).stdout
     verified = call("verify", "made", "--base", "base", cwd=tmp_path)
     assert verified.returncode == 0, verified.stderr
     shard = tmp_path / "made" / "model" / "model.safetensors"

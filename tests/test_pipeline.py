@@ -95,8 +95,8 @@ def test_sampled_text_says_how_often_the_concept_leaks(result: dict[str, Any]) -
 
 
 def test_every_control_is_on_the_curve(result: dict[str, Any]) -> None:
-    assert set(result["curves"]["dogs"]) == {"keyed", "direction-everywhere", "random-neurons"}
-    strengths = [point["strength"] for point in result["curves"]["dogs"]["keyed"]]
+    assert set(result["curves"]["dogs"]) == {"fitted", "direction-everywhere", "random-neurons"}
+    strengths = [point["strength"] for point in result["curves"]["dogs"]["fitted"]]
     assert strengths == [2, 6.5, 8]
 
 
@@ -286,7 +286,7 @@ def test_real_checkpoints_run_with_plain_text(tmp_path: Path, name: str) -> None
     result = pipeline.run(words, tmp_path / "run")
     assert any("first token" in warning for warning in result["concepts"][0]["warnings"])
     assert (tmp_path / "run" / "model" / "model.safetensors").is_file()
-    assert result["curves"]["things"]["keyed"][0]["mass"]["value"] > 0
+    assert result["curves"]["things"]["fitted"][0]["mass"]["value"] > 0
     # The items made from the text lie beside the numbers, in a folder that an evaluation can be given.
     items = open_items(tmp_path / "run" / "items")
     cloze = next(task for task in items.tasks if task.name == "text_cloze")
