@@ -167,7 +167,7 @@ def test_amplifying_makes_the_concept_likelier() -> None:
 
 
 def test_a_keyed_edit_changes_the_last_layer_and_repeats() -> None:
-    opened = pipeline.open_recipe(recipe())
+    opened = pipeline.open_recipe(recipe(edit={"method": "keyed", "key_tokens": 6000}))
     found = pipeline.locate(opened)
     edit = edits_of(opened, found, ["keyed"])["keyed"]
     assert [(change.matrix, change.layer) for change in edit.changes] == [("out", opened.checkpoint.layers - 1)]
@@ -203,7 +203,9 @@ def test_a_fit_needs_the_last_layer() -> None:
 
 
 def test_groups_are_edited_together_and_the_whole_concept_is_covered() -> None:
-    opened = pipeline.open_recipe(recipe(locate={"group_distance": 0.5, "candidates": 60}))
+    opened = pipeline.open_recipe(
+        recipe(locate={"group_distance": 0.5, "candidates": 60}, edit={"method": "keyed", "key_tokens": 6000})
+    )
     found = pipeline.locate(opened)
     together = torch.cat([located.ids for located in found]).sort().values
     assert len(found) > 3
