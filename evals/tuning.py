@@ -23,10 +23,11 @@ from rotate_edit.tune import search
 CHOSEN = "dogs,ships,music,horses,birds,trees"
 
 
-def tuned(name: str, trials: int) -> dict[str, Any]:
+def tuned(name: str, trials: int, method: str) -> dict[str, Any]:
     """One concept's search under the package's defaults; what it chose and how long it took."""
     concept = {"name": name, "words": list(concepts()[name].words), "plurals": True}
-    recipe = parse_recipe({"model": "demo", "concepts": [concept], "evaluate": {"items": "demo"}})
+    content = {"model": "demo", "concepts": [concept], "edit": {"method": method}, "evaluate": {"items": "demo"}}
+    recipe = parse_recipe(content)
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         record = search(recipe, Path(folder) / "tune", trials=trials)
@@ -69,11 +70,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--concepts", default=CHOSEN, help="names of the demo's concepts, separated by commas")
     parser.add_argument("--trials", type=int, default=60)
+    parser.add_argument("--method", default="auto", help="the recipe's edit.method")
     parser.add_argument("--output", type=Path, required=True, help="path without its ending")
     arguments = parser.parse_args()
     command = f"python evals/tuning.py --output {arguments.output.as_posix()}"
     command += "" if arguments.concepts == CHOSEN else f" --concepts {arguments.concepts}"
     command += "" if arguments.trials == 60 else f" --trials {arguments.trials}"
+    command += "" if arguments.method == "auto" else f" --method {arguments.method}"
     about = {
         "command": command,
         "date": date.today().isoformat(),
@@ -83,7 +86,7 @@ def main() -> None:
     }
     rows: list[dict[str, Any]] = []
     for name in arguments.concepts.split(","):
-        rows.append(tuned(name, arguments.trials))
+        rows.append(tuned(name, arguments.trials, arguments.method))
         print(table(rows[-1:]).splitlines()[2], flush=True)
         arguments.output.with_suffix(".json").write_text(json.dumps({**about, "rows": rows}, indent=1))
         words = (
