@@ -257,11 +257,15 @@ def _left(prepared: Prepared, edit: Edit, names: Sequence[str]) -> dict[str, flo
         for name in names:
             reference = known[name]
             if ends is None:
-                sums = measures.mass_by_text(prepared.model, reference.concept, reference.concept_ids)[0]
-            else:
-                after = _predicted(ends, ends.concept[name], edit)
-                sums = after[:, reference.concept_ids.to(after.device)].exp().sum(1).double()
-            left[name] = float(sums.sum().cpu() / reference.concept_mass[0].sum())
+                after = measures.mass_by_text(prepared.model, reference.concept, reference.concept_ids)[0]
+                left[name] = float(after.sum() / reference.concept_mass[0].sum())
+                continue
+            seen = ends.concept[name]
+            # Both by the end in float32, which a model in bfloat16 does not repeat exactly.
+            both = (ends.tail.log_probabilities(seen.residual), _predicted(ends, seen, edit))
+            ids = reference.concept_ids.to(seen.residual.device)
+            base, now = (float(found[:, ids].exp().double().sum()) for found in both)
+            left[name] = now / base
     return left
 
 
