@@ -111,7 +111,7 @@ def variants(
     size = concept @ head.size(own.residual).double() / concept.sum()
     seen_by_fit = whitened(Positions(own.neurons, own.residual, None), ridge=RIDGE)
     start = (size * key(second, mean), direction)
-    left, right = fit_change(seen_by_fit, tail, start, wanted, rank=RANK, leash=0.0, seed=0)
+    ((left, right),) = fit_change(seen_by_fit, tail, start, wanted, rank=RANK, leash=0.0, seed=0)
     found[OURS] = -(left.double() @ right.double())
     found[KEYED] = key(second, mean)[:, None] * direction
     felt_more, chance_more = moments(more)

@@ -18,8 +18,10 @@ STEPS = 120
 DRAWN, AT_ONCE = 1000, 4000
 # Positions are drawn by three weights at once: the concept's probability, its square, and all alike.
 SHARES = (0.4, 0.3, 0.3)
-# Of Adam's first step, as a multiple of the mean entry of the change that it starts from.
+# Of Adam's first step, as a multiple of the mean entry of the change that it starts from. Each further round of steps
+# has half the rate of the one before; at small rates half the positions do as well.
 LEARNING_RATE = 0.04
+DRAWN_LATER = DRAWN // 2
 STRONGEST = 64.0
 # How many kindred tokens there may be for each token of the concept.
 MOST_KINDRED = 2
@@ -96,15 +98,25 @@ class _Drawn:
 
 
 def fit_change(
-    seen: Whitened, tail: Tail, start: tuple[Tensor, Tensor], wanted: Wanted, *, rank: int, leash: float, seed: int
-) -> tuple[Tensor, Tensor]:
-    """Factors [neurons, rank] and [rank, d_model] of what is added to the `out` vectors, float32 on the CPU.
+    seen: Whitened,
+    tail: Tail,
+    start: tuple[Tensor, Tensor],
+    wanted: Wanted,
+    *,
+    rank: int,
+    leash: float,
+    seed: int,
+    rounds: int = 1,
+) -> list[tuple[Tensor, Tensor]]:
+    """Factors [neurons, rank] and [rank, d_model] of what is added to the `out` vectors, float32 on the CPU, as they
+    are after each round of steps.
 
     seen: the positions to fit on, in the coordinates that the steps are taken in; start: a keyed change, coefficients
     [neurons] and direction [d_model]; rank: the change is cut to so many directions; leash: what it costs to move as
     far from the start as the start is from nothing (few positions tell of the concept, and a fit that goes wherever
-    they lead does more damage elsewhere and says less of words that are not told). A strength means what it means for
-    the start: the change was fitted for the strength at which the start leaves the target.
+    they lead does more damage elsewhere and says less of words that are not told); rounds: each goes on from the one
+    before with smaller steps. A strength means what it means for the start: the change was fitted for the strength at
+    which the start leaves the target.
 
     Minimises `mean KL(base || edited) + price * (mass left + what neighbours moved + leash * |moved|^2 / |start|^2)` by
     Adam. Mass left is `sum p p' / sum p^2`, the concept's probability p where it is the next token, after and before;
@@ -119,8 +131,8 @@ def fit_change(
     shares = _shares(weights)
     device = white.residual.device
 
-    def draw() -> _Drawn:
-        places = torch.multinomial(shares, DRAWN, replacement=True, generator=generator)
+    def draw(number: int) -> _Drawn:
+        places = torch.multinomial(shares, number, replacement=True, generator=generator)
         factor = 1 / (shares[places] * len(shares))
         chosen = white.at(places.to(device))
         with torch.no_grad():
@@ -132,26 +144,29 @@ def fit_change(
 
     coefficients, write = (part.float().to(device) for part in start)
     begin = torch.outer(seen.unwhiten @ coefficients, write)
-    strength, price = _start(draw(), tail, begin, wanted)
+    strength, price = _start(draw(DRAWN), tail, begin, wanted)
     outside = _outside(wanted.keep, write)
     entry = strength * float(begin.norm()) / begin.numel() ** 0.5
     moved = torch.zeros_like(begin).requires_grad_()
-    optimiser = torch.optim.Adam([moved], lr=LEARNING_RATE * entry)
-    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, STEPS)
-    with torch.enable_grad():
-        for _ in range(STEPS):
-            drawn = draw()
-            change = -strength * begin + moved @ outside
-            divergence, left, shifted = _effects(drawn, tail, change, wanted)
-            held = moved.square().sum() / (strength * begin.norm()).square()
-            loss = divergence + price * (left + shifted + leash * held)
-            optimiser.zero_grad()
-            loss.backward()
-            optimiser.step()
-            scheduler.step()
-    change = -strength * begin + moved.detach() @ outside
-    outer, sizes, inner = torch.linalg.svd(change, full_matrices=False)
-    return (seen.whiten @ (outer[:, :rank] * sizes[:rank]) / strength).cpu(), inner[:rank].cpu()
+    found = []
+    for number in range(rounds):
+        optimiser = torch.optim.Adam([moved], lr=LEARNING_RATE * entry / 2**number)
+        scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, STEPS)
+        with torch.enable_grad():
+            for _ in range(STEPS):
+                drawn = draw(DRAWN_LATER if number else DRAWN)
+                change = -strength * begin + moved @ outside
+                divergence, left, shifted = _effects(drawn, tail, change, wanted)
+                held = moved.square().sum() / (strength * begin.norm()).square()
+                loss = divergence + price * (left + shifted + leash * held)
+                optimiser.zero_grad()
+                loss.backward()
+                optimiser.step()
+                scheduler.step()
+        change = -strength * begin + moved.detach() @ outside
+        outer, sizes, inner = torch.linalg.svd(change, full_matrices=False)
+        found.append(((seen.whiten @ (outer[:, :rank] * sizes[:rank]) / strength).cpu(), inner[:rank].cpu()))
+    return found
 
 
 def _effects(drawn: _Drawn, tail: Tail, change: Tensor, wanted: Wanted) -> tuple[Tensor, Tensor, Tensor]:

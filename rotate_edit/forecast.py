@@ -25,7 +25,7 @@ from rotate_edit.estimate import (
     to_download,
 )
 from rotate_edit.evaluate import divide, texts_about
-from rotate_edit.fitting import AT_ONCE, DRAWN, STEPS
+from rotate_edit.fitting import AT_ONCE, DRAWN, DRAWN_LATER, STEPS
 from rotate_edit.recipe import Recipe
 from rotate_edit.rotate import SolverSettings
 from rotate_edit.tasks import Items
@@ -177,7 +177,10 @@ def _fitting(recipe: Recipe, checkpoint: Checkpoint) -> float:
     """Operations of one fit: each step predicts its positions twice and goes back once, after two looks at all."""
     head = 2 * checkpoint.hidden_size * checkpoint.vocabulary_size
     change = 2 * checkpoint.neurons * checkpoint.hidden_size
-    steps = STEPS * (DRAWN * (4 * head + 3 * change) + 3 * 2 * checkpoint.neurons * checkpoint.hidden_size**2)
+    later = recipe.edit.fit_rounds - 1
+    drawn = STEPS * (DRAWN + later * DRAWN_LATER)
+    whole = STEPS * (1 + later) * 3 * 2 * checkpoint.neurons * checkpoint.hidden_size**2
+    steps = drawn * (4 * head + 3 * change) + whole
     roots = ROOTS * checkpoint.neurons**3 + 2 * 2 * recipe.edit.key_tokens * checkpoint.neurons**2
     return FITTING_OVERHEAD * (steps + 2 * recipe.edit.key_tokens * head + roots)
 

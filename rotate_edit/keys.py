@@ -4,7 +4,7 @@ The keyed edit methods (`edit.KEYED`) need it. The text is drawn from the model 
 position counts by the probability that the model gives the concept there, so no label is needed.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,9 +15,12 @@ from rotate_edit.activations import recorded
 from rotate_edit.edit import key_coefficients
 from rotate_edit.generations import first_token, padding_token
 from rotate_edit.measures import Passages, batched, log_probabilities, real_positions
+from rotate_edit.tail import Positions, Tail
 
 SAMPLE_LENGTH = 100
 SAMPLES_AT_ONCE = 128
+# Positions of one look at some that are read already.
+AT_ONCE = 4000
 
 
 @dataclass(frozen=True)
@@ -78,28 +81,52 @@ def key_moments(
 
     Raises BadInput for a model whose layers are mixtures of experts.
     """
+    return _moments(_read(model, texts, rows), rows, groups, head)
+
+
+def last_moments(
+    seen: Positions, tail: Tail, layer: int, groups: Sequence[Tensor], head: Tensor | None = None
+) -> KeyMoments:
+    """The same of all neurons of the last layer, from what it holds at positions that are read already."""
+    parts = zip(seen.neurons.split(AT_ONCE), seen.residual.split(AT_ONCE))
+    read = ((neurons, residual, tail.log_probabilities(residual)) for neurons, residual in parts)
+    return _moments(read, {layer: torch.arange(seen.neurons.shape[1])}, groups, head)
+
+
+def _read(model: Any, texts: Passages, rows: Mapping[int, Tensor]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """By batch the neurons looked at, the last residual stream, and the log-probabilities, at every real position."""
     last = model.config.get_text_config().num_hidden_layers - 1
-    total = sum(len(wanted) for wanted in rows.values())
-    second = torch.zeros(total, total, dtype=torch.float64)
-    means = torch.zeros(len(groups), total, dtype=torch.float64)
-    sizes, weights = torch.zeros(len(groups)).double(), torch.zeros(len(groups)).double()
-    positions, metric = 0, None
     with recorded(model, sorted({*rows, last})) as kept:
         for index, predicted in enumerate(log_probabilities(model, texts)):
             shape = texts.batches[index].shape
             real = real_positions(texts.batches[index], texts.lengths[index]).to(predicted.device)
             seen = [kept[layer]["neurons"].reshape(*shape, -1)[real][:, rows[layer]] for layer in sorted(rows)]
-            neurons = torch.cat(seen, dim=1).float()
-            residual = kept[last]["residual"][real].float().square().mean(1).sqrt()
-            chances = predicted[real].exp()
-            chance = torch.stack([chances[:, ids.to(real.device)].sum(1) for ids in groups])
+            yield torch.cat(seen, dim=1).float(), kept[last]["residual"][real].float(), predicted[real]
+
+
+def _moments(
+    read: Iterable[tuple[Tensor, Tensor, Tensor]],
+    rows: Mapping[int, Tensor],
+    groups: Sequence[Tensor],
+    head: Tensor | None,
+) -> KeyMoments:
+    total = sum(len(wanted) for wanted in rows.values())
+    second = torch.zeros(total, total, dtype=torch.float64)
+    means = torch.zeros(len(groups), total, dtype=torch.float64)
+    sizes, weights = torch.zeros(len(groups)).double(), torch.zeros(len(groups)).double()
+    positions, metric = 0, None
+    with torch.no_grad():
+        for neurons, residual, predicted in read:
+            size = residual.square().mean(1).sqrt()
+            chances = predicted.exp()
+            chance = torch.stack([chances[:, ids.to(chances.device)].sum(1) for ids in groups])
             second += (neurons.T @ neurons).double().cpu()
             means += (chance @ neurons).double().cpu()
-            sizes += (chance @ residual).double().cpu()
+            sizes += (chance @ size).double().cpu()
             weights += chance.double().sum(1).cpu()
             positions += len(neurons)
             if head is not None:
-                here = sensitivity(chances, residual, head.to(chances.device)).cpu()
+                here = sensitivity(chances, size, head.to(chances.device)).cpu()
                 metric = here if metric is None else metric + here
     floor = weights.clamp_min(1e-30)
     mean_metric = None if metric is None else metric / positions

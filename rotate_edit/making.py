@@ -18,7 +18,7 @@ from rotate_edit.keys import fit_keys, key_moments, own_samples
 from rotate_edit.locate import Fitted, Located, Site, build_edits, by_concept, directions, key_rows, sites
 from rotate_edit.opened import Opened
 from rotate_edit.recipe import ConceptRecipe
-from rotate_edit.tail import positions, tail_of
+from rotate_edit.tail import Positions, Tail, positions, tail_of
 
 
 def edits_of(
@@ -110,13 +110,16 @@ def fit(
     fitted = Fitted(keys, moments.metric)
     if "fitted" not in keyed:
         return fitted
-    return replace(fitted, changes=fit_changes(opened, found, fitted, model, samples))
+    tail, seen = tail_of(model), positions(model, samples)
+    changes = fit_changes(opened, found, fitted, tail, seen, recipe.edit.fit_rounds)
+    return replace(fitted, changes={name: after[-1] for name, after in changes.items()})
 
 
 def fit_changes(
-    opened: Opened, found: Sequence[Located], fitted: Fitted, model: Any, samples: measures.Passages
-) -> dict[str, tuple[Tensor, Tensor]]:
-    """By concept the factors of the change that is fitted on samples, from its keyed change in `fitted` on."""
+    opened: Opened, found: Sequence[Located], fitted: Fitted, tail: Tail, seen: Positions, rounds: int
+) -> dict[str, list[tuple[Tensor, Tensor]]]:
+    """By concept the factors of the change that is fitted on positions of the model's own text, from its keyed change
+    in `fitted` on, as they are after each round of steps."""
     checkpoint, recipe, kept = opened.checkpoint, opened.recipe, _kept(opened)
     last = Site(checkpoint.layers - 1, -1, "out")
     if last not in sites(checkpoint, recipe):
@@ -124,7 +127,7 @@ def fit_changes(
             f"locate.layers: the method fitted rewrites the last layer, {last.layer}; add it, or set edit.method to "
             "keyed."
         )
-    tail, seen = tail_of(model), whitened(positions(model, samples), ridge=recipe.edit.key_ridge)
+    white = whitened(seen, ridge=recipe.edit.key_ridge)
     untrained = opened.vocabulary.untrained
     projection = read_unembedding(checkpoint)
     norm = read_norm(checkpoint, "final")
@@ -135,11 +138,19 @@ def fit_changes(
         write = directions(checkpoint, recipe, untrained, groups[0], near, fitted.metric)(last)[0].write
         rows = torch.stack([gain * concept_mean(projection, own, ~untrained) for own in near]) if near else None
         close = torch.cat(near).unique() if near else ids[:0]
-        lowered = torch.cat((ids, kindred(seen.positions, tail, ids, close)))
+        lowered = torch.cat((ids, kindred(seen, tail, ids, close)))
         wanted = Wanted(lowered, recipe.edit.target, close[~torch.isin(close, ids)], rows)
         coefficients = fitted.keys[name, 0]["fitted"][last.layer][1]
-        rank, leash = recipe.edit.fit_rank, recipe.edit.fit_leash
-        changes[name] = fit_change(seen, tail, (coefficients, write), wanted, rank=rank, leash=leash, seed=recipe.seed)
+        changes[name] = fit_change(
+            white,
+            tail,
+            (coefficients, write),
+            wanted,
+            rank=recipe.edit.fit_rank,
+            leash=recipe.edit.fit_leash,
+            seed=recipe.seed,
+            rounds=rounds,
+        )
     return changes
 
 

@@ -96,12 +96,18 @@ def log_probabilities(model: Any, passages: Passages) -> Iterator[Tensor]:
         yield torch.log_softmax(logits.float(), dim=-1)
 
 
-def _logits(model: Any, passages: Passages) -> Iterator[Tensor]:
+def pass_through(model: Any, passages: Passages) -> Iterator[Tensor]:
+    """Run every batch for what hooks see of it, and yield it [rows, length]. Hardly any prediction is computed."""
+    for batch, _ in zip(passages.batches, _logits(model, passages, logits_to_keep=1), strict=True):
+        yield batch
+
+
+def _logits(model: Any, passages: Passages, **options: Any) -> Iterator[Tensor]:
     device = next(model.parameters()).device
     for batch in passages.batches:
         with torch.no_grad():
             # No attention mask: with the padding on the right a causal model's other positions do not see it.
-            yield model(input_ids=batch.to(device), use_cache=False).logits
+            yield model(input_ids=batch.to(device), use_cache=False, **options).logits
 
 
 def real_positions(batch: Tensor, lengths: Tensor) -> Tensor:

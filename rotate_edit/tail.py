@@ -15,7 +15,7 @@ from torch import Tensor
 from rotate_edit.activations import layer_modules
 from rotate_edit.architectures import architecture_of
 from rotate_edit.live import live_parameter
-from rotate_edit.measures import Passages, log_probabilities, real_positions
+from rotate_edit.measures import Passages, pass_through, real_positions
 
 Function = Callable[[Tensor], Tensor]
 
@@ -102,9 +102,8 @@ def positions(model: Any, texts: Passages) -> Positions:
         hooked = {"neurons": _out(model)[0], "residual": last} | ({"written": after} if after is not None else {})
         for name, module in hooked.items():
             stack.enter_context(_removed(module.register_forward_pre_hook(keeping(name))))
-        for index, _ in enumerate(log_probabilities(model, texts)):
-            batch = texts.batches[index]
-            real = real_positions(batch, texts.lengths[index])
+        for batch, lengths in zip(pass_through(model, texts), texts.lengths, strict=True):
+            real = real_positions(batch, lengths)
             for name, values in kept.items():
                 # Some implementations flatten rows and positions before the MLP.
                 found.setdefault(name, []).append(values.reshape(*batch.shape, -1)[real.to(values.device)].float())

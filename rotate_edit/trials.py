@@ -20,7 +20,7 @@ from rotate_edit.console import Report, silent
 from rotate_edit.edit import KEYED, WHOLE_LAYER, Edit
 from rotate_edit.errors import BadInput, Failure
 from rotate_edit.evaluate import texts_about
-from rotate_edit.keys import KeyMoments, fit_keys, key_moments, own_samples
+from rotate_edit.keys import KeyMoments, fit_keys, key_moments, last_moments, own_samples
 from rotate_edit.live import applied
 from rotate_edit.locate import Fitted, Located, choose_channels
 from rotate_edit.making import edits_of, fit_changes
@@ -31,10 +31,12 @@ from rotate_edit.tail import Positions, Tail, positions, tail_of
 TOKENS = 1200
 # What an amplified concept's strength is multiplied by is its target over this.
 USUAL_TARGET = 0.1
+# Rounds of steps of a search's fit and its rank over the recipe's; a trial takes as much of both as it says.
+SEARCHED_ROUNDS, SEARCHED_RANKS = 3, 4
 SECANTS = 10
 NEAR_ENOUGH = 1.1
-# The recipe's own damage is interpolated between strengths this far apart, around the one that was solved for.
-AROUND = (0.85, 1.15)
+# The recipe's own damage is interpolated between these multiples of the strength that was solved for.
+AROUND = (0.85, 1.0, 1.15)
 
 
 @dataclass(frozen=True)
@@ -42,25 +44,29 @@ class Prepared:
     """What all trials share: the opened recipe, the loaded base, what was located for each division into groups,
     and the base's answers for each concept on a split of the texts; for the methods that take a whole layer also its
     moments on text of its own, in the layers that may be the last one edited, and if it is fitted by concept the
-    factors of the fit, and what the last layer holds on the texts."""
+    factors of the fit after each round of its steps, and what the last layer holds on the texts."""
 
     opened: Opened
     model: Any
     found: dict[float, tuple[Located, ...]]
     known: dict[str, measures.Reference]
     moments: KeyMoments | None = None
-    changes: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    changes: Mapping[str, Sequence[tuple[Tensor, Tensor]]] = field(default_factory=dict)
     ends: "Ends | None" = None
 
 
 @dataclass(frozen=True)
 class Ends:
     """What the last layer holds on the texts of some references, for edits that change nothing before it: by concept
-    the positions where the text goes on with it, those of the texts without a concept, and the end of the model."""
+    the positions where the text goes on with it and its mass there, those of the texts without a concept and the
+    base's log-probabilities there [n, V], and the end of the model. The base's answers are the end's own, in float32,
+    which a model in bfloat16 does not repeat exactly."""
 
     tail: Tail
     concept: Mapping[str, Positions]
+    mass: Mapping[str, float]
     others: Positions
+    base: Tensor
 
 
 @dataclass(frozen=True)
@@ -104,11 +110,17 @@ def prepare(opened: Opened, *, tokens: int = TOKENS, report: Report = silent) ->
         groups = [located.ids for located in next(iter(found.values()))]
         rows = {layer: torch.arange(opened.checkpoint.neurons) for layer in last_layers(opened)}
         samples = own_samples(model, opened.tokenizer, tokens=recipe.edit.key_tokens, seed=recipe.seed)
-        moments = key_moments(model, samples, rows, groups, read_unembedding(opened.checkpoint))
         if recipe.edit.method == "fitted":
             (located,) = found.values()
             report("fit", 0, 1)
-            changes = fit_changes(opened, located, _keys(moments, recipe, located), model, samples)
+            tail, seen = tail_of(model), positions(model, samples)
+            head = read_unembedding(opened.checkpoint) if recipe.edit.direction == "least-divergence" else None
+            moments = last_moments(seen, tail, next(iter(rows)), groups, head)
+            rounds, rank = finest_fit(opened)
+            fine = replace(opened, recipe=with_settings(recipe, {"edit.fit_rank": rank}))
+            changes = fit_changes(fine, located, _keys(moments, recipe, located), tail, seen, rounds)
+        else:
+            moments = key_moments(model, samples, rows, groups, read_unembedding(opened.checkpoint))
     prepared = Prepared(opened, model, found, {}, moments, changes)
     return measured_on(prepared, references(opened, model, "choose", tokens))
 
@@ -119,7 +131,7 @@ def measured_on(prepared: Prepared, known: dict[str, measures.Reference]) -> Pre
     if edit.method != "fitted" or edit.embeddings:
         return replace(prepared, known=known)
     tail = tail_of(prepared.model)
-    concept = {}
+    concept, mass = {}, {}
     for name, reference in known.items():
         seen, says = positions(prepared.model, reference.concept), []
         for batch, lengths in zip(reference.concept.batches, reference.concept.lengths):
@@ -129,8 +141,14 @@ def measured_on(prepared: Prepared, known: dict[str, measures.Reference]) -> Pre
             next_is[:, :-1] &= real[:, 1:]
             says.append(next_is[real])
         concept[name] = seen.at(torch.cat(says).to(seen.residual.device))
+        mass[name] = _mass(tail.log_probabilities(concept[name].residual), reference.concept_ids)
     others = positions(prepared.model, next(iter(known.values())).others)
-    return replace(prepared, known=known, ends=Ends(tail, concept, others))
+    base = tail.log_probabilities(others.residual)
+    return replace(prepared, known=known, ends=Ends(tail, concept, mass, others, base))
+
+
+def _mass(predicted: Tensor, token_ids: Tensor) -> float:
+    return float(predicted[:, token_ids.to(predicted.device)].exp().double().sum())
 
 
 def last_layers(opened: Opened) -> list[int]:
@@ -140,6 +158,13 @@ def last_layers(opened: Opened) -> list[int]:
     if opened.recipe.edit.method == "fitted":
         return layers[-1:]
     return layers[-2:] if opened.recipe.edit.method in KEYED else layers[len(layers) // 2 :]
+
+
+def finest_fit(opened: Opened) -> tuple[int, int]:
+    """Rounds and rank of a search's fit: the recipe's own, or as many rounds as a search has time for and as many
+    directions as still make a small adapter."""
+    own = opened.recipe.edit
+    return max(own.fit_rounds, SEARCHED_ROUNDS), min(SEARCHED_RANKS * own.fit_rank, opened.checkpoint.hidden_size)
 
 
 def references(
@@ -199,8 +224,9 @@ def _fitted(prepared: Prepared, recipe: Recipe, found: Sequence[Located]) -> Fit
     if prepared.moments is None:
         return None
     # The directions of a fit come by their weight, so fewer of them are the fit of a smaller rank.
-    rank = recipe.edit.fit_rank
-    changes = {name: (left[:, :rank], right[:rank]) for name, (left, right) in prepared.changes.items()}
+    rank, rounds = recipe.edit.fit_rank, recipe.edit.fit_rounds
+    fits = {name: after[rounds - 1] for name, after in prepared.changes.items()}
+    changes = {name: (left[:, :rank], right[:rank]) for name, (left, right) in fits.items()}
     return replace(_keys(prepared.moments, recipe, found), changes=changes)
 
 
@@ -260,12 +286,7 @@ def _left(prepared: Prepared, edit: Edit, names: Sequence[str]) -> dict[str, flo
                 after = measures.mass_by_text(prepared.model, reference.concept, reference.concept_ids)[0]
                 left[name] = float(after.sum() / reference.concept_mass[0].sum())
                 continue
-            seen = ends.concept[name]
-            # Both by the end in float32, which a model in bfloat16 does not repeat exactly.
-            both = (ends.tail.log_probabilities(seen.residual), _predicted(ends, seen, edit))
-            ids = reference.concept_ids.to(seen.residual.device)
-            base, now = (float(found[:, ids].exp().double().sum()) for found in both)
-            left[name] = now / base
+            left[name] = _mass(_predicted(ends, ends.concept[name], edit), reference.concept_ids) / ends.mass[name]
     return left
 
 
@@ -273,8 +294,10 @@ def _damage(prepared: Prepared, edit: Edit) -> float:
     """Mean divergence from the base's predictions over all positions of the texts without a concept."""
     reference, ends = next(iter(prepared.known.values())), prepared.ends
     if ends is not None:
-        base = ends.tail.log_probabilities(ends.others.residual)
-        return float((base.exp() * (base - _predicted(ends, ends.others, edit))).sum(1).double().mean())
+        divergence = torch.nn.functional.kl_div(
+            _predicted(ends, ends.others, edit), ends.base, log_target=True, reduction="none"
+        )
+        return float(divergence.sum(1).double().mean())
     with applied(prepared.model, edit):
         sums, counts = measures.kl_by_text(prepared.model, reference.others, reference.others_base)
     return float(sums.sum() / counts.sum())
@@ -331,20 +354,19 @@ def own_settings(prepared: Prepared) -> dict[str, Any]:
     return {"locate.group_distance": next(iter(prepared.found))} if len(prepared.found) > 1 else {}
 
 
-def compared(prepared: Prepared, known: dict[str, measures.Reference], tried: Tried) -> dict[str, Any]:
+def compared(there: Prepared, tried: Tried) -> dict[str, Any]:
     """A trial's edit on other texts, and the recipe's own settings at the same removal there.
 
-    known: the base's answers on those texts. Returns removal, damage and own_damage (None where concepts are amplified,
-    or when the recipe's own settings find no neuron or never remove as much; `why` then says which). The own damage is
+    there: measured on those texts. Returns removal, damage and own_damage (None where concepts are amplified, or when
+    the recipe's own settings find no neuron or never remove as much; `why` then says which). The own damage is
     interpolated to exactly the same removal, its logarithm linear in that of the mass.
     """
-    there = measured_on(prepared, known)
     edit = at_strengths(built(there, tried.settings), tried.strengths)
     removal, damage = effect(there, edit, tried.strengths)
     result: dict[str, Any] = {"removal": removal, "damage": damage, "own_damage": None, "why": ""}
     if any(strength < 0 for strength in tried.strengths.values()):
         return result | {"why": "amplified concepts are not compared"}
-    own = own_settings(prepared)
+    own = own_settings(there)
     try:
         solved = try_settings(there, own | {"target": max(1e-4, 1 - removal)})
     except Failure as failure:

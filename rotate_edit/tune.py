@@ -7,10 +7,13 @@ strength that reaches it, so that no trial is spent on a strength that does noth
 """
 
 import json
+import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from rotate_edit import pareto
 from rotate_edit.comparison import Plan
@@ -29,7 +32,9 @@ from rotate_edit.trials import (
     at_strengths,
     built,
     compared,
+    finest_fit,
     last_layers,
+    measured_on,
     prepare,
     references,
     try_settings,
@@ -59,10 +64,13 @@ def suggest(trial: Any, prepared: Prepared) -> dict[str, Any]:
     recipe, layers = prepared.opened.recipe, prepared.opened.checkpoint.layers
     settings: dict[str, Any] = {}
     if recipe.edit.method == "fitted":
-        # A fit takes seconds, so the recipe's own is tried at several ranks, beside keyed edits of all settings.
+        # A fit takes seconds, so one is tried after each of its rounds and at several ranks, beside keyed edits of all
+        # settings.
         settings["edit.method"] = trial.suggest_categorical("edit.method", list(WHOLE_LAYER))
         if settings["edit.method"] == "fitted":
-            settings["edit.fit_rank"] = trial.suggest_int("edit.fit_rank", 1, recipe.edit.fit_rank, log=True)
+            rounds, rank = finest_fit(prepared.opened)
+            settings["edit.fit_rounds"] = trial.suggest_int("edit.fit_rounds", 1, rounds)
+            settings["edit.fit_rank"] = trial.suggest_int("edit.fit_rank", 1, rank, log=True)
             return settings | {"target": trial.suggest_float("target", LEAST_LEFT, MOST_LEFT, log=True)}
     if len(prepared.found) > 1:
         settings["locate.group_distance"] = trial.suggest_categorical("locate.group_distance", list(prepared.found))
@@ -83,8 +91,10 @@ def suggest(trial: Any, prepared: Prepared) -> dict[str, Any]:
         settings["select.share"] = trial.suggest_float("select.share", 0.05, 0.9)
         settings["select.support"] = trial.suggest_float("select.support", 0.5, 4.0)
         settings["select.top"] = trial.suggest_int("select.top", 3, 20)
-    other = "least-divergence" if recipe.edit.method in KEYED else "plain"
-    settings["edit.direction"] = trial.suggest_categorical("edit.direction", ["least-collateral", other])
+    if recipe.edit.method != "fitted":
+        # What the least-divergence direction needs is not read for the few keyed edits beside a fit.
+        other = "least-divergence" if recipe.edit.method in KEYED else "plain"
+        settings["edit.direction"] = trial.suggest_categorical("edit.direction", ["least-collateral", other])
     settings["edit.ridge"] = trial.suggest_float("edit.ridge", 0.003, 30.0, log=True)
     settings["edit.fold_norm"] = trial.suggest_categorical("edit.fold_norm", [True, False])
     settings["target"] = trial.suggest_float("target", LEAST_LEFT, MOST_LEFT, log=True)
@@ -105,6 +115,7 @@ def own_parameters(recipe: Recipe, prepared: Prepared, target: float) -> dict[st
         "edit.fold_norm": recipe.edit.fold_norm,
         "edit.key_ridge": recipe.edit.key_ridge,
         "edit.fit_rank": recipe.edit.fit_rank,
+        "edit.fit_rounds": recipe.edit.fit_rounds,
         "edit.method": recipe.edit.method,
         "target": target,
     }
@@ -187,8 +198,12 @@ def _study(output: Path, prepared: Prepared, seed: int) -> Any:
     again = seed + len(finished(study))
     study.sampler = optuna.samplers.TPESampler(seed=again, n_startup_trials=STARTUP_TRIALS, multivariate=True)
     if not study.trials:
-        for target in OWN_TARGETS:
-            study.enqueue_trial(own_parameters(prepared.opened.recipe, prepared, target))
+        starts = [own_parameters(prepared.opened.recipe, prepared, target) for target in OWN_TARGETS]
+        if prepared.changes:
+            rounds, rank = finest_fit(prepared.opened)
+            starts += [own | {"edit.fit_rounds": rounds, "edit.fit_rank": rank} for own in starts]
+        for parameters in starts:
+            study.enqueue_trial(parameters)
     return study
 
 
@@ -261,7 +276,7 @@ def summary(prepared: Prepared, study: Any, pick: str, seed: int, tokens: int) -
         "front": places,
         "pick": pick,
         "chosen": chosen,
-        "report": compared(prepared, held_out, tried[places[chosen]]),
+        "report": compared(measured_on(prepared, held_out), tried[places[chosen]]),
         "seed": seed,
         "tokens": tokens,
     }
@@ -270,25 +285,44 @@ def summary(prepared: Prepared, study: Any, pick: str, seed: int, tokens: int) -
 def confirmed(prepared: Prepared, tried: Sequence[Tried], places: list[int], tokens: int) -> tuple[list[int], int]:
     """The knee that holds on texts for choosing which the trials did not see: the front, and the place on it.
 
-    The best of many trials is partly the luckiest, so each candidate is compared with the recipe as it was, at equal
-    removal, the knee first and then the rest of the front from the strongest removal down. The first that is the
-    recipe itself or does clearly less damage there is taken; without one the recipe's own trial, put into the front
-    if it is not on it.
+    The best of many trials is partly the luckiest, so candidates are compared with the recipe as it was, at equal
+    removal: the knee first, then what of the front saved most over the recipe's own trials, then the strongest
+    removals. The first that does clearly less damage there is taken; without one the recipe's own trial, put into the
+    front if it is not on it.
     """
     others = references(prepared.opened, prepared.model, "choose", CONFIRMING * tokens, from_the_end=True)
-    front = [tried[place].point for place in places]
-    first = pareto.knee(front)
-    for candidate in [first, *(place for place in reversed(range(len(front))) if place != first)][:CANDIDATES]:
-        if _is_own(prepared, tried[places[candidate]]):
-            return places, candidate
-        found = compared(prepared, others, tried[places[candidate]])
+    there = measured_on(prepared, others)
+    front = [tried[place] for place in places]
+    own = [place for place, one in enumerate(tried) if _is_own(prepared, one)]
+    first = pareto.knee([one.point for one in front])
+    saved = savings([one.point for one in front], [tried[place].point for place in own])
+    by_savings = sorted(range(len(front)), key=lambda place: (saved.get(place, math.inf), -front[place].removal))
+    order = [first, *(place for place in by_savings if place != first)]
+    for candidate in [place for place in order if places[place] not in own][:CANDIDATES]:
+        found = compared(there, front[candidate])
         if found["own_damage"] is None or found["damage"] <= CLEARLY_LESS * found["own_damage"]:
             return places, candidate
-    own = next((place for place, one in enumerate(tried) if _is_own(prepared, one)), None)
-    if own is None:
+    if not own:
         return places, first
-    together = sorted({*places, own}, key=lambda place: tried[place].removal)
-    return together, together.index(own)
+    together = sorted({*places, own[0]}, key=lambda place: tried[place].removal)
+    return together, together.index(own[0])
+
+
+def savings(points: Sequence[pareto.Point], own: Sequence[pareto.Point]) -> dict[int, float]:
+    """By the place of a point its damage over the own points' at its removal, where their removals reach.
+
+    Between own points the logarithm of the damage is taken as linear in that of the share that is left.
+    """
+    reached = sorted((math.log(max(1 - removal, 1e-9)), math.log(damage)) for removal, damage in own if damage > 0)
+    if not reached:
+        return {}
+    lefts, damages = zip(*reached)
+    found = {}
+    for place, (removal, damage) in enumerate(points):
+        left = math.log(max(1 - removal, 1e-9))
+        if lefts[0] <= left <= lefts[-1]:
+            found[place] = damage / math.exp(float(np.interp(left, lefts, damages)))
+    return found
 
 
 def _is_own(prepared: Prepared, tried: Tried) -> bool:

@@ -45,8 +45,10 @@ def wanted(near=NEAR[:0], keep=None):
     return Wanted(CONCEPT, TARGET, near, keep)
 
 
-def fit(tail, seen, start, wanted, *, rank=16, leash=0.0, seed=0):
-    return fit_change(whitened(seen, ridge=0.03), tail, start, wanted, rank=rank, leash=leash, seed=seed)
+def fit(tail, seen, start, wanted, *, rank=16, leash=0.0, seed=0, rounds=1):
+    return fit_change(
+        whitened(seen, ridge=0.03), tail, start, wanted, rank=rank, leash=leash, seed=seed, rounds=rounds
+    )[-1]
 
 
 def at_target(tail, seen: Positions, change: torch.Tensor) -> float:
@@ -111,6 +113,18 @@ def test_a_leash_holds_the_fit_at_its_start(known) -> None:
     assert held < 0.7 * free
     # Adam steps by its rate whatever the price, so it stays within its last steps of a start that it is tied to.
     assert firm < 0.01
+
+
+def test_further_rounds_go_on_from_the_fit_and_do_less_damage_on_text_it_did_not_see(known, monkeypatch) -> None:
+    tail, seen, fresh, start = known
+    # So few that the first round ends on its way.
+    monkeypatch.setattr(fitting, "STEPS", 10)
+    white = whitened(seen, ridge=0.03)
+    found = fit_change(white, tail, start, wanted(), rank=16, leash=0.3, seed=0, rounds=3)
+    first = fit(tail, seen, start, wanted(), leash=0.3)
+    assert all(torch.equal(one, two) for one, two in zip(found[0], first))
+    damage = [at_target(tail, fresh, left @ right) for left, right in found]
+    assert damage[2] < damage[1] < damage[0]
 
 
 def test_nothing_is_written_along_what_is_kept_and_the_rank_is_a_limit(known) -> None:

@@ -8,7 +8,8 @@ from tiny_words import WORDS, ids, tiny_model, tiny_tokenizer
 
 from rotate_edit import measures
 from rotate_edit.edit import key_coefficients
-from rotate_edit.keys import fit_keys, key_moments, own_samples
+from rotate_edit.keys import fit_keys, key_moments, last_moments, own_samples
+from rotate_edit.tail import positions, tail_of
 
 TEXTS = ["the dog ran under a big dog", "a cat saw the small dog", "the bird sat on the mat", "it was big"]
 
@@ -71,6 +72,19 @@ def test_moments_equal_those_of_a_direct_computation():
         mean = (weight[:, None] * wanted).sum(0) / weight.sum()
         torch.testing.assert_close(moments.means[place], mean, rtol=1e-4, atol=1e-6)
         torch.testing.assert_close(moments.size[place], (weight * sizes).sum() / weight.sum(), rtol=1e-4, atol=1e-6)
+
+
+def test_moments_of_positions_that_are_read_already_are_those_of_a_pass():
+    model = tiny_model(0)
+    texts = measures.tokenise(tiny_tokenizer(), TEXTS, vocabulary_size=len(WORDS))
+    rows = {1: torch.arange(model.config.intermediate_size)}
+    groups, head = [ids("dog"), ids("cat")], model.lm_head.weight.detach()
+    read = key_moments(model, texts, rows, groups, head)
+    again = last_moments(positions(model, texts), tail_of(model), 1, groups, head)
+    assert torch.equal(again.rows[1], read.rows[1])
+    for one, other in ((again.second, read.second), (again.means, read.means), (again.size, read.size)):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-8)
+    torch.testing.assert_close(again.metric, read.metric, rtol=1e-5, atol=1e-7)
 
 
 def test_the_metric_is_twice_the_divergence_of_a_small_step():

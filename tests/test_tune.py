@@ -164,7 +164,7 @@ def test_the_secant_finds_strengths_of_bent_curves(target: float) -> None:
 
 def test_the_recipe_against_itself_costs_the_same(prepared: trials.Prepared) -> None:
     own = trials.try_settings(prepared, {"target": 0.15})
-    found = trials.compared(prepared, prepared.known, own)
+    found = trials.compared(prepared, own)
     assert found["removal"] == pytest.approx(own.removal, abs=1e-6)
     # Interpolated between two strengths, fifteen per cent to either side.
     assert found["own_damage"] == pytest.approx(found["damage"], rel=0.03)
@@ -192,10 +192,25 @@ def test_a_fitted_recipe_is_tuned_with_one_fit_at_several_ranks_beside_keyed_edi
     assert fit.call_count == 1
     settings = [trial["settings"] for trial in record["trials"]]
     assert [own["edit.method"] for own in settings[:3]] == ["fitted"] * 3
-    assert [own["edit.fit_rank"] for own in settings[:3]] == [8] * 3
+    assert [(own["edit.fit_rounds"], own["edit.fit_rank"]) for own in settings[:6]] == [(1, 8)] * 3 + [(3, 32)] * 3
+    assert fit.call_args.kwargs["rounds"] == 3
+    assert fit.call_args.kwargs["rank"] == 32
     assert {own["edit.method"] for own in settings} == {"fitted", "keyed"}
     assert record["trials"][0]["removal"] == pytest.approx(0.9, abs=0.011)
     assert read_recipe(tmp_path / "tune" / tune.CHOSEN).edit.method in ("fitted", "keyed")
+
+
+def test_a_trial_takes_as_many_rounds_as_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rotate_edit.fitting.STEPS", 3)
+    opened = open_recipe(recipe(edit={"method": "fitted", "key_tokens": 2000, "fit_rank": 8}))
+    shared = trials.prepare(opened, tokens=TOKENS)
+    located = next(iter(shared.found.values()))
+    for rounds in (1, 2):
+        settings = {"edit.fit_rounds": rounds}
+        (tried,) = trials.built(shared, settings).changes
+        chosen = replace(opened, recipe=trials.with_settings(opened.recipe, settings))
+        (own,) = edits_of(chosen, located, ["fitted"], shared.model)["fitted"].changes
+        torch.testing.assert_close(tried.delta(), own.delta())
 
 
 def test_a_smaller_rank_is_the_fit_cut_to_its_first_directions(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -249,6 +264,14 @@ def test_a_lucky_knee_gives_way_to_what_holds_on_other_texts(prepared: trials.Pr
     own = trials.Tried({"target": 0.1}, {"dogs": 4.0}, 0.9, 1e-3, 0.1)
     with mock.patch.object(tune, "compared", return_value=worse):
         assert tune.confirmed(prepared, [*tried, own], [0, 1, 2], TOKENS) == ([0, 1, 3, 2], 2)
+
+
+def test_savings_are_over_the_own_points_at_the_same_removal() -> None:
+    # The own damage halves when the share that is left grows tenfold, and reaches from 0.01 to 0.1 left.
+    own = [(0.99, 2e-3), (0.9, 1e-3)]
+    found = tune.savings([(0.5, 1e-4), (0.9, 5e-4), (1 - 10**-1.5, 1e-3), (0.999, 1e-4)], own)
+    assert found == pytest.approx({1: 0.5, 2: 1 / math.sqrt(2)})
+    assert tune.savings([(0.9, 1e-3)], []) == {}
 
 
 def test_a_flat_curve_has_no_strength() -> None:
