@@ -2,7 +2,8 @@
 
 `python evals/amplify.py --model demo --output evals/results/amplify-demo`; for a model of real prose
 `--model ../shared/models/bookworm --concepts evals/bookworm/concepts.yaml --texts ../shared/corpora/books --half dev`.
-Odds: of the concept's tokens as the next one, mean over prompts that are openings of held-out text without the concept.
+Odds: of the concept's tokens as the next one, by their mean probability over prompts that are openings of held-out text
+without the concept; beside it how many times likelier they are after the median prompt.
 """
 
 import argparse
@@ -16,6 +17,7 @@ from typing import Any
 import yaml
 from matched import OTHER_TOKENS, load
 from material import Material, add_arguments, materials, provenance
+from torch import Tensor
 
 from rotate_edit import measures
 from rotate_edit.edit import Edit
@@ -64,15 +66,15 @@ def measure_concept(model: Any, material: Material, recipe: Recipe) -> dict[str,
         tokenizer, free[PROMPTS:] or free, vocabulary_size=vocabulary, longest=128, token_limit=OTHER_TOKENS
     )
 
-    def odds() -> float:
-        probability = float(measures.last_position(model, asked)[:, ids].exp().sum(dim=1).double().mean())
-        return probability / (1 - probability)
+    def chances() -> Tensor:
+        return measures.last_position(model, asked)[:, ids].exp().sum(dim=1).double()
 
-    before = odds()
+    chance = chances()
+    before = _odds(chance)
 
     def raised(strength: float) -> float:
         with applied(model, edit, -strength):
-            return odds() / before
+            return _odds(chances()) / before
 
     strength = weakest_strength(raised, TIMES)
     if strength is None:
@@ -80,7 +82,8 @@ def measure_concept(model: Any, material: Material, recipe: Recipe) -> dict[str,
     found: dict[str, Any] = {"concept": material.name, "strength": -strength, "odds_before": before}
     base = _quality(model, tokenizer, others, prompts[:GENERATED])
     with applied(model, edit, -strength):
-        found["times"] = odds() / before
+        after = chances()
+        found |= {"times": _odds(after) / before, "median_times": float((after / chance).median())}
         now = _quality(model, tokenizer, others, prompts[:GENERATED])
     found |= {f"{name}_before": value for name, value in base.items()}
     found |= now | {"vectors": _vectors(edit)}
@@ -88,6 +91,11 @@ def measure_concept(model: Any, material: Material, recipe: Recipe) -> dict[str,
     for kind in ("greedy", "sampled"):
         found[f"{kind}_ratio"] = now[kind] / base[kind] if base[kind] else None
     return found
+
+
+def _odds(chances: Tensor) -> float:
+    probability = float(chances.mean())
+    return probability / (1 - probability)
 
 
 def _quality(model: Any, tokenizer: Any, others: measures.Passages, prompts: Sequence[str]) -> dict[str, float]:
@@ -108,12 +116,12 @@ def _vectors(edit: Edit) -> int:
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """The rows as Markdown."""
     lines = [
-        "| concept | strength | odds before | times | perplexity | 4-gram repetition, greedy | sampled |",
-        "|---|---|---|---|---|---|---|",
+        "| concept | strength | odds before | times | median prompt | perplexity | 4-grams repeated, greedy | sampled |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         if row["strength"] is None:
-            lines.append(f"| {row['concept']} | never | | | | | |")
+            lines.append(f"| {row['concept']} | never | | | | | | |")
             continue
         repeated = [
             f"{row[f'{kind}_before']:.3f} to {row[kind]:.3f}"
@@ -122,7 +130,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         ]
         lines.append(
             f"| {row['concept']} | {row['strength']:.2f} | {row['odds_before']:.5f} | {row['times']:.2f} | "
-            f"{row['perplexity_rise']:+.2%} | {' | '.join(repeated)} |"
+            f"{row['median_times']:.2f} | {row['perplexity_rise']:+.2%} | {' | '.join(repeated)} |"
         )
     return "\n".join(lines)
 

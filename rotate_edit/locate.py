@@ -412,7 +412,7 @@ def _as_edits(
     if not changes[recipe.edit.method]:
         raise Failure(
             f"the method {recipe.edit.method} found no neuron to change; lower select.share, select.support or "
-            "select.lm_head_z, or raise locate.candidates."
+            "select.lm_head_z, raise locate.candidates, or set edit.method to keyed, which needs none located."
         )
     settings = recipe.edit.model_dump() | {"select": recipe.select.model_dump(), "seed": recipe.seed}
     own = {checkpoint.place(made.matrix, made.layer, made.expert).name for made in changes[recipe.edit.method]}
