@@ -116,7 +116,7 @@ def _vectors(edit: Edit) -> int:
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """The rows as Markdown."""
     lines = [
-        "| concept | strength | odds before | times | median prompt | perplexity | 4-grams repeated, greedy | sampled |",
+        "| concept | strength | odds | times | median prompt | perplexity | repeated 4-grams, greedy | sampled |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
