@@ -3,6 +3,8 @@
 import math
 from collections.abc import Sequence
 
+import numpy as np
+
 Point = tuple[float, float]
 
 # Damage below this many nats is nothing that texts of a few thousand tokens can tell from no damage.
@@ -49,3 +51,20 @@ def within_budget(points: Sequence[Point], budget: float) -> int | None:
     """The place of the point with the highest removal of those whose damage is at most `budget`, or None."""
     inside = [place for place, (_, damage) in enumerate(points) if damage <= budget]
     return max(inside, key=lambda place: points[place][0]) if inside else None
+
+
+def savings(points: Sequence[Point], own: Sequence[Point]) -> dict[int, float]:
+    """By the place of a point its damage over the own points' at its removal, where their removals reach.
+
+    Between own points the logarithm of the damage is taken as linear in that of the share that is left.
+    """
+    reached = sorted((math.log(max(1 - removal, 1e-9)), math.log(damage)) for removal, damage in own if damage > 0)
+    if not reached:
+        return {}
+    lefts, damages = zip(*reached)
+    found = {}
+    for place, (removal, damage) in enumerate(points):
+        left = math.log(max(1 - removal, 1e-9))
+        if lefts[0] <= left <= lefts[-1]:
+            found[place] = damage / math.exp(float(np.interp(left, lefts, damages)))
+    return found

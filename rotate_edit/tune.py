@@ -13,8 +13,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from rotate_edit import pareto
 from rotate_edit.comparison import Plan
 from rotate_edit.console import Report, silent
@@ -295,7 +293,7 @@ def confirmed(prepared: Prepared, tried: Sequence[Tried], places: list[int], tok
     front = [tried[place] for place in places]
     own = [place for place, one in enumerate(tried) if _is_own(prepared, one)]
     first = pareto.knee([one.point for one in front])
-    saved = savings([one.point for one in front], [tried[place].point for place in own])
+    saved = pareto.savings([one.point for one in front], [tried[place].point for place in own])
     by_savings = sorted(range(len(front)), key=lambda place: (saved.get(place, math.inf), -front[place].removal))
     order = [first, *(place for place in by_savings if place != first)]
     for candidate in [place for place in order if places[place] not in own][:CANDIDATES]:
@@ -306,23 +304,6 @@ def confirmed(prepared: Prepared, tried: Sequence[Tried], places: list[int], tok
         return places, first
     together = sorted({*places, own[0]}, key=lambda place: tried[place].removal)
     return together, together.index(own[0])
-
-
-def savings(points: Sequence[pareto.Point], own: Sequence[pareto.Point]) -> dict[int, float]:
-    """By the place of a point its damage over the own points' at its removal, where their removals reach.
-
-    Between own points the logarithm of the damage is taken as linear in that of the share that is left.
-    """
-    reached = sorted((math.log(max(1 - removal, 1e-9)), math.log(damage)) for removal, damage in own if damage > 0)
-    if not reached:
-        return {}
-    lefts, damages = zip(*reached)
-    found = {}
-    for place, (removal, damage) in enumerate(points):
-        left = math.log(max(1 - removal, 1e-9))
-        if lefts[0] <= left <= lefts[-1]:
-            found[place] = damage / math.exp(float(np.interp(left, lefts, damages)))
-    return found
 
 
 def _is_own(prepared: Prepared, tried: Tried) -> bool:

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rotate_edit.pareto import front, knee, within_budget
+from rotate_edit.pareto import front, knee, savings, within_budget
 
 numbers = st.floats(0, 1, allow_nan=False)
 
@@ -47,3 +47,11 @@ def test_a_budget_buys_the_most_removal():
     points = [(0.5, 0.01), (0.8, 0.02), (0.9, 0.05)]
     assert within_budget(points, 0.03) == 1
     assert within_budget(points, 0.001) is None
+
+
+def test_savings_are_over_the_own_points_at_the_same_removal():
+    # The own damage halves when the share that is left grows tenfold, and reaches from 0.01 to 0.1 left.
+    own = [(0.99, 2e-3), (0.9, 1e-3)]
+    found = savings([(0.5, 1e-4), (0.9, 5e-4), (1 - 10**-1.5, 1e-3), (0.999, 1e-4)], own)
+    assert found == pytest.approx({1: 0.5, 2: 1 / math.sqrt(2)})
+    assert savings([(0.9, 1e-3)], []) == {}

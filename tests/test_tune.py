@@ -266,14 +266,6 @@ def test_a_lucky_knee_gives_way_to_what_holds_on_other_texts(prepared: trials.Pr
         assert tune.confirmed(prepared, [*tried, own], [0, 1, 2], TOKENS) == ([0, 1, 3, 2], 2)
 
 
-def test_savings_are_over_the_own_points_at_the_same_removal() -> None:
-    # The own damage halves when the share that is left grows tenfold, and reaches from 0.01 to 0.1 left.
-    own = [(0.99, 2e-3), (0.9, 1e-3)]
-    found = tune.savings([(0.5, 1e-4), (0.9, 5e-4), (1 - 10**-1.5, 1e-3), (0.999, 1e-4)], own)
-    assert found == pytest.approx({1: 0.5, 2: 1 / math.sqrt(2)})
-    assert tune.savings([(0.9, 1e-3)], []) == {}
-
-
 def test_a_flat_curve_has_no_strength() -> None:
     with pytest.raises(Failure, match="no strength up to 64"):
         trials.secant_strength(lambda strength: 1.0, 0.1)
