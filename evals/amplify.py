@@ -79,7 +79,7 @@ def measure_concept(model: Any, material: Material, recipe: Recipe) -> dict[str,
     strength = weakest_strength(raised, TIMES)
     if strength is None:
         return {"concept": material.name, "strength": None, "why": f"no strength up to {STRONGEST:g} raises it so far"}
-    found: dict[str, Any] = {"concept": material.name, "strength": -strength, "odds_before": before}
+    found: dict[str, Any] = {"concept": material.name, "method": method, "strength": -strength, "odds_before": before}
     base = _quality(model, tokenizer, others, prompts[:GENERATED])
     with applied(model, edit, -strength):
         after = chances()
@@ -169,24 +169,24 @@ def main() -> None:
     rows = []
     measured = _measured(arguments.output.with_suffix(".json"), Path(arguments.model).name, settings)
     for material in materials(arguments):
+        concept = {"name": material.name, "words": material.words, "plurals": material.plurals, "strength": -1.0}
+        recipe = parse_recipe({"model": arguments.model, "concepts": [concept], **settings})
         if material.name in measured:
             rows.append(measured[material.name])
             continue
-        concept = {"name": material.name, "words": material.words, "plurals": material.plurals, "strength": -1.0}
-        recipe = parse_recipe({"model": arguments.model, "concepts": [concept], **settings})
         rows.append(measure_concept(model, material, recipe))
         print(table(rows[-1:]).splitlines()[2], flush=True)
     about = provenance("amplify.py", parser, arguments) | {
         "model": Path(arguments.model).name,
         "settings": settings,
-        "method": settings.get("edit", {}).get("method", "channel-located"),
         "goals": goals(rows),
     }
     arguments.output.with_suffix(".json").write_text(json.dumps({**about, "rows": rows}, indent=1, allow_nan=False))
     met = about["goals"]
     words = (
         f"# {len(rows)} concepts of {about['model']} amplified\n\n`{about['command']}`, {about['date']}, Python "
-        f"{about['python']}, torch {about['torch']}, seed 0. Each at the smallest strength that makes the concept's "
+        f"{about['python']}, torch {about['torch']}, seed 0. Method: {recipe.edit.method}. "
+        "Each at the smallest strength that makes the concept's "
         f"odds after {PROMPTS} neutral prompts {TIMES:g} times the base's. Perplexity: on held-out text without the "
         f"concept. Repetition: share of 4-grams that a text repeats, {GENERATED} texts of {NEW_TOKENS} tokens.\n\n"
         f"Raised that far: {met['raised']} of {len(rows)}; perplexity up at most {MOST_PERPLEXITY:.0%}: "
