@@ -3,12 +3,14 @@
 `python evals/amplify.py --model demo --output evals/results/amplify-demo`; for a model of real prose
 `--model ../shared/models/bookworm --concepts evals/bookworm/concepts.yaml --texts ../shared/corpora/books --half dev`.
 Odds: of the concept's tokens as the next one, by their mean probability over prompts that are openings of held-out text
-without the concept; beside it how many times likelier they are after the median prompt.
+without the concept; beside it how many times likelier they are after the median prompt, and how many of the sampled
+continuations of these prompts name the concept.
 """
 
 import argparse
 import json
 import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -80,11 +82,12 @@ def measure_concept(model: Any, material: Material, recipe: Recipe) -> dict[str,
     if strength is None:
         return {"concept": material.name, "strength": None, "why": f"no strength up to {STRONGEST:g} raises it so far"}
     found: dict[str, Any] = {"concept": material.name, "method": method, "strength": -strength, "odds_before": before}
-    base = _quality(model, tokenizer, others, prompts[:GENERATED])
+    names = re.compile(r"\b(?:" + "|".join(map(re.escape, material.words)) + r")(?:s|es)?\b", re.IGNORECASE)
+    base = _quality(model, tokenizer, others, prompts, names)
     with applied(model, edit, -strength):
         after = chances()
         found |= {"times": _odds(after) / before, "median_times": float((after / chance).median())}
-        now = _quality(model, tokenizer, others, prompts[:GENERATED])
+        now = _quality(model, tokenizer, others, prompts, names)
     found |= {f"{name}_before": value for name, value in base.items()}
     found |= now | {"vectors": _vectors(edit)}
     found["perplexity_rise"] = now["perplexity"] / base["perplexity"] - 1
@@ -98,14 +101,17 @@ def _odds(chances: Tensor) -> float:
     return probability / (1 - probability)
 
 
-def _quality(model: Any, tokenizer: Any, others: measures.Passages, prompts: Sequence[str]) -> dict[str, float]:
-    greedy = generate(model, tokenizer, prompts, new_tokens=NEW_TOKENS)
-    sampled = generate(model, tokenizer, prompts, new_tokens=NEW_TOKENS, seed=0)
+def _quality(
+    model: Any, tokenizer: Any, others: measures.Passages, prompts: Sequence[str], names: re.Pattern[str]
+) -> dict[str, float]:
+    greedy = [texts[0] for texts in generate(model, tokenizer, prompts[:GENERATED], new_tokens=NEW_TOKENS)]
+    sampled = [texts[0] for texts in generate(model, tokenizer, prompts, new_tokens=NEW_TOKENS, seed=0)]
     sums, counts = measures.log_likelihood_by_text(model, others)
     return {
         "perplexity": math.exp(-float(sums.sum() / counts.sum())),
-        "greedy": repetition([texts[0] for texts in greedy]).value,
-        "sampled": repetition([texts[0] for texts in sampled]).value,
+        "greedy": repetition(greedy).value,
+        "sampled": repetition(sampled[:GENERATED]).value,
+        "named": sum(bool(names.search(text)) for text in sampled) / len(sampled),
     }
 
 
@@ -116,12 +122,13 @@ def _vectors(edit: Edit) -> int:
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """The rows as Markdown."""
     lines = [
-        "| concept | strength | odds | times | median prompt | perplexity | repeated 4-grams, greedy | sampled |",
-        "|---|---|---|---|---|---|---|---|",
+        "| concept | strength | odds | times | median prompt | named | perplexity | repeated 4-grams, greedy "
+        "| sampled |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         if row["strength"] is None:
-            lines.append(f"| {row['concept']} | never | | | | | | |")
+            lines.append(f"| {row['concept']} | never | | | | | | | |")
             continue
         repeated = [
             f"{row[f'{kind}_before']:.3f} to {row[kind]:.3f}"
@@ -130,7 +137,8 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         ]
         lines.append(
             f"| {row['concept']} | {row['strength']:.2f} | {row['odds_before']:.5f} | {row['times']:.2f} | "
-            f"{row['median_times']:.2f} | {row['perplexity_rise']:+.2%} | {' | '.join(repeated)} |"
+            f"{row['median_times']:.2f} | {row['named_before']:.1%} to {row['named']:.1%} | "
+            f"{row['perplexity_rise']:+.2%} | {' | '.join(repeated)} |"
         )
     return "\n".join(lines)
 
@@ -188,7 +196,8 @@ def main() -> None:
         f"{about['python']}, torch {about['torch']}, seed 0. Method: {recipe.edit.method}. "
         "Each at the smallest strength that makes the concept's "
         f"odds after {PROMPTS} neutral prompts {TIMES:g} times the base's. Perplexity: on held-out text without the "
-        f"concept. Repetition: share of 4-grams that a text repeats, {GENERATED} texts of {NEW_TOKENS} tokens.\n\n"
+        "concept. Named: sampled continuations of the prompts that name the concept. Repetition: share of 4-grams "
+        f" that a text repeats, {GENERATED} texts of {NEW_TOKENS} tokens.\n\n"
         f"Raised that far: {met['raised']} of {len(rows)}; perplexity up at most {MOST_PERPLEXITY:.0%}: "
         f"{met['perplexity']}; greedy repetition at most {MOST_REPETITION:g} times the base's: {met['repetition']}; "
         f"both: {met['all']}.\n\n"

@@ -5,7 +5,7 @@ wherever the concept is somewhat likely; here the whole matrix is free, and the 
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -124,25 +124,8 @@ def fit_change(
     log mass falling with it); |.| is the Frobenius norm in whitened coordinates, of what is added to the start and of
     the start at its strength.
     """
-    generator = torch.Generator().manual_seed(seed)
-    white = seen.positions
-    groups = [wanted.ids, wanted.near] if len(wanted.near) else [wanted.ids]
-    weights = [mass.square() for mass in _masses(white, tail, groups)]
-    shares = _shares(weights)
-    device = white.residual.device
-
-    def draw(number: int) -> _Drawn:
-        places = torch.multinomial(shares, number, replacement=True, generator=generator)
-        factor = 1 / (shares[places] * len(shares))
-        chosen = white.at(places.to(device))
-        with torch.no_grad():
-            base = tail.log_probabilities(chosen.residual)
-        own, near = (factor * weight[places] / weight.mean() for weight in (weights[0], weights[-1]))
-        # Where the concept is about to be said its loss is the aim: what counts is a text that goes on without it.
-        without = factor * (1 - weights[0][places].sqrt())
-        return _Drawn(chosen, base, *(part.float().to(device) for part in (without, own, near)))
-
-    coefficients, write = (part.float().to(device) for part in start)
+    draw = _draws(seen.positions, tail, wanted, torch.Generator().manual_seed(seed))
+    coefficients, write = (part.float().to(seen.positions.residual.device) for part in start)
     begin = torch.outer(seen.unwhiten @ coefficients, write)
     strength, price = _start(draw(DRAWN), tail, begin, wanted)
     outside = _outside(wanted.keep, write)
@@ -167,6 +150,26 @@ def fit_change(
         outer, sizes, inner = torch.linalg.svd(change, full_matrices=False)
         found.append(((seen.whiten @ (outer[:, :rank] * sizes[:rank]) / strength).cpu(), inner[:rank].cpu()))
     return found
+
+
+def _draws(positions: Positions, tail: Tail, wanted: Wanted, generator: torch.Generator) -> Callable[[int], _Drawn]:
+    """What draws so many of the positions, each as often as what it tells of the concept and the neighbours asks."""
+    groups = [wanted.ids, wanted.near] if len(wanted.near) else [wanted.ids]
+    weights = [mass.square() for mass in _masses(positions, tail, groups)]
+    shares, device = _shares(weights), positions.residual.device
+
+    def draw(number: int) -> _Drawn:
+        places = torch.multinomial(shares, number, replacement=True, generator=generator)
+        factor = 1 / (shares[places] * len(shares))
+        chosen = positions.at(places.to(device))
+        with torch.no_grad():
+            base = tail.log_probabilities(chosen.residual)
+        own, near = (factor * weight[places] / weight.mean() for weight in (weights[0], weights[-1]))
+        # Where the concept is about to be said its loss is the aim: what counts is a text that goes on without it.
+        without = factor * (1 - weights[0][places].sqrt())
+        return _Drawn(chosen, base, *(part.float().to(device) for part in (without, own, near)))
+
+    return draw
 
 
 def _effects(drawn: _Drawn, tail: Tail, change: Tensor, wanted: Wanted) -> tuple[Tensor, Tensor, Tensor]:
