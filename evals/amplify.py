@@ -197,7 +197,7 @@ def main() -> None:
         "Each at the smallest strength that makes the concept's "
         f"odds after {PROMPTS} neutral prompts {TIMES:g} times the base's. Perplexity: on held-out text without the "
         "concept. Named: sampled continuations of the prompts that name the concept. Repetition: share of 4-grams "
-        f" that a text repeats, {GENERATED} texts of {NEW_TOKENS} tokens.\n\n"
+        f"that a text repeats, {GENERATED} texts of {NEW_TOKENS} tokens.\n\n"
         f"Raised that far: {met['raised']} of {len(rows)}; perplexity up at most {MOST_PERPLEXITY:.0%}: "
         f"{met['perplexity']}; greedy repetition at most {MOST_REPETITION:g} times the base's: {met['repetition']}; "
         f"both: {met['all']}.\n\n"
