@@ -11,11 +11,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rotate_edit.tail import Positions, Tail
+from rotate_edit.tail import AT_ONCE, Positions, Tail
 
 STEPS = 120
-# Positions of one step, and of one look at all of them.
-DRAWN, AT_ONCE = 1000, 4000
+# Positions of one step.
+DRAWN = 1000
 # Positions are drawn by three weights at once: the concept's probability, its square, and all alike.
 SHARES = (0.4, 0.3, 0.3)
 # Of Adam's first step, as a multiple of the mean entry of the change that it starts from. Each further round of steps

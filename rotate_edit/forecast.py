@@ -25,9 +25,10 @@ from rotate_edit.estimate import (
     to_download,
 )
 from rotate_edit.evaluate import divide, texts_about
-from rotate_edit.fitting import AT_ONCE, DRAWN, DRAWN_LATER, STEPS
+from rotate_edit.fitting import DRAWN, DRAWN_LATER, STEPS
 from rotate_edit.recipe import Recipe
 from rotate_edit.rotate import SolverSettings
+from rotate_edit.tail import AT_ONCE
 from rotate_edit.tasks import Items
 
 # Products with the vocabulary matrix of a search that asks for one concept: 20 to 26 measured.

@@ -15,12 +15,10 @@ from rotate_edit.activations import recorded
 from rotate_edit.edit import key_coefficients
 from rotate_edit.generations import first_token, padding_token
 from rotate_edit.measures import Passages, batched, log_probabilities, real_positions
-from rotate_edit.tail import Positions, Tail
+from rotate_edit.tail import AT_ONCE, Positions, Tail
 
 SAMPLE_LENGTH = 100
 SAMPLES_AT_ONCE = 128
-# Positions of one look at some that are read already.
-AT_ONCE = 4000
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,8 @@ from rotate_edit.live import live_parameter
 from rotate_edit.measures import Passages, pass_through, real_positions
 
 Function = Callable[[Tensor], Tensor]
+# Positions whose predictions are looked at together.
+AT_ONCE = 4000
 
 
 @dataclass(frozen=True)
