@@ -13,7 +13,7 @@ from rotate_edit.checkpoint import Checkpoint
 from rotate_edit.edit import Edit
 from rotate_edit.edit_file import refuse_clamps
 from rotate_edit.errors import BadInput
-from rotate_edit.files import check_output_outside, whole_folder
+from rotate_edit.files import check_free_space, check_output_outside, whole_folder
 from rotate_edit.patch import check_base
 from rotate_edit.rewrite import Touched, plan_edit
 from rotate_edit.totals import distinct_directions
@@ -83,6 +83,7 @@ def write_adapter(
         exact = all(torch.equal(side.float().double(), side) for part in factors for side in (part.a, part.b))
         dtype = torch.float32 if exact else torch.float64
     tensors = {name: side.to(dtype).contiguous() for name, side in _named_tensors(factors)}
+    check_free_space(output, sum(side.nbytes for side in tensors.values()))
     with whole_folder(output, overwrite=overwrite) as folder:
         (folder / "adapter_model.safetensors").write_bytes(save(tensors, metadata={"format": "pt"}))
         config = json.dumps(_adapter_config(checkpoint, factors), indent=1, sort_keys=True)

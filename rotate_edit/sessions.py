@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from rotate_edit.checkpoint import load_model, load_tokenizer, open_checkpoint
+from rotate_edit.checkpoint import Checkpoint, load_model, load_tokenizer, open_checkpoint
 from rotate_edit.comparison import Plan
 from rotate_edit.concept import find_tokens, token_texts
 from rotate_edit.console import Report, silent
@@ -16,7 +16,7 @@ from rotate_edit.engines import pick_device
 from rotate_edit.errors import BadInput
 from rotate_edit.estimate import check_cost, estimate_live
 from rotate_edit.evaluate import evaluate, evaluate_checkpoints
-from rotate_edit.files import check_output_free, write_atomically
+from rotate_edit.files import check_output_free, check_output_outside, write_atomically
 from rotate_edit.generations import generate
 from rotate_edit.provenance import cache_folder, plain, provenance, weights_hash
 from rotate_edit.tasks import Items, open_items
@@ -26,15 +26,22 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def edited_concepts(variants: Sequence[Variant], named: Sequence[str], *, required: bool = True) -> tuple[str, ...]:
-    """The concepts asked about: those named, else those that the variants' edits name.
+    """The concepts asked about: those named, else those that the variants' edits or their checkpoints' records name.
 
     Raises BadInput when there are none and items have to be divided by them (`required`).
     """
     found = {change.concept for variant in variants if variant.edit for change in variant.edit.changes}
+    found |= {name for variant in variants if variant.checkpoint for name in _recorded(variant.checkpoint)}
     names = tuple(named) or tuple(sorted(found))
     if required and not names:
         raise BadInput("none of the models says which concept was edited; name it with --concept.")
     return names
+
+
+def _recorded(folder: Path) -> list[str]:
+    """The concepts that a patched checkpoint's own record names; none where it has no record."""
+    lists = [edit.get("concepts") for edit in open_checkpoint(folder).edits]
+    return [name for names in lists if isinstance(names, list) for name in names if isinstance(name, str)]
 
 
 def _amplified(variants: Sequence[Variant]) -> bool:
@@ -67,8 +74,10 @@ def evaluate_models(
     with options of its own: anything but "hf" takes whole checkpoints and scores lm-eval's tasks alone. Raises
     BadInput for whatever cannot be opened.
     """
+    checkpoint = open_checkpoint(base)
     if output is not None:
         check_output_free(output)
+        check_output_outside(output, checkpoint.folder)
     items = items or ("local" if data is not None else None)
     if items is None and not plan.tasks:
         raise BadInput("nothing is asked; name --items, --data or --task.")
@@ -77,7 +86,7 @@ def evaluate_models(
         # lm-eval's own loader takes CUDA for granted; other backends choose for themselves.
         if device != "auto" or backend.startswith("hf"):
             options = {"device": pick_device(device), **options}
-        result = _on_backend(base, edited, plan, found, backend, {"dtype": dtype, **options}, report)
+        result = _on_backend(checkpoint, edited, plan, found, backend, {"dtype": dtype, **options}, report)
         if output is not None:
             write_atomically(output, json.dumps(result, indent=1, allow_nan=False))
         return result
@@ -85,7 +94,6 @@ def evaluate_models(
     # lm-eval's own tasks are general abilities and need no concept.
     concepts = edited_concepts(variants, plan.concepts, required=found is not None)
     plan = replace(plan, concepts=concepts, amplified=_amplified(variants))
-    checkpoint = open_checkpoint(base)
     chosen = pick_device(device)
     # A whole checkpoint is loaded beside the base, one at a time.
     at_once = 1 + any(variant.checkpoint is not None for variant in variants)
@@ -107,7 +115,7 @@ def evaluate_models(
 
 
 def _on_backend(
-    base: str,
+    base: Checkpoint,
     edited: Sequence[Path],
     plan: Plan,
     items: Items | None,
@@ -126,13 +134,12 @@ def _on_backend(
     if not plan.concepts:
         concepts = edited_concepts(read_variants(list(edited)), (), required=items is not None)
         plan = replace(plan, concepts=concepts)
-    first = open_checkpoint(base)
     evaluation = evaluate_checkpoints(
-        first.folder, folders, plan, items, backend=backend, options=options, report=report
+        base.folder, folders, plan, items, backend=backend, options=options, report=report
     )
     # The backend's other options may hold a folder or a token of whoever runs it.
     how = {"dtype": options["dtype"], "backend": backend}
-    made_with = provenance(first, plan.seed, options.get("device", "auto")) | how
+    made_with = provenance(base, plan.seed, options.get("device", "auto")) | how
     return plain(evaluation.result | {"provenance": made_with})
 
 
@@ -166,11 +173,12 @@ def relearn_models(
     """Fine-tune base and edited models on the items' paragraphs and ask again (`relearn.relearn`); JSON."""
     from rotate_edit.relearn import relearn
 
+    checkpoint = open_checkpoint(base)
     if output is not None:
         check_output_free(output)
+        check_output_outside(output, checkpoint.folder)
     variants = read_variants(list(edited))
     plan = Plan(concepts=edited_concepts(variants, concepts))
-    checkpoint = open_checkpoint(base)
     # Training holds the weights, a copy to come back to, their gradients and AdamW's two moments.
     check_cost(estimate_live(checkpoint, 5 * 4), output or Path())
     found: Items = open_items(items)
@@ -193,6 +201,8 @@ def measure_faithfulness(
     from rotate_edit.text_items import read_documents
 
     checkpoint = open_checkpoint(model)
+    if output is not None:
+        check_output_outside(output, checkpoint.folder)
     check_cost(estimate_live(checkpoint), output or Path())
     found = load_channels(channels)
     # Whole neurons: what a channel is compared with is the rest of its neuron.

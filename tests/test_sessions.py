@@ -15,12 +15,14 @@ from tiny_words import tiny_model, tiny_tokenizer
 
 from rotate_edit import sessions
 from rotate_edit.channels import save_channels
+from rotate_edit.checkpoint import open_checkpoint
 from rotate_edit.cli_measure import check, faithfulness, relearn
 from rotate_edit.cli_measure import evaluate as command
 from rotate_edit.comparison import Plan
 from rotate_edit.edit_file import load_edit, save_edit
 from rotate_edit.engines import pick_device
 from rotate_edit.errors import BadInput, Failure
+from rotate_edit.patch import write_checkpoint
 from rotate_edit.scoring import Settings
 from rotate_edit.sessions import continue_prompts, edited_concepts, evaluate_models
 from rotate_edit.variants import Variant
@@ -93,6 +95,28 @@ def test_a_concept_is_needed_to_divide_items_and_not_for_tasks(folder: Path) -> 
     assert edited_concepts(checkpoint, ("cat",)) == ("cat",)
     with pytest.raises(BadInput, match="name it with --concept"):
         evaluate_models(str(folder / "base"), [folder / "other"], Plan(()), items=str(folder / "items"))
+
+
+def test_nothing_is_written_into_the_base(folder: Path) -> None:
+    inside = folder / "base" / "result.json"
+    with pytest.raises(BadInput, match="the base's folder lie one inside the other"):
+        evaluate_models(str(folder / "base"), [folder / "edited"], PLAN, items=str(folder / "items"), output=inside)
+    with pytest.raises(BadInput, match="the base's folder lie one inside the other"):
+        sessions.relearn_models(str(folder / "base"), [folder / "edited"], (), str(folder / "items"), inside)
+    with pytest.raises(BadInput, match="the base's folder lie one inside the other"):
+        sessions.measure_faithfulness(str(folder / "base"), folder, "demo", inside)
+    assert not inside.exists()
+
+
+def test_a_patched_checkpoint_names_its_concepts_itself(folder: Path, tmp_path: Path) -> None:
+    edit = load_edit(folder / "edited")
+    write_checkpoint(open_checkpoint(folder / "base"), edit, tmp_path / "patched", force_base=True)
+    named = edited_concepts([Variant("patched", checkpoint=tmp_path / "patched")], ())
+    assert named == tuple({change.concept for change in edit.changes})
+    record = json.loads((tmp_path / "patched" / "rotate_edit.json").read_text())
+    record["edits"][0]["concepts"] = {"cat": 1}
+    (tmp_path / "patched" / "rotate_edit.json").write_text(json.dumps(record))
+    assert edited_concepts([Variant("patched", checkpoint=tmp_path / "patched")], (), required=False) == ()
 
 
 def test_an_edit_that_raises_its_concept_is_not_asked_for_removal(folder: Path, tmp_path: Path) -> None:
