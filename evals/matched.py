@@ -25,7 +25,7 @@ from material import Material, add_arguments, materials, provenance
 
 from rotate_edit import matched
 from rotate_edit.concept import find_tokens, token_texts
-from rotate_edit.edit import LIVE_METHODS, METHODS, TOKEN_METHOD, Edit
+from rotate_edit.edit import LIVE_METHODS, METHODS, TOKEN_METHODS, Edit
 from rotate_edit.errors import Failure
 from rotate_edit.making import edits_of
 from rotate_edit.opened import Opened, open_recipe
@@ -120,7 +120,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_arguments(parser)
     parser.add_argument(
-        "--methods", default=",".join((*METHODS, TOKEN_METHOD, *LIVE_METHODS)), help="separated by commas"
+        "--methods", default=",".join((*METHODS, *TOKEN_METHODS, *LIVE_METHODS)), help="separated by commas"
     )
     parser.add_argument("--settings", default="{}", help="recipe sections as YAML, such as {edit: {ridge: 1}}")
     parser.add_argument("--output", type=Path, required=True, help="a folder")

@@ -20,7 +20,7 @@ MOST_PERPLEXITY, LEAST_NEAR = 0.01, 0.9
 # Not asked of "the best other method": LM-head location, whose interval is given instead, and the variants of ours that
 # differ in location, direction or target alone.
 APART = (
-    "lm-head-located", "channel-located", "least-collateral-everywhere", "token-embeddings",
+    "lm-head-located", "channel-located", "least-collateral-everywhere", "token-embeddings", "token-logits",
     "fitted", "keyed", "channel-keyed", "lm-head-keyed", "random-keyed",
 )  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""Relearning on the demo model: our edit with and without embeddings, and every baseline, at equal removal.
+"""Relearning on the demo model: our edits with and without embeddings, and every baseline, at equal removal.
 
 `python evals/relearning.py --output evals/results/relearning-demo`. Every edit leaves a tenth of the concept's
 probability mass (on the `choose` texts); then the model is fine-tuned on paragraphs about the concept that do not hold
@@ -30,9 +30,13 @@ from rotate_edit.opened import open_recipe
 from rotate_edit.pipeline import locate, reference
 from rotate_edit.recipe import parse_recipe
 from rotate_edit.relearn import Training, relearn
+from rotate_edit.statistics import paired_log_ratio
 from rotate_edit.variants import Variant
 
-CHOSEN = "dogs,ships"
+CHOSEN = "church,cities,clothes,food,fruit,furniture,kitchen,medicine,money,music,painting,rivers,weather,dogs,ships"
+# The key is what `auto` takes beside embeddings, the fit what it takes without them.
+OURS = ("keyed", "fitted")
+LASTING = "keyed with embeddings"
 TEXTS = {"items": "demo", "tokens": 1500}
 BASELINES = (
     "lm-head-located", "direction-everywhere", "least-collateral-everywhere", "layer-kernel", "difference-of-means",
@@ -40,22 +44,24 @@ BASELINES = (
 )  # fmt: skip
 
 
-def measure_concept(
-    name: str, model: Any, training: Training, target: float, deeper: float, own: str
-) -> dict[str, Any]:
-    """Every method's edit of one concept at `target` of its mass, relearned, and ours with embeddings at `deeper` of it
-    too; plain JSON. own: ours."""
+def measure_concept(name: str, model: Any, training: Training, target: float, deeper: float) -> dict[str, Any]:
+    """Every method's edit of one concept at `target` of its mass, relearned, and the lasting one at `deeper` of it too;
+    plain JSON."""
     concept = {"name": name, "words": list(concepts()[name].words), "plurals": True, "strength": 1.0}
-    plain = parse_recipe({"model": "demo", "concepts": [concept], "edit": {"method": own}, "evaluate": TEXTS})
+    plain = parse_recipe({"model": "demo", "concepts": [concept], "edit": {"method": "fitted"}, "evaluate": TEXTS})
     opened = open_recipe(plain)
     assert opened.items is not None
     found = locate(opened, model)
-    fitted = fit(opened, found, [own], model)
-    made = edits_of(opened, found, [own, TOKEN_METHOD, *BASELINES], model, fitted)
-    and_tokens = plain.edit.model_copy(update={"embeddings": True})
-    with_tokens = replace(opened, recipe=plain.model_copy(update={"edit": and_tokens}))
-    ours = edits_of(with_tokens, found, [own], model, fitted)[own]
-    wanted = {f"{own} with embeddings": (ours, target), f"{own} with embeddings, {deeper:.0%} left": (ours, deeper)}
+    fitted = fit(opened, found, OURS, model)
+    made = edits_of(opened, found, [*OURS, TOKEN_METHOD, *BASELINES], model, fitted)
+    lasting = {}
+    for own in OURS:
+        # The rows go with the recipe's own method alone.
+        and_tokens = plain.edit.model_copy(update={"method": own, "embeddings": True})
+        with_tokens = replace(opened, recipe=plain.model_copy(update={"edit": and_tokens}))
+        lasting |= edits_of(with_tokens, found, [own], model, fitted)
+    wanted = {f"{own} with embeddings": (edit, target) for own, edit in lasting.items()}
+    wanted[f"{LASTING}, {deeper:.0%} left"] = (lasting["keyed"], deeper)
     wanted |= {method: (edit, target) for method, edit in made.items()}
     known, held = (reference(opened, found[0], model, split) for split in ("choose", "report"))
     assert known is not None
@@ -88,26 +94,42 @@ def measure_concept(
 
 
 def table(results: Sequence[dict[str, Any]]) -> str:
-    """By method: mass before and after each epoch, accuracy before and after, both over all concepts."""
+    """By method, over all concepts: damage, mass before and after each epoch, how many times the lasting edit's mass
+    is left in the end (with the 95 % interval over concepts) and on how many concepts less is, and accuracy."""
     methods = list(dict.fromkeys(name for result in results for name in result["models"]))
     epochs = results[0]["training"]["epochs"]
-    head = ["method", "collateral KL", "mass left, edited", *(f"after epoch {number + 1}" for number in range(epochs))]
-    head += ["accuracy, edited", *(f"after epoch {number + 1}" for number in range(epochs)), "concepts"]
+    steps = [f"after epoch {number + 1}" for number in range(epochs)]
+    head = ["method", "collateral KL", "mass left, edited", *steps, f"times {LASTING}", "more comes back on"]
+    head += ["accuracy, edited", *steps]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for method in methods:
-        rows = [result["models"][method] for result in results if method in result["models"]]
-        masses = [gmean([row["probe"][step] for row in rows]) for step in range(epochs + 1)]
+        both = [result["models"] for result in results if {method, LASTING} <= set(result["models"])]
+        rows = [models[method] for models in both]
+        own, other = ([models[name]["probe"][-1] for models in both] for name in (LASTING, method))
+        ratio = paired_log_ratio(own, other).measure
+        against = f"{ratio.value:.2f} ({ratio.low:.2f} to {ratio.high:.2f})" if len(both) > 1 else f"{ratio.value:.2f}"
+        more = sum(theirs > ours for ours, theirs in zip(own, other))
         asked = [[row["before"], *row["epochs"]] for row in rows]
-        correct = [sum(steps[step]["value"] for steps in asked) / len(asked) for step in range(epochs + 1)]
-        damage = sum(row["collateral_kl"] for row in rows) / len(rows)
         cells = [
             method,
-            f"{damage:.4f}",
-            *(f"{mass:.4f}" for mass in masses),
-            *(f"{value:.3f}" for value in correct),
-            str(len(rows)),
+            f"{sum(row['collateral_kl'] for row in rows) / len(rows):.4f}",
+            *(f"{gmean([row['probe'][step] for row in rows]):.4f}" for step in range(epochs + 1)),
+            *(("", "") if method == LASTING else (against, f"{more} of {len(rows)}")),
+            *(f"{sum(part[step]['value'] for part in asked) / len(asked):.3f}" for step in range(epochs + 1)),
         ]
         lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def by_concept(results: Sequence[dict[str, Any]], deeper: float) -> str:
+    """What has come back of each concept in the end: ours, and of the baseline of which least has."""
+    ours = (LASTING, f"{LASTING}, {deeper:.0%} left")
+    lines = [f"| concept | {' | '.join(ours)} | the baseline that keeps most | |", "|---|---|---|---|---|"]
+    for result in results:
+        left = {name: row["probe"][-1] for name, row in result["models"].items()}
+        best = min((name for name in BASELINES if name in left), key=left.__getitem__)
+        cells = [f"{left[name]:.3f}" if name in left else "never" for name in ours]
+        lines.append(f"| {result['concept']} | {' | '.join(cells)} | {best} | {left[best]:.3f} |")
     return "\n".join(lines)
 
 
@@ -115,7 +137,6 @@ def main() -> None:
     """Measure every concept, print the table so far after each, and write the JSON and the Markdown."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--concepts", default=CHOSEN, help="names of the demo's concepts, separated by commas")
-    parser.add_argument("--method", default="keyed", help="ours; keyed is what auto takes where embeddings are edited")
     parser.add_argument("--learning-rate", type=float, default=1e-5)
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--target", type=float, default=0.1, help="share of the mass that every edit leaves")
@@ -124,7 +145,7 @@ def main() -> None:
     arguments = parser.parse_args()
     training = Training(epochs=arguments.epochs, learning_rate=arguments.learning_rate)
     command = f"python evals/relearning.py --output {arguments.output.as_posix()}"
-    for name in ("concepts", "method", "learning_rate", "epochs", "target", "deeper"):
+    for name in ("concepts", "learning_rate", "epochs", "target", "deeper"):
         value = getattr(arguments, name)
         if value != parser.get_default(name):
             command += f" --{name.replace('_', '-')} {value}"
@@ -133,20 +154,22 @@ def main() -> None:
     model = load_model("demo")
     results: list[dict[str, Any]] = []
     for name in arguments.concepts.split(","):
-        results.append(measure_concept(name, model, training, arguments.target, arguments.deeper, arguments.method))
+        results.append(measure_concept(name, model, training, arguments.target, arguments.deeper))
         print(table(results), flush=True)
         arguments.output.with_suffix(".json").write_text(json.dumps({**about, "results": results}, indent=1))
         never = {result["concept"]: result["never_reached"] for result in results if result["never_reached"]}
         words = (
-            f"# Relearning {', '.join(result['concept'] for result in results)} on the demo model\n\n`{command}`, "
+            f"# Relearning {len(results)} concepts of the demo model\n\n`{command}`, "
             f"{about['date']}, Python {about['python']}, torch {about['torch']}, seed 0. All parameters, AdamW at "
             f"{training.learning_rate:g}, {results[0]['paragraphs']} paragraphs, one a step. Mass: share of the base's "
             f"probability mass on the concept's words in held-out text, geometric mean over concepts; every edit "
-            f"was made to leave {arguments.target:.0%} on other texts, unless its name says less. Accuracy: "
-            f"multiple-choice items about the concept.\n\n"
+            f"was made to leave {arguments.target:.0%} on other texts, unless its name says less. Times: of what is "
+            f"left after the last epoch, with the 95 % interval over concepts. Accuracy: multiple-choice items about "
+            f"the concept.\n\n"
         )
-        end = f"\n\nNever reached that removal: {never}.\n" if never else "\n"
-        arguments.output.with_suffix(".md").write_text(words + table(results) + end)
+        reached = f"Never reached that removal: {never}.\n\n" if never else ""
+        ends = f"\n\n{reached}After the last epoch:\n\n{by_concept(results, arguments.deeper)}\n"
+        arguments.output.with_suffix(".md").write_text(words + table(results) + ends)
 
 
 if __name__ == "__main__":

@@ -396,8 +396,11 @@ METHODS: dict[str, Callable[[Target], Factors]] = {
     "difference-of-means": difference_of_means,
     "snmf-features": snmf_features,
 }
-# The concept's direction out of its own tokens' embeddings: no neuron is located, so it has no function of a target.
+# These change the concept's own token rows: no neuron is located, so they have no function of a target. The first takes
+# the concept's direction out of them, the second moves the tokens' logits alike everywhere.
 TOKEN_METHOD = "token-embeddings"
+LOGIT_METHOD = "token-logits"
+TOKEN_METHODS = (TOKEN_METHOD, LOGIT_METHOD)
 # With neurons edited too, this much of it at most: without it the neurons' direction has nothing to push against, and
 # past 1 the rows point the other way, where the neurons' change raises the concept.
 ROWS_AT_MOST = 0.75
@@ -405,7 +408,9 @@ ROWS_AT_MOST = 0.75
 LIVE_METHODS = ("clamp-neurons",)
 # These read activations on the model's own text.
 KEYED = ("fitted", "keyed", "channel-keyed", "lm-head-keyed", "random-keyed")
-# Of these the ones that take all neurons of the last layer, whatever was located.
+# So does this one, which needs no neurons for it.
+SAMPLED = (*KEYED, LOGIT_METHOD)
+# Of the keyed ones those that take all neurons of the last layer, whatever was located.
 WHOLE_LAYER = ("fitted", "keyed")
 # These read activations too, so they need text about the concept and other text.
 NEEDS_TEXT = ("difference-of-means", "snmf-features", "clamp-neurons")
@@ -436,6 +441,17 @@ def token_change(
     direction = plain_direction(concept_mean(table, token_ids, usable))
     left, right = subtract_direction(table[token_ids], direction)
     return MatrixChange(matrix, None, None, token_ids, left, right, strength, concept)
+
+
+def logit_change(matrix: str, token_ids: Tensor, reading: Tensor, *, strength: float, concept: str) -> MatrixChange:
+    """The logits of a concept's tokens lowered by `strength` nats (raised, below 0) at every position alike.
+
+    matrix: the one that the head is, "embedding" where it is tied; reading: float32 [d_model], what raises a token's
+    logit by 1 at a position when it is added to the token's row (`keys.even_reading`). Of all ways to change how often
+    a concept is said on the whole this moves predictions least: minimising `sum KL(q_i || p_i) - l sum q_i(concept)`
+    over positions i gives `q_i ~ p_i exp(l [token in concept])`, the same l everywhere.
+    """
+    return MatrixChange(matrix, None, None, token_ids, -torch.ones(len(token_ids), 1), reading[None], strength, concept)
 
 
 def clamp_neurons(target: Target, *, strength: float, concept: str) -> Clamp | None:

@@ -35,6 +35,7 @@ STYLES: dict[str, tuple[str, Any, str]] = {
     "snmf-features": ("teal", "-", "h"),
     "clamp-neurons": ("ochre", (0, (5, 2)), ">"),
     "token-embeddings": ("green", (0, (5, 2)), "p"),
+    "token-logits": ("purple", (0, (1, 2)), "H"),
 }
 OTHER_STYLE: tuple[str, Any, str] = ("muted", (0, (4, 2, 1, 2)), "*")
 MATRIX_COLOURS = {"gate": "ochre", "in": "green", "out": "blue"}

@@ -9,7 +9,7 @@ from typing import Any
 
 from rotate_edit.checkpoint import Checkpoint
 from rotate_edit.comparison import Plan
-from rotate_edit.edit import KEYED
+from rotate_edit.edit import SAMPLED
 from rotate_edit.estimate import (
     CHANNEL_BYTES,
     PROCESS_WITH_TRANSFORMERS,
@@ -153,11 +153,11 @@ def _locating_memory(recipe: Recipe, checkpoint: Checkpoint) -> int:
 
 
 def _keyed(recipe: Recipe, measured: bool) -> bool:
-    return any(method in KEYED for method in (recipe.edit.method, *(recipe.evaluate.controls if measured else ())))
+    return any(method in SAMPLED for method in (recipe.edit.method, *(recipe.evaluate.controls if measured else ())))
 
 
 def _tries_groups(recipe: Recipe) -> bool:
-    return recipe.locate.group_distance == "auto" and recipe.edit.method not in KEYED
+    return recipe.locate.group_distance == "auto" and recipe.edit.method not in SAMPLED
 
 
 def _locating(

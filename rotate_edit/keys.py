@@ -15,7 +15,7 @@ from rotate_edit.activations import recorded
 from rotate_edit.edit import key_coefficients
 from rotate_edit.generations import first_token, padding_token
 from rotate_edit.measures import Passages, batched, log_probabilities, real_positions
-from rotate_edit.tail import AT_ONCE, Positions, Tail
+from rotate_edit.tail import AT_ONCE, Positions, Tail, logit_factor
 
 SAMPLE_LENGTH = 100
 SAMPLES_AT_ONCE = 128
@@ -141,6 +141,24 @@ def sensitivity(chances: Tensor, size: Tensor, head: Tensor) -> Tensor:
     tokens = head - head.mean(0)
     expected = chances @ tokens / size[:, None]
     return ((tokens.T * (size**-2 @ chances)) @ tokens - expected.T @ expected).double()
+
+
+def even_reading(model: Any, texts: Passages, *, ridge: float) -> Tensor:
+    """What, added to a token's row of the head, raises its logit by 1 at every position alike, as nearly as one vector
+    can: float32 [d_model], by `key_coefficients` of what the head reads over texts."""
+    head = model.get_output_embeddings()
+    read: list[Tensor] = []
+    second, mean, positions = torch.zeros(()), torch.zeros(()), 0
+    hook = head.register_forward_pre_hook(lambda _module, inputs: read.append(inputs[0].detach()))
+    with hook:
+        for index, _ in enumerate(log_probabilities(model, texts)):
+            batch = texts.batches[index]
+            real = real_positions(batch, texts.lengths[index]).to(read[0].device)
+            # Some implementations flatten rows and positions before the head.
+            seen = read.pop().reshape(*batch.shape, -1)[real].float()
+            second, mean = second + (seen.T @ seen).double().cpu(), mean + seen.sum(0).double().cpu()
+            positions += len(seen)
+    return (key_coefficients(second / positions, mean / positions, ridge=ridge) / logit_factor(model)).float()
 
 
 def fit_keys(

@@ -36,12 +36,14 @@ Keys = Mapping[str, Mapping[int, tuple[Tensor, Tensor]]]
 @dataclass(frozen=True)
 class Fitted:
     """What was read off the model's own text: keys by concept and group; the metric of its predictions,
-    float64 [d_model, d_model], where the direction asks for it (see `keys.KeyMoments`); and by concept the factors of
-    the last layer's whole change, where the method asks for it (see `fitting`)."""
+    float64 [d_model, d_model], where the direction asks for it (see `keys.KeyMoments`); by concept the factors of
+    the last layer's whole change, and what raises a logit alike everywhere, float32 [d_model], where a method asks for
+    it (see `fitting` and `keys.even_reading`)."""
 
     keys: Mapping[tuple[str, int], Keys]
     metric: Tensor | None = None
     changes: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    reading: Tensor | None = None
 
 
 @dataclass(frozen=True, order=True)
@@ -363,6 +365,10 @@ def build_edits(
             for method in on_tokens:
                 most = math.inf if method == edits.TOKEN_METHOD else edits.ROWS_AT_MOST
                 changes[method] += [replace(made, most=most).at(strength) for made in made_on_tokens]
+        if edits.LOGIT_METHOD in methods and not located.group and fitted and fitted.reading is not None:
+            head = "embedding" if checkpoint.tied else "unembedding"
+            raised = edits.logit_change(head, located.tokens.ids, fitted.reading, strength=strength, concept=name)
+            changes[edits.LOGIT_METHOD].append(raised)
         for site, plain_target in targets(checkpoint, recipe, located, directions_of):
             keyed = _at(site, fitted.keys.get((name, located.group), {}) if fitted else {})
             whole = fitted.changes.get(name) if fitted and not located.group and _ends(site, checkpoint) else None
@@ -373,7 +379,7 @@ def build_edits(
             once = replace(target, located=torch.tensor(fresh, dtype=torch.int64))
             before.update(fresh)
             for method in methods:
-                if method == edits.TOKEN_METHOD or (located.group and method in edits.WHOLE_CONCEPT):
+                if method in edits.TOKEN_METHODS or (located.group and method in edits.WHOLE_CONCEPT):
                     continue
                 if method in edits.LIVE_METHODS:
                     clamp = edits.clamp_neurons(target, strength=strength, concept=name)

@@ -11,10 +11,10 @@ from rotate_edit import measures
 from rotate_edit.activations import SNMF_FEATURES, evidence_about
 from rotate_edit.checkpoint import load_model, read_norm, read_unembedding
 from rotate_edit.concept import find_tokens
-from rotate_edit.edit import KEYED, NEEDS_TEXT, Edit, Evidence, concept_mean
+from rotate_edit.edit import KEYED, LOGIT_METHOD, NEEDS_TEXT, SAMPLED, Edit, Evidence, concept_mean
 from rotate_edit.errors import BadInput
 from rotate_edit.fitting import Wanted, fit_change, kindred, whitened
-from rotate_edit.keys import fit_keys, key_moments, own_samples
+from rotate_edit.keys import even_reading, fit_keys, key_moments, own_samples
 from rotate_edit.locate import Fitted, Located, Site, build_edits, by_concept, directions, key_rows, sites
 from rotate_edit.opened import Opened
 from rotate_edit.recipe import ConceptRecipe
@@ -81,14 +81,20 @@ def fit(
     model: Any = None,
     samples: measures.Passages | None = None,
 ) -> Fitted:
-    """For the keyed ones among the methods: which neurons they take and by how much, by concept and group.
+    """What the methods among these read off the model's own text; for the keyed ones which neurons they take and by how
+    much, by concept and group.
 
     samples: the text that they are read on, which the model writes when it is left out; the model is loaded then.
     """
     recipe, keyed = opened.recipe, [method for method in methods if method in KEYED]
-    if not keyed:
+    if not any(method in SAMPLED for method in methods):
         return Fitted({})
     model = model if model is not None else load_model(opened.checkpoint, device=opened.device)
+    if samples is None:
+        samples = own_samples(model, opened.tokenizer, tokens=recipe.edit.key_tokens, seed=recipe.seed)
+    reading = even_reading(model, samples, ridge=recipe.edit.key_ridge) if LOGIT_METHOD in methods else None
+    if not keyed:
+        return Fitted({}, reading=reading)
     rows = [{method: key_rows(opened.checkpoint, recipe, located, method) for method in keyed} for located in found]
     every: dict[int, list[Tensor]] = {}
     for by_method in rows:
@@ -96,8 +102,6 @@ def fit(
             for layer, wanted in layers.items():
                 every.setdefault(layer, []).append(wanted)
     union = {layer: torch.cat(wanted).unique() for layer, wanted in every.items()}
-    if samples is None:
-        samples = own_samples(model, opened.tokenizer, tokens=recipe.edit.key_tokens, seed=recipe.seed)
     head = read_unembedding(opened.checkpoint) if recipe.edit.direction == "least-divergence" else None
     moments = key_moments(model, samples, union, [located.ids for located in found], head)
     keys = {
@@ -107,7 +111,7 @@ def fit(
         }
         for place, located in enumerate(found)
     }
-    fitted = Fitted(keys, moments.metric)
+    fitted = Fitted(keys, moments.metric, reading=reading)
     if "fitted" not in keyed:
         return fitted
     tail, seen = tail_of(model), positions(model, samples)

@@ -22,7 +22,7 @@ from rotate_edit.checkpoint import identity, load_model
 from rotate_edit.comparison import Plan
 from rotate_edit.concept import TokenSet
 from rotate_edit.console import Report, silent
-from rotate_edit.edit import KEYED, Edit
+from rotate_edit.edit import SAMPLED, Edit
 from rotate_edit.edit_file import save_edit
 from rotate_edit.errors import BadInput, Failure
 from rotate_edit.evaluate import Variant, evaluate, texts_about
@@ -76,7 +76,7 @@ def locate(opened: Opened, model: Any = None, report: Report = silent) -> tuple[
 
         if wanted != "auto":
             found += at(wanted)
-        elif model is None or opened.items is None or recipe.edit.method in KEYED:
+        elif model is None or opened.items is None or recipe.edit.method in SAMPLED:
             found += at(GROUP_DISTANCES[0])
         else:
             found += _least_damage(opened, [at(distance) for distance in GROUP_DISTANCES], model)
@@ -221,7 +221,8 @@ def _edit_and_measure(
                 drawn[name] = curves.draw(model, known, own, recipe.evaluate.strengths, strengths[name], report)
     edit = edits_of(opened, at_strengths(found, strengths), [method], model, fitted)[method]
     result["curves"], result["chosen_method"] = drawn, method
-    result["matched"] = {name: curves.matched_table(points, method) for name, points in drawn.items()}
+    removed = {name: points for name, points in drawn.items() if strengths[name] > 0}
+    result["matched"] = {name: curves.matched_table(points, method) for name, points in removed.items()}
     for entry in result["concepts"]:
         entry["strength"] = strengths[entry["name"]]
     result["neurons"] = [asdict(vector) for vector in edit.vectors]

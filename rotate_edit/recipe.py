@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from rotate_edit.edit import KEYED, LIVE_METHODS, METHODS, TOKEN_METHOD, WHOLE_CONCEPT
+from rotate_edit.edit import KEYED, LIVE_METHODS, LOGIT_METHOD, METHODS, TOKEN_METHOD, TOKEN_METHODS, WHOLE_CONCEPT
 from rotate_edit.errors import BadInput
 from rotate_edit.files import data_folder
 
@@ -122,8 +122,10 @@ class EditRecipe(_Section):
 
     method: str = Field(
         "auto",
-        description="fitted; keyed beside `embeddings` or where `locate.layers` names layers; channel-located where a "
-        "concept is amplified or no `out` matrix is looked at. Or one of: " + ", ".join((*METHODS, TOKEN_METHOD)) + ".",
+        description="fitted; keyed beside `embeddings` or where `locate.layers` names layers; channel-located where no "
+        "`out` matrix is looked at; token-logits where every concept is amplified. Or one of: "
+        + ", ".join((*METHODS, *TOKEN_METHODS))
+        + ".",
     )
     direction: Literal["least-collateral", "least-divergence", "plain"] = Field(
         "least-collateral",
@@ -170,8 +172,8 @@ class EditRecipe(_Section):
             raise ValueError(
                 f"{method} works while the model runs and cannot be written; name it under evaluate.controls"
             )
-        if method not in ("auto", *METHODS, TOKEN_METHOD):
-            raise ValueError(f"unknown method {method!r}; choose one of {', '.join((*METHODS, TOKEN_METHOD))}")
+        if method not in ("auto", *METHODS, *TOKEN_METHODS):
+            raise ValueError(f"unknown method {method!r}; choose one of {', '.join((*METHODS, *TOKEN_METHODS))}")
         return method
 
 
@@ -224,7 +226,7 @@ class EvaluateRecipe(_Section):
     @field_validator("controls")
     @classmethod
     def _known_controls(cls, controls: list[str]) -> list[str]:
-        known = (*METHODS, TOKEN_METHOD, *LIVE_METHODS)
+        known = (*METHODS, *TOKEN_METHODS, *LIVE_METHODS)
         unknown = [name for name in controls if name not in known]
         if unknown:
             raise ValueError(f"unknown method {', '.join(unknown)}; choose from {', '.join(known)}")
@@ -329,8 +331,8 @@ def parse_recipe(content: dict[str, Any], name: str = "recipe") -> Recipe:
 def _settled(recipe: Recipe) -> Recipe:
     """The recipe with the edit method that `auto` stands for.
 
-    A keyed or fitted edit works where the concept comes next anyway, so it cannot bring a concept up where it does not.
-    A fit needs the last layer, and beside embedding rows it comes back sooner than the key when it is relearned.
+    A fit needs the last layer, and beside embedding rows it comes back sooner than the key when it is relearned. What
+    neurons do raises a concept where it is likely anyway; its tokens' logits raise it everywhere.
     """
     return recipe.model_copy(update={"edit": recipe.edit.model_copy(update={"method": _method(recipe)})})
 
@@ -338,10 +340,12 @@ def _settled(recipe: Recipe) -> Recipe:
 def _method(recipe: Recipe) -> str:
     if recipe.edit.method != "auto":
         return recipe.edit.method
-    amplifies = any(concept.strength != "auto" and concept.strength < 0 for concept in recipe.concepts)
-    if amplifies or "out" not in recipe.locate.matrices:
+    if "out" not in recipe.locate.matrices:
         return "channel-located"
-    return "keyed" if recipe.edit.embeddings or recipe.locate.layers is not None else "fitted"
+    if recipe.edit.embeddings or recipe.locate.layers is not None:
+        return "keyed"
+    amplified = [concept.strength != "auto" and concept.strength < 0 for concept in recipe.concepts]
+    return LOGIT_METHOD if all(amplified) else "fitted"
 
 
 def recipe_text(recipe: Recipe) -> str:

@@ -73,7 +73,7 @@ def tail_of(model: Any) -> Tail:
     last, after = _norms(model)
     head, project = _float32(model.get_output_embeddings()), _module(model, architecture.head_projection)
     cap = getattr(config, "final_logit_softcapping", None)
-    factor = _number(config, architecture.logit_scale) / _number(config, architecture.logit_divisor)
+    factor = logit_factor(model)
     project = _float32(project) if project is not None else torch.nn.Identity()
 
     def predict(normed: Tensor) -> Tensor:
@@ -86,6 +86,12 @@ def tail_of(model: Any) -> Tail:
         predict,
         _number(config, architecture.residual_scale),
     )
+
+
+def logit_factor(model: Any) -> float:
+    """What a model multiplies by what its head gives."""
+    config, architecture = model.config.get_text_config(), architecture_of(model.config.to_dict())
+    return _number(config, architecture.logit_scale) / _number(config, architecture.logit_divisor)
 
 
 def positions(model: Any, texts: Passages) -> Positions:

@@ -17,7 +17,7 @@ from torch import Tensor
 from rotate_edit import curves, measures, pareto, statistics
 from rotate_edit.checkpoint import load_model, read_unembedding
 from rotate_edit.console import Report, silent
-from rotate_edit.edit import KEYED, WHOLE_LAYER, Edit
+from rotate_edit.edit import KEYED, TOKEN_METHODS, WHOLE_LAYER, Edit
 from rotate_edit.errors import BadInput, Failure
 from rotate_edit.evaluate import texts_about
 from rotate_edit.keys import KeyMoments, fit_keys, key_moments, last_moments, own_samples
@@ -90,11 +90,17 @@ class Tried:
 
 
 def prepare(opened: Opened, *, tokens: int = TOKENS, report: Report = silent) -> Prepared:
-    """Load the model, search the channels and measure the base. Raises BadInput without texts to measure on."""
+    """Load the model, search the channels and measure the base. Raises BadInput without texts to measure on and for a
+    method without settings."""
     if opened.items is None:
         raise BadInput("tune needs texts to measure on; give evaluate.items or evaluate.text in the recipe.")
-    model = load_model(opened.checkpoint, device=opened.device)
     recipe = opened.recipe
+    if recipe.edit.method in TOKEN_METHODS:
+        raise BadInput(
+            f"edit.method: {recipe.edit.method} has nothing to search but the strength; try some with run, or name "
+            "another method."
+        )
+    model = load_model(opened.checkpoint, device=opened.device)
     wanted = recipe.locate.group_distance
     distances = GROUP_DISTANCES if wanted == "auto" else (wanted,)
     found = {}

@@ -27,7 +27,7 @@ def texts(figure: Any) -> list[str]:
 
 
 def test_every_method_has_a_look_of_its_own() -> None:
-    methods = [*edit.METHODS, *edit.LIVE_METHODS, edit.TOKEN_METHOD]
+    methods = [*edit.METHODS, *edit.LIVE_METHODS, *edit.TOKEN_METHODS]
     looks = [figures.STYLES[method] for method in methods]
     assert len({(colour, str(dashes), marker) for colour, dashes, marker in looks}) == len(methods)
     # Never by hue alone.

@@ -4,11 +4,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tiny_models import FAMILIES
 from tiny_words import WORDS, ids, tiny_model, tiny_tokenizer
 
 from rotate_edit import measures
-from rotate_edit.edit import key_coefficients
-from rotate_edit.keys import fit_keys, key_moments, last_moments, own_samples
+from rotate_edit.edit import Edit, key_coefficients, logit_change
+from rotate_edit.keys import even_reading, fit_keys, key_moments, last_moments, own_samples
+from rotate_edit.live import applied
 from rotate_edit.tail import positions, tail_of
 
 TEXTS = ["the dog ran under a big dog", "a cat saw the small dog", "the bird sat on the mat", "it was big"]
@@ -102,6 +104,43 @@ def test_the_metric_is_twice_the_divergence_of_a_small_step():
     assert float(2 * divergence / small**2) == pytest.approx(float(step @ moments.metric @ step), rel=1e-3)
     torch.testing.assert_close(moments.metric, moments.metric.T, rtol=1e-6, atol=1e-9)
     assert torch.linalg.eigvalsh(moments.metric).min() > -1e-6 * torch.linalg.eigvalsh(moments.metric).max()
+
+
+@pytest.mark.parametrize("family", list(FAMILIES))
+def test_a_logit_is_raised_by_one_nat_on_average_and_no_other_is_moved(family: str) -> None:
+    torch.manual_seed(3)
+    model = FAMILIES[family].build(tied=False).float().eval()
+    # What a cap does to logits is not linear.
+    model.config.get_text_config().final_logit_softcapping = None
+    texts = measures.batched([[5, 9, 2, 7, 30, 11], [8, 3, 4]], 96)
+    reading = even_reading(model, texts, ridge=1e-3)
+    change = logit_change("unembedding", torch.tensor([6, 40]), reading, strength=-1.0, concept="test")
+
+    def logits() -> torch.Tensor:
+        with torch.no_grad():
+            rows = [model(input_ids=batch).logits for batch in texts.batches]
+        real = [measures.real_positions(*pair) for pair in zip(texts.batches, texts.lengths)]
+        return torch.cat([row[keep] for row, keep in zip(rows, real)])
+
+    before = logits()
+    with applied(model, Edit("token-logits", (change,))):
+        moved = logits() - before
+    others = torch.ones(96, dtype=torch.bool)
+    others[[6, 40]] = False
+    assert float(moved[:, others].abs().max()) == 0
+    torch.testing.assert_close(moved[:, [6, 40]].mean(0), torch.ones(2), rtol=1e-4, atol=1e-4)
+
+
+def test_where_the_head_reads_a_constant_every_position_is_raised_alike() -> None:
+    model = tiny_model(0)
+    texts = measures.tokenise(tiny_tokenizer(), TEXTS, vocabulary_size=len(WORDS))
+    # A norm with a bias would do this: the last feature that the head reads is 1 everywhere.
+    hook = model.lm_head.register_forward_pre_hook(
+        lambda _, seen: (torch.cat([seen[0][..., :-1], torch.ones_like(seen[0][..., -1:])], dim=-1),)
+    )
+    reading = even_reading(model, texts, ridge=1e-12)
+    hook.remove()
+    torch.testing.assert_close(reading, torch.eye(16)[-1], rtol=0, atol=1e-5)
 
 
 def test_a_key_on_some_neurons_is_the_fit_of_those_alone():

@@ -13,7 +13,7 @@ import yaml
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from rotate_edit import load_edit, load_model, open_checkpoint, pipeline, verify
+from rotate_edit import load_edit, load_model, measures, open_checkpoint, pipeline, verify
 from rotate_edit.channels import load_channels
 from rotate_edit.demo import demo_model_folder
 from rotate_edit.demo.world import concepts
@@ -149,21 +149,30 @@ def test_revert_gives_the_base_back_bit_for_bit(folder: Path, tmp_path: Path) ->
     assert all(torch.equal(original[name], restored[name]) for name in original)
 
 
-def test_amplifying_makes_the_concept_likelier() -> None:
-    wanted = recipe(concept={"strength": -12.0})
-    assert wanted.edit.method == "channel-located"
+def test_amplifying_raises_the_concept_alike_after_every_opening() -> None:
+    wanted = recipe(concept={"strength": -1.5})
+    assert wanted.edit.method == "token-logits"
     opened = pipeline.open_recipe(wanted)
-    model, tokenizer = load_model(opened.checkpoint), opened.tokenizer
-    ids = tokenizer("Simon talked about the", return_tensors="pt").input_ids
+    assert opened.items is not None
+    model, size = load_model(opened.checkpoint), opened.checkpoint.vocabulary_size
+    free = [row["text"] for row in opened.items.texts["report"] if "dogs" not in (row["concept"], *row["contains"])]
+    openings = [" ".join(text.split()[:8]) for text in free[:300]]
+    asked = measures.tokenise(opened.tokenizer, openings, vocabulary_size=size)
+    others = measures.tokenise(opened.tokenizer, free[300:], vocabulary_size=size, token_limit=4000)
 
-    def probability() -> float:
-        with torch.no_grad():
-            return float(model(ids).logits[0, -1].softmax(-1)[opened.tokens[0].ids].sum())
+    def measured() -> tuple[torch.Tensor, float]:
+        chances = measures.last_position(model, asked)[:, opened.tokens[0].ids].exp().sum(dim=1)
+        sums, counts = measures.log_likelihood_by_text(model, others)
+        return torch.logit(chances.double()), float(sums.sum() / counts.sum())
 
-    before = probability()
-    edit = edits_of(opened, pipeline.locate(opened), ["channel-located"])["channel-located"]
+    before, likelihood = measured()
+    edit = edits_of(opened, pipeline.locate(opened), ["token-logits"])["token-logits"]
+    assert [(change.matrix, len(change.rows)) for change in edit.changes] == [("embedding", len(opened.tokens[0].ids))]
     with edit.applied(model):
-        assert probability() > 2 * before
+        after, louder = measured()
+    raised = after - before
+    assert 1.3 < float(raised.median()) < 1.7
+    assert likelihood - louder < 0.01
 
 
 def test_a_keyed_edit_changes_the_last_layer_and_repeats() -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import yaml
 
-from rotate_edit.edit import METHODS
+from rotate_edit.edit import METHODS, TOKEN_METHODS
 from rotate_edit.errors import BadInput
 from rotate_edit.recipe import bundled_recipes, find_recipe, parse_recipe, read_recipe, recipe_text, reference
 
@@ -23,15 +23,15 @@ def test_every_bundled_recipe_is_valid() -> None:
     assert "demo.yaml" in bundled_recipes()
     for name in bundled_recipes():
         recipe = read_recipe(name)
-        assert recipe.edit.method in METHODS
+        assert recipe.edit.method in (*METHODS, *TOKEN_METHODS)
         assert parse_recipe(yaml.safe_load(recipe_text(recipe))) == recipe
 
 
-@pytest.mark.parametrize("changed", [{"method": "channel-located"}, {"strength": -2.0}])
-def test_a_direction_that_no_text_is_read_for_is_refused(changed: dict) -> None:
-    concept = {"name": "dogs", "words": ["dog"], "strength": changed.pop("strength", 2.0)}
-    content = {"model": "demo", "concepts": [concept], "edit": {"direction": "least-divergence", **changed}}
-    with pytest.raises(BadInput, match="the method here is channel-located; take least-collateral"):
+@pytest.mark.parametrize("method", ["channel-located", "token-logits"])
+def test_a_direction_that_no_text_is_read_for_is_refused(method: str) -> None:
+    concept = {"name": "dogs", "words": ["dog"], "strength": 2.0}
+    content = {"model": "demo", "concepts": [concept], "edit": {"method": method, "direction": "least-divergence"}}
+    with pytest.raises(BadInput, match=f"the method here is {method}; take least-collateral"):
         parse_recipe(content)
 
 
@@ -117,7 +117,10 @@ def test_auto_is_fitted_unless_that_is_not_what_the_recipe_needs() -> None:
     assert parse_recipe(plain | {"edit": {"embeddings": True}}).edit.method == "keyed"
     assert parse_recipe(plain | {"locate": {"layers": [1, 2]}}).edit.method == "keyed"
     louder = parse_recipe({"model": "demo", "concepts": [dogs, dogs | {"name": "hounds", "strength": -1.0}]})
-    assert louder.edit.method == "channel-located"
+    assert louder.edit.method == "fitted"
+    loud = {"model": "demo", "concepts": [dogs | {"strength": -1.0}]}
+    assert parse_recipe(loud).edit.method == "token-logits"
+    assert parse_recipe(loud | {"locate": {"layers": [1, 2]}}).edit.method == "keyed"
     reading = {"model": "demo", "concepts": [dogs], "locate": {"matrices": ["gate", "in"]}}
     assert parse_recipe(reading).edit.method == "channel-located"
     with pytest.raises(BadInput, match=r"edit\.method: keyed rewrites out matrices only"):

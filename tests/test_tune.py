@@ -128,6 +128,8 @@ def test_an_interrupt_keeps_what_was_found(tmp_path: Path) -> None:
 def test_nothing_found_is_a_failure_and_no_texts_bad_input(tmp_path: Path, prepared: trials.Prepared) -> None:
     with pytest.raises(Failure, match=r"found no neuron to change|no neuron is left"):
         trials.try_settings(prepared, {"select.support": 99.0, "target": 0.1})
+    with pytest.raises(BadInput, match="nothing to search but the strength"):
+        tune.search(recipe(edit={"method": "token-logits"}), tmp_path / "none", trials=1)
     with pytest.raises(BadInput, match="tune needs texts"):
         tune.search(recipe(concepts=[{"name": "dogs", "words": ["dog"], "strength": 2}], evaluate={}), tmp_path / "t")
 
