@@ -19,6 +19,8 @@ from rotate_edit.tail import AT_ONCE, Positions, Tail, logit_factor
 
 SAMPLE_LENGTH = 100
 SAMPLES_AT_ONCE = 128
+# There are many more positions than features that a head reads, so that hardly any is needed.
+EVEN_RIDGE = 1e-3
 
 
 @dataclass(frozen=True)
@@ -143,7 +145,7 @@ def sensitivity(chances: Tensor, size: Tensor, head: Tensor) -> Tensor:
     return ((tokens.T * (size**-2 @ chances)) @ tokens - expected.T @ expected).double()
 
 
-def even_reading(model: Any, texts: Passages, *, ridge: float) -> Tensor:
+def even_reading(model: Any, texts: Passages, *, ridge: float = EVEN_RIDGE) -> Tensor:
     """What, added to a token's row of the head, raises its logit by 1 at every position alike, as nearly as one vector
     can: float32 [d_model], by `key_coefficients` of what the head reads over texts."""
     head = model.get_output_embeddings()

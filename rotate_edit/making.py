@@ -92,7 +92,7 @@ def fit(
     model = model if model is not None else load_model(opened.checkpoint, device=opened.device)
     if samples is None:
         samples = own_samples(model, opened.tokenizer, tokens=recipe.edit.key_tokens, seed=recipe.seed)
-    reading = even_reading(model, samples, ridge=recipe.edit.key_ridge) if LOGIT_METHOD in methods else None
+    reading = even_reading(model, samples) if LOGIT_METHOD in methods else None
     if not keyed:
         return Fitted({}, reading=reading)
     rows = [{method: key_rows(opened.checkpoint, recipe, located, method) for method in keyed} for located in found]

@@ -113,7 +113,7 @@ def test_a_logit_is_raised_by_one_nat_on_average_and_no_other_is_moved(family: s
     # What a cap does to logits is not linear.
     model.config.get_text_config().final_logit_softcapping = None
     texts = measures.batched([[5, 9, 2, 7, 30, 11], [8, 3, 4]], 96)
-    reading = even_reading(model, texts, ridge=1e-3)
+    reading = even_reading(model, texts)
     change = logit_change("unembedding", torch.tensor([6, 40]), reading, strength=-1.0, concept="test")
 
     def logits() -> torch.Tensor:
