@@ -18,8 +18,8 @@ from rotate_edit.demo.world import concepts
 from rotate_edit.pipeline import run
 from rotate_edit.recipe import parse_recipe
 
-CHOSEN = "dogs,cats,horses,farm,ships,birds,music,war,medicine,trees,weather,food"
-METHODS = ("channel-located", "lm-head-located", "direction-everywhere", "zero-neurons", "random-neurons")
+CHOSEN = "dogs,horses,ships,music,medicine,food"
+METHODS = ("keyed", "channel-located", "lm-head-located", "direction-everywhere", "zero-neurons", "random-neurons")
 
 
 def run_concept(name: str) -> dict[str, Any]:
@@ -45,6 +45,7 @@ def run_concept(name: str) -> dict[str, Any]:
     matched = {row["method"]: row for row in result["matched"][name]["rows"]}
     return {
         "concept": name,
+        "method": result["chosen_method"],
         "strength": result["concepts"][0]["strength"],
         "neurons": result["concepts"][0]["located_neurons"],
         "summary": summary,
@@ -68,7 +69,7 @@ def table(rows: list[dict[str, Any]]) -> str:
     lines = ["| " + " | ".join([*head, *(f"{name}, times ours" for name in METHODS)]) + " |"]
     lines.append("|" + "---|" * (len(head) + len(METHODS)))
     for row in rows:
-        own = row["matched"]["keyed"]["collateral_kl"]
+        own = row["matched"][row["method"]]["collateral_kl"]
         cells = [row["concept"], str(row["neurons"]), f"{row['strength']:.2f}"]
         cells += [_interval(row["summary"][key]) for key in ("efficacy", "specificity")]
         cells += [f"{row['summary']['first_token_kl']['value']:.4f}", "never" if own is None else f"{own:.4f}"]
@@ -99,6 +100,7 @@ def main() -> None:
     parser.add_argument("--concepts", default=CHOSEN, help="names, separated by commas")
     arguments = parser.parse_args()
     command = f"python evals/demo_concepts.py --output {arguments.output.as_posix()}"
+    command += "" if arguments.concepts == CHOSEN else f" --concepts {arguments.concepts}"
     about = {"command": command, "date": date.today().isoformat(), "python": platform.python_version()}
     rows: list[dict[str, Any]] = []
     for name in arguments.concepts.split(","):

@@ -443,6 +443,12 @@ def token_change(
     return MatrixChange(matrix, None, None, token_ids, left, right, strength, concept)
 
 
+def through_logits(method: str, strength: float) -> bool:
+    """Whether a method changes a concept by the logits of its tokens: `token-logits` does, and `fitted` where it raises
+    one, since what neurons do raises it only where it is likely anyway."""
+    return method == LOGIT_METHOD or (method == "fitted" and strength < 0)
+
+
 def logit_change(matrix: str, token_ids: Tensor, reading: Tensor, *, strength: float, concept: str) -> MatrixChange:
     """The logits of a concept's tokens lowered by `strength` nats (raised, below 0) at every position alike.
 

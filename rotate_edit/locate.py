@@ -365,10 +365,12 @@ def build_edits(
             for method in on_tokens:
                 most = math.inf if method == edits.TOKEN_METHOD else edits.ROWS_AT_MOST
                 changes[method] += [replace(made, most=most).at(strength) for made in made_on_tokens]
-        if edits.LOGIT_METHOD in methods and not located.group and fitted and fitted.reading is not None:
+        on_logits = [method for method in methods if edits.through_logits(method, strength)]
+        if on_logits and not located.group and fitted and fitted.reading is not None:
             head = "embedding" if checkpoint.tied else "unembedding"
-            raised = edits.logit_change(head, located.tokens.ids, fitted.reading, strength=strength, concept=name)
-            changes[edits.LOGIT_METHOD].append(raised)
+            moved = edits.logit_change(head, located.tokens.ids, fitted.reading, strength=strength, concept=name)
+            for method in on_logits:
+                changes[method].append(moved)
         for site, plain_target in targets(checkpoint, recipe, located, directions_of):
             keyed = _at(site, fitted.keys.get((name, located.group), {}) if fitted else {})
             whole = fitted.changes.get(name) if fitted and not located.group and _ends(site, checkpoint) else None
@@ -379,7 +381,7 @@ def build_edits(
             once = replace(target, located=torch.tensor(fresh, dtype=torch.int64))
             before.update(fresh)
             for method in methods:
-                if method in edits.TOKEN_METHODS or (located.group and method in edits.WHOLE_CONCEPT):
+                if method in (*on_logits, edits.TOKEN_METHOD) or (located.group and method in edits.WHOLE_CONCEPT):
                     continue
                 if method in edits.LIVE_METHODS:
                     clamp = edits.clamp_neurons(target, strength=strength, concept=name)

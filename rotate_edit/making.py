@@ -11,7 +11,7 @@ from rotate_edit import measures
 from rotate_edit.activations import SNMF_FEATURES, evidence_about
 from rotate_edit.checkpoint import load_model, read_norm, read_unembedding
 from rotate_edit.concept import find_tokens
-from rotate_edit.edit import KEYED, LOGIT_METHOD, NEEDS_TEXT, SAMPLED, Edit, Evidence, concept_mean
+from rotate_edit.edit import KEYED, NEEDS_TEXT, SAMPLED, Edit, Evidence, concept_mean, through_logits
 from rotate_edit.errors import BadInput
 from rotate_edit.fitting import Wanted, fit_change, kindred, whitened
 from rotate_edit.keys import even_reading, fit_keys, key_moments, own_samples
@@ -92,7 +92,10 @@ def fit(
     model = model if model is not None else load_model(opened.checkpoint, device=opened.device)
     if samples is None:
         samples = own_samples(model, opened.tokenizer, tokens=recipe.edit.key_tokens, seed=recipe.seed)
-    reading = even_reading(model, samples) if LOGIT_METHOD in methods else None
+    moves_logits = any(
+        through_logits(method, -1.0 if concept.amplified else 1.0) for method in methods for concept in recipe.concepts
+    )
+    reading = even_reading(model, samples) if moves_logits else None
     if not keyed:
         return Fitted({}, reading=reading)
     rows = [{method: key_rows(opened.checkpoint, recipe, located, method) for method in keyed} for located in found]
@@ -138,6 +141,8 @@ def fit_changes(
     gain = norm if recipe.edit.fold_norm and norm is not None else torch.ones(projection.shape[1])
     changes = {}
     for name, groups in by_concept(found).items():
+        if groups[0].concept.amplified:
+            continue
         near, ids = kept[name], groups[0].tokens.ids
         write = directions(checkpoint, recipe, untrained, groups[0], near, fitted.metric)(last)[0].write
         rows = torch.stack([gain * concept_mean(projection, own, ~untrained) for own in near]) if near else None

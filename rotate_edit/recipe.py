@@ -37,7 +37,8 @@ class ConceptRecipe(_Section):
     strength: Finite | Literal["auto"] = Field(
         "auto",
         description="1 removes the concept's direction from the located neurons, more pushes against it, below 0 "
-        "amplifies; auto takes the smallest strength on the curve that leaves `target` of the concept.",
+        "amplifies (by token-logits and fitted in nats: -1.6 makes its odds five times as large); auto takes the "
+        "smallest strength that leaves `target` of the concept.",
     )
     neighbours: list[str] = Field(
         [], description="Names of concepts of the evaluation items that lie close and must be kept."
@@ -48,6 +49,11 @@ class ConceptRecipe(_Section):
         "leave them alone to first order, and they are measured on `text`.",
     )
     keep: list[str] = Field([], description="Words whose mean logit the edit must not move (first order).")
+
+    @property
+    def amplified(self) -> bool:
+        """Whether the edit is to raise the concept."""
+        return self.strength != "auto" and self.strength < 0
 
     @field_validator("words", "neighbour_words", "keep")
     @classmethod
@@ -344,8 +350,7 @@ def _method(recipe: Recipe) -> str:
         return "channel-located"
     if recipe.edit.embeddings or recipe.locate.layers is not None:
         return "keyed"
-    amplified = [concept.strength != "auto" and concept.strength < 0 for concept in recipe.concepts]
-    return LOGIT_METHOD if all(amplified) else "fitted"
+    return LOGIT_METHOD if all(concept.amplified for concept in recipe.concepts) else "fitted"
 
 
 def recipe_text(recipe: Recipe) -> str:

@@ -20,7 +20,7 @@ from rotate_edit.console import Report, silent
 from rotate_edit.edit import KEYED, TOKEN_METHODS, WHOLE_LAYER, Edit
 from rotate_edit.errors import BadInput, Failure
 from rotate_edit.evaluate import texts_about
-from rotate_edit.keys import KeyMoments, fit_keys, key_moments, last_moments, own_samples
+from rotate_edit.keys import KeyMoments, even_reading, fit_keys, key_moments, last_moments, own_samples
 from rotate_edit.live import applied
 from rotate_edit.locate import Fitted, Located, choose_channels
 from rotate_edit.making import edits_of, fit_changes
@@ -44,7 +44,8 @@ class Prepared:
     """What all trials share: the opened recipe, the loaded base, what was located for each division into groups,
     and the base's answers for each concept on a split of the texts; for the methods that take a whole layer also its
     moments on text of its own, in the layers that may be the last one edited, and if it is fitted by concept the
-    factors of the fit after each round of its steps, and what the last layer holds on the texts."""
+    factors of the fit after each round of its steps, what raises a logit alike everywhere where a concept is
+    amplified, and what the last layer holds on the texts."""
 
     opened: Opened
     model: Any
@@ -52,6 +53,7 @@ class Prepared:
     known: dict[str, measures.Reference]
     moments: KeyMoments | None = None
     changes: Mapping[str, Sequence[tuple[Tensor, Tensor]]] = field(default_factory=dict)
+    reading: Tensor | None = None
     ends: "Ends | None" = None
 
 
@@ -111,7 +113,7 @@ def prepare(opened: Opened, *, tokens: int = TOKENS, report: Report = silent) ->
             # No channel enters the edit, so hardly any is searched.
             settings |= {"locate.candidates": 1, "decompose.channels": 1}
         found[distance] = locate(replace(opened, recipe=with_settings(opened.recipe, settings)), report=report)
-    moments, changes = None, {}
+    moments, changes, reading = None, {}, None
     if recipe.edit.method in WHOLE_LAYER:
         groups = [located.ids for located in next(iter(found.values()))]
         rows = {layer: torch.arange(opened.checkpoint.neurons) for layer in last_layers(opened)}
@@ -124,17 +126,20 @@ def prepare(opened: Opened, *, tokens: int = TOKENS, report: Report = silent) ->
             moments = last_moments(seen, tail, next(iter(rows)), groups, head)
             rounds, rank = finest_fit(opened)
             fine = replace(opened, recipe=with_settings(recipe, {"edit.fit_rank": rank}))
+            if any(concept.amplified for concept in recipe.concepts):
+                reading = even_reading(model, samples)
             changes = fit_changes(fine, located, _keys(moments, recipe, located), tail, seen, rounds)
         else:
             moments = key_moments(model, samples, rows, groups, read_unembedding(opened.checkpoint))
-    prepared = Prepared(opened, model, found, {}, moments, changes)
+    prepared = Prepared(opened, model, found, {}, moments, changes, reading)
     return measured_on(prepared, references(opened, model, "choose", tokens))
 
 
 def measured_on(prepared: Prepared, known: dict[str, measures.Reference]) -> Prepared:
     """The same on other texts. An edit of the last layer alone needs one pass over them for all trials."""
-    edit = prepared.opened.recipe.edit
-    if edit.method != "fitted" or edit.embeddings:
+    recipe = prepared.opened.recipe
+    on_rows = recipe.edit.embeddings or any(concept.amplified for concept in recipe.concepts)
+    if recipe.edit.method != "fitted" or on_rows:
         return replace(prepared, known=known)
     tail = tail_of(prepared.model)
     concept, mass = {}, {}
@@ -233,7 +238,7 @@ def _fitted(prepared: Prepared, recipe: Recipe, found: Sequence[Located]) -> Fit
     rank, rounds = recipe.edit.fit_rank, recipe.edit.fit_rounds
     fits = {name: after[rounds - 1] for name, after in prepared.changes.items()}
     changes = {name: (left[:, :rank], right[:rank]) for name, (left, right) in fits.items()}
-    return replace(_keys(prepared.moments, recipe, found), changes=changes)
+    return replace(_keys(prepared.moments, recipe, found), changes=changes, reading=prepared.reading)
 
 
 def _keys(moments: KeyMoments, recipe: Recipe, found: Sequence[Located]) -> Fitted:

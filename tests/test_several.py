@@ -92,6 +92,15 @@ def test_two_fitted_concepts_are_both_removed() -> None:
     assert kept("ships", both) < 0.3
 
 
+def test_a_fitted_recipe_lowers_one_concept_and_raises_another() -> None:
+    both = edit(("dogs", 6.0), ("cats", -2.0), method="fitted")
+    assert [(change.matrix, change.concept) for change in both.changes] == [("out", "dogs"), ("embedding", "cats")]
+    (alone,) = edit(("cats", -2.0), method="token-logits").changes
+    assert torch.equal(both.changes[1].delta(), alone.delta())
+    assert kept("dogs", both) < 0.3
+    assert kept("cats", both) > 1.0
+
+
 def test_a_protected_concept_and_word_are_not_moved_to_first_order() -> None:
     cats = list(concepts()["cats"].words)
     opened = pipeline.open_recipe(recipe(("dogs", 6.0), protect=["violin", cats]))
