@@ -72,7 +72,8 @@ def hashes(folder: Path) -> dict[str, str]:
 
 
 def numbers(result: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Every number of an evaluation with its interval: strengths, summary, measures, and base and edited by item."""
+    """Every number of an evaluation with its interval: strengths, summary, measures, base and edited by item, and the
+    damage of every method where a tenth of a concept is left."""
     for concept in result.get("concepts") or []:
         if isinstance(concept.get("strength"), int | float):
             yield f"strength of {concept['name']}", _number(concept["strength"])
@@ -84,6 +85,9 @@ def numbers(result: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
         for row in variant["rows"]:
             for side in ("base", "edited"):
                 yield f"{row['title']}, {row['metric']}, {side}", _number(**_parts(row[side]))
+    for name, table in (result.get("matched") or {}).items():
+        for row in table["rows"]:
+            yield f"damage of {row['method']} at equal removal of {name}", _number(row["collateral_kl"])
 
 
 def _parts(measure: Mapping[str, Any]) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from rotate_edit.checkpoint import open_checkpoint
 from rotate_edit.errors import BadInput
 from rotate_edit.opened import open_recipe
 from rotate_edit.repeat import repeat
-from rotate_edit.reproduce import check_same_base, differences, hashes, read_reproduction
+from rotate_edit.reproduce import check_same_base, differences, hashes, numbers, read_reproduction
 
 RECIPE = {
     "model": "demo",
@@ -63,6 +63,13 @@ def test_everything_that_is_needed_is_there(run: Path, content: dict[str, Any]) 
     accuracy = content["numbers"]["dogs: words (type A), acc, edited"]
     assert accuracy == {"value": 0.2, "low": pytest.approx(0.1), "high": pytest.approx(0.3), "n": 40}
     assert content["numbers"]["strength of test"]["value"] == 1.7
+
+
+def test_the_damage_of_every_control_is_one_of_the_numbers() -> None:
+    rows = [{"method": "fitted", "collateral_kl": 0.001}, {"method": "random-neurons", "collateral_kl": None}]
+    told = dict(numbers({"matched": {"dogs": {"rows": rows}}}))
+    assert told["damage of fitted at equal removal of dogs"]["value"] == 0.001
+    assert told["damage of random-neurons at equal removal of dogs"]["value"] is None
 
 
 def test_the_same_on_the_same_machine_is_no_difference(content: dict[str, Any]) -> None:
