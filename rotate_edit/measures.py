@@ -125,6 +125,21 @@ def _by_text(passages: Passages, pieces: Iterable[tuple[Tensor, Tensor]]) -> tup
     return sums, counts
 
 
+def _chances_by_text(passages: Passages, predicted: Iterable[Tensor], concept_ids: Tensor) -> Tensor:
+    """The probability of the concept's tokens summed over all positions of each text, float64 [texts].
+
+    predicted: log-probabilities of each batch, [rows, length, V] or at its real positions [positions, V].
+    """
+
+    def pieces() -> Iterator[tuple[Tensor, Tensor]]:
+        for batch, lengths, values in zip(passages.batches, passages.lengths, predicted, strict=True):
+            real = real_positions(batch, lengths)
+            rows = values[real.to(values.device)] if values.dim() == 3 else values
+            yield real, rows[:, concept_ids.to(rows.device)].exp().sum(dim=-1)
+
+    return _by_text(passages, pieces())[0]
+
+
 # KL divergence over all positions, and of the first generated token.
 
 
@@ -323,8 +338,8 @@ def reference(
 class CurvePoint:
     """One strength of one method: what is left of the concept, and the damage.
 
-    mass: the concept's probability mass as a fraction of the base's; collateral_kl and first_token_kl (None
-    without prompts): in nats.
+    mass: the concept's probability mass as a multiple of the base's, where texts have it, or, where the edit amplifies,
+    over all positions of texts without it; collateral_kl and first_token_kl (None without prompts): in nats.
     """
 
     strength: float
@@ -334,9 +349,14 @@ class CurvePoint:
 
 
 def curve_point(model: Any, known: Reference, strength: float, *, draws: int = CURVE_DRAWS) -> CurvePoint:
-    """Compare the model as it stands now with the base's answers."""
-    sums, _ = mass_by_text(model, known.concept, known.concept_ids)
-    mass = statistics.ratio_of_sums(sums.numpy(), known.concept_mass[0].numpy(), draws=draws)
+    """Compare the model as it stands now with the base's answers. A strength below 0 amplifies."""
+    if strength < 0:
+        # Where texts have the concept it is likely already and can hardly rise.
+        now = _chances_by_text(known.others, log_probabilities(model, known.others), known.concept_ids)
+        before = _chances_by_text(known.others, known.others_base, known.concept_ids)
+    else:
+        now, before = mass_by_text(model, known.concept, known.concept_ids)[0], known.concept_mass[0]
+    mass = statistics.ratio_of_sums(now.numpy(), before.numpy(), draws=draws)
     first = None
     if known.prompts is not None and known.prompts_base is not None:
         first = first_token_kl(model, known.prompts, known.prompts_base, draws=draws)

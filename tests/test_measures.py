@@ -13,6 +13,7 @@ from tiny_words import WORDS, ids, tiny_model, tiny_tokenizer
 from rotate_edit import measures
 from rotate_edit.errors import BadInput
 
+FREE = ["a cat sat on the mat", "the bird saw the tree"]
 TEXTS = [
     "the dog ran",
     "a cat sat on the mat and then it was a big dog",
@@ -173,7 +174,7 @@ def test_a_curve_follows_the_strength_and_leaves_the_model_alone(base, tokenizer
         tokenizer,
         ids("dog"),
         concept_texts=TEXTS,
-        other_texts=["a cat sat on the mat", "the bird saw the tree"],
+        other_texts=FREE,
         prompts=["the", "a big"],
     )
     points = measures.removal_curve(base, known, [0.0, 0.5, 1.0], quieter)
@@ -183,6 +184,14 @@ def test_a_curve_follows_the_strength_and_leaves_the_model_alone(base, tokenizer
     assert points[0].first_token_kl.value == 0
     assert points[1].collateral_kl.value > 0
     assert [point.strength for point in points] == [0.0, 0.5, 1.0]
+    # Amplified, it is the texts without the concept that are looked at, by hand here.
+    with quieter(-0.5), torch.no_grad():
+        chances = [base(input_ids=tokenizer(text, return_tensors="pt").input_ids).logits.softmax(-1) for text in FREE]
+        louder = sum(float(chance[0, :, ids("dog")].sum()) for chance in chances)
+    with torch.no_grad():
+        chances = [base(input_ids=tokenizer(text, return_tensors="pt").input_ids).logits.softmax(-1) for text in FREE]
+    (raised,) = measures.removal_curve(base, known, [-0.5], quieter)
+    assert raised.mass.value == pytest.approx(louder / sum(float(chance[0, :, ids("dog")].sum()) for chance in chances))
     assert measures.at_matched_removal(points, target=1e-30) is None
 
 
