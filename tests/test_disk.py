@@ -65,6 +65,9 @@ def test_a_disk_that_fills_up_on_the_way(
     with pytest.raises(Failure, match="No space left"):
         revert(open_checkpoint(tmp_path / "out"), tmp_path / "edit", small_disk / "back")
     (small_disk / "more").write_bytes(b"0" * 50_000)
+    with pytest.raises(BadInput, match="GB free"):
+        write_adapter(base, edit, small_disk / "adapter")
+    monkeypatch.setattr("rotate_edit.adapter.check_free_space", lambda output, needed: None)
     with pytest.raises(Failure, match="No space left"):
         write_adapter(base, edit, small_disk / "adapter")
     with pytest.raises(Failure, match="No space left"):
