@@ -396,8 +396,7 @@ METHODS: dict[str, Callable[[Target], Factors]] = {
     "difference-of-means": difference_of_means,
     "snmf-features": snmf_features,
 }
-# These change the concept's own token rows: no neuron is located, so they have no function of a target. The first takes
-# the concept's direction out of them, the second moves the tokens' logits alike everywhere.
+# These change the concept's own token rows, so they have no function of a target: by its direction, by their logits.
 TOKEN_METHOD = "token-embeddings"
 LOGIT_METHOD = "token-logits"
 TOKEN_METHODS = (TOKEN_METHOD, LOGIT_METHOD)
@@ -406,9 +405,8 @@ TOKEN_METHODS = (TOKEN_METHOD, LOGIT_METHOD)
 ROWS_AT_MOST = 0.75
 # These cannot be written into weights, so they are controls on the live model only.
 LIVE_METHODS = ("clamp-neurons",)
-# These read activations on the model's own text.
+# These read the model's own text: the keyed ones its neurons' activations, the other what its head reads.
 KEYED = ("fitted", "keyed", "channel-keyed", "lm-head-keyed", "random-keyed")
-# So does this one, which needs no neurons for it.
 SAMPLED = (*KEYED, LOGIT_METHOD)
 # Of the keyed ones those that take all neurons of the last layer, whatever was located.
 WHOLE_LAYER = ("fitted", "keyed")
@@ -444,8 +442,8 @@ def token_change(
 
 
 def through_logits(method: str, strength: float) -> bool:
-    """Whether a method changes a concept by the logits of its tokens: `token-logits` does, and `fitted` where it raises
-    one, since what neurons do raises it only where it is likely anyway."""
+    """Whether a method changes a concept by its tokens' logits: so does `fitted` where it raises one, since neurons
+    raise it only where it is likely anyway."""
     return method == LOGIT_METHOD or (method == "fitted" and strength < 0)
 
 
@@ -453,9 +451,7 @@ def logit_change(matrix: str, token_ids: Tensor, reading: Tensor, *, strength: f
     """The logits of a concept's tokens lowered by `strength` nats (raised, below 0) at every position alike.
 
     matrix: the one that the head is, "embedding" where it is tied; reading: float32 [d_model], what raises a token's
-    logit by 1 at a position when it is added to the token's row (`keys.even_reading`). Of all ways to change how often
-    a concept is said on the whole this moves predictions least: minimising `sum KL(q_i || p_i) - l sum q_i(concept)`
-    over positions i gives `q_i ~ p_i exp(l [token in concept])`, the same l everywhere.
+    logit by 1 when it is added to the token's row (`keys.even_reading`). Why alike: docs/method.md, Amplifying.
     """
     return MatrixChange(matrix, None, None, token_ids, -torch.ones(len(token_ids), 1), reading[None], strength, concept)
 

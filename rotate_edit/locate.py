@@ -352,7 +352,6 @@ def build_edits(
     changes: dict[str, list[edits.MatrixChange]] = {method: [] for method in methods}
     vectors: dict[str, list[edits.EditedVector]] = {method: [] for method in methods}
     clamps: list[edits.Clamp] = []
-    on_tokens = [name for name in methods if name == edits.TOKEN_METHOD or _with_tokens(recipe, name)]
     taken: dict[tuple[str, Site], set[int]] = {}
     for located in found:
         name = located.concept.name
@@ -360,16 +359,10 @@ def build_edits(
         metric = fitted.metric if fitted else None
         directions_of = directions(checkpoint, recipe, untrained, located, kept.get(name, []), metric)
         seen_in = (evidence or {}).get(name, {})
-        if on_tokens and not located.group:
-            made_on_tokens = token_changes(checkpoint, untrained, located, strength)
-            for method in on_tokens:
-                most = math.inf if method == edits.TOKEN_METHOD else edits.ROWS_AT_MOST
-                changes[method] += [replace(made, most=most).at(strength) for made in made_on_tokens]
         on_logits = [method for method in methods if edits.through_logits(method, strength)]
-        if on_logits and not located.group and fitted and fitted.reading is not None:
-            head = "embedding" if checkpoint.tied else "unembedding"
-            moved = edits.logit_change(head, located.tokens.ids, fitted.reading, strength=strength, concept=name)
-            for method in on_logits:
+        if not located.group:
+            reading = fitted.reading if fitted else None
+            for method, moved in _on_rows(checkpoint, recipe, untrained, located, strength, methods, reading):
                 changes[method].append(moved)
         for site, plain_target in targets(checkpoint, recipe, located, directions_of):
             keyed = _at(site, fitted.keys.get((name, located.group), {}) if fitted else {})
@@ -438,8 +431,25 @@ def _as_edits(
     }
 
 
-def _with_tokens(recipe: Recipe, method: str) -> bool:
-    return recipe.edit.embeddings and method == recipe.edit.method
+def _on_rows(
+    checkpoint: Checkpoint,
+    recipe: Recipe,
+    untrained: Tensor,
+    located: Located,
+    strength: float,
+    methods: Sequence[str],
+    reading: Tensor | None,
+) -> Iterator[tuple[str, edits.MatrixChange]]:
+    """What each method changes in the rows of the concept's own tokens."""
+    name, ids = located.concept.name, located.tokens.ids
+    for method in methods:
+        if reading is not None and edits.through_logits(method, strength):
+            head = "embedding" if checkpoint.tied else "unembedding"
+            yield method, edits.logit_change(head, ids, reading, strength=strength, concept=name)
+        if method == edits.TOKEN_METHOD or (recipe.edit.embeddings and method == recipe.edit.method):
+            most = math.inf if method == edits.TOKEN_METHOD else edits.ROWS_AT_MOST
+            for made in token_changes(checkpoint, untrained, located, strength):
+                yield method, replace(made, most=most).at(strength)
 
 
 def token_changes(
