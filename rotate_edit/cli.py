@@ -350,7 +350,9 @@ def edit(
             report=report,
         )
     print_warnings(warnings)
-    vectors, matrices = counted(len(made.vectors), "neuron vector"), counted(len(made.changes), "matrix", "matrices")
+    rows = sum(len(change.rows) for change in made.changes if change.layer is None)
+    vectors = counted(len(made.vectors), "neuron vector") if made.vectors or not rows else counted(rows, "token row")
+    matrices = counted(len(made.changes), "matrix", "matrices")
     print_line(f"{vectors} changed in {matrices}; written to {where}")
 
 
