@@ -255,19 +255,19 @@ def _keys(moments: KeyMoments, recipe: Recipe, found: Sequence[Located]) -> Fitt
 def try_settings(prepared: Prepared, settings: dict[str, Any]) -> Tried:
     """Build the edit, solve each concept's strength for the trial's target, and measure removal and damage.
 
-    A concept whose strength in the recipe is negative is amplified at that strength times `target / 0.1`. Raises
-    Failure when nothing is left to change or no strength reaches the target.
+    An amplified concept keeps the recipe's strength, times `target / 0.1` where nothing is lowered, so that the search
+    has something to vary. Raises Failure when nothing is left to change or no strength reaches the target.
     """
     started = time.monotonic()
     edit = built(prepared, settings)
-    strengths = {}
-    for concept in prepared.opened.recipe.concepts:
+    concepts, strengths = prepared.opened.recipe.concepts, {}
+    raising = settings["target"] / USUAL_TARGET if all(concept.amplified for concept in concepts) else 1.0
+    for concept in concepts:
         own = curves.only(edit, concept.name)
         if not own.changes:
             raise Failure(f"no neuron is left to change for {concept.name}.")
-        given = concept.strength
-        if given != "auto" and float(given) < 0:
-            strengths[concept.name] = float(given) * settings["target"] / USUAL_TARGET
+        if concept.amplified:
+            strengths[concept.name] = raising * float(concept.strength)
         else:
             strengths[concept.name] = _solved(prepared, own, concept.name, settings["target"])
     removal, damage = effect(prepared, at_strengths(edit, strengths), strengths)

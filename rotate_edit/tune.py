@@ -63,8 +63,10 @@ def suggest(trial: Any, prepared: Prepared) -> dict[str, Any]:
     settings: dict[str, Any] = {}
     if recipe.edit.method == "fitted":
         # A fit takes seconds, so one is tried after each of its rounds and at several ranks, beside keyed edits of all
-        # settings.
-        settings["edit.method"] = trial.suggest_categorical("edit.method", list(WHOLE_LAYER))
+        # settings; not so where a concept is amplified, whose strength is in nats beside a fit and not beside a key.
+        mixed = any(concept.amplified for concept in recipe.concepts)
+        methods = ["fitted"] if mixed else list(WHOLE_LAYER)
+        settings["edit.method"] = trial.suggest_categorical("edit.method", methods)
         if settings["edit.method"] == "fitted":
             rounds, rank = finest_fit(prepared.opened)
             settings["edit.fit_rounds"] = trial.suggest_int("edit.fit_rounds", 1, rounds)

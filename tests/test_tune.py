@@ -202,6 +202,18 @@ def test_a_fitted_recipe_is_tuned_with_one_fit_at_several_ranks_beside_keyed_edi
     assert read_recipe(tmp_path / "tune" / tune.CHOSEN).edit.method in ("fitted", "keyed")
 
 
+def test_a_recipe_that_also_amplifies_keeps_to_fits_and_to_its_strengths_in_nats(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rotate_edit.fitting.STEPS", 3)
+    dogs, music = ({"name": name, "words": list(concepts()[name].words), "plurals": True} for name in ("dogs", "music"))
+    mixed = recipe(concepts=[dogs, music | {"strength": -1.6}], edit={"method": "fitted", "key_tokens": 2000})
+    record = tune.search(mixed, tmp_path / "tune", trials=8, tokens=TOKENS)
+    for trial in record["trials"]:
+        assert trial["settings"]["edit.method"] == "fitted"
+        assert trial["strengths"]["music"] == -1.6
+
+
 def test_a_trial_takes_as_many_rounds_as_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("rotate_edit.fitting.STEPS", 3)
     opened = open_recipe(recipe(edit={"method": "fitted", "key_tokens": 2000, "fit_rank": 8}))
