@@ -73,7 +73,7 @@ def run(
     with progress_bars() as report:
         result = pipeline.run(read, where, overwrite=overwrite, allow_code=allow_code, report=report)
     about_words = [text for concept in result["concepts"] for text in concept["warnings"]]
-    print_warnings(about_words + result["saved"]["warnings"])
+    print_warnings(result["warnings"] + about_words + result["saved"]["warnings"])
     _print_summary(result)
     print_line(f"Report: {where / 'report.html'}")
 

@@ -106,10 +106,17 @@ def sites(checkpoint: Checkpoint, recipe: Recipe) -> list[Site]:
             f"locate.layers: layer {beyond[0]} is out of range, the model {checkpoint.source} has layers 0 to "
             f"{checkpoint.layers - 1}."
         )
-    experts = range(checkpoint.experts) if checkpoint.experts else [-1]
     return sorted(
-        Site(layer, expert, matrix) for layer in set(layers) for expert in experts for matrix in recipe.locate.matrices
+        Site(layer, expert, matrix)
+        for layer in set(layers)
+        for expert in _experts(checkpoint, layer)
+        for matrix in recipe.locate.matrices
     )
+
+
+def _experts(checkpoint: Checkpoint, layer: int) -> Sequence[int]:
+    count = checkpoint.experts_in(layer)
+    return [-1] if count is None else range(count)
 
 
 def scan_concept(
@@ -228,7 +235,7 @@ def key_rows(checkpoint: Checkpoint, recipe: Recipe, located: Located, method: s
     """The neurons a keyed method looks at, by layer: int64, ascending. Empty where no `out` matrix is looked at."""
     writing = [site for site in sites(checkpoint, recipe) if site.matrix == "out"]
     if method in edits.WHOLE_LAYER:
-        return {site.layer: torch.arange(checkpoint.neurons) for site in writing[-1:]}
+        return {site.layer: torch.arange(checkpoint.neurons_in(site.layer)) for site in writing[-1:]}
     if method == "lm-head-keyed":
         scored = {site.layer: located.scores[site].abs() >= recipe.select.lm_head_z for site in writing}
         return {layer: chosen.nonzero()[:, 0] for layer, chosen in scored.items()}

@@ -6,7 +6,9 @@ from typing import Any
 
 from rotate_edit.checkpoint import Checkpoint, load_tokenizer, open_checkpoint
 from rotate_edit.concept import TokenSet, find_tokens
+from rotate_edit.edit import KEYED, NEEDS_TEXT
 from rotate_edit.engines import pick_device
+from rotate_edit.errors import BadInput
 from rotate_edit.estimate import Cost, check_cost
 from rotate_edit.files import check_output_outside
 from rotate_edit.forecast import recipe_cost
@@ -21,7 +23,8 @@ from rotate_edit.text_items import items_from_text
 class Opened:
     """What a recipe names, opened and checked: nothing was written yet.
 
-    tokens: for each concept its token set; items: what the edit is measured on, or None.
+    recipe: without controls that cannot work on this model or on these matrices, which `notes` then names; tokens: for
+    each concept its token set; items: what the edit is measured on, or None.
     """
 
     recipe: Recipe
@@ -31,6 +34,7 @@ class Opened:
     tokens: tuple[TokenSet, ...]
     items: Items | None
     device: str
+    notes: tuple[str, ...] = ()
 
     def warnings(self) -> list[str]:
         """Everything the user should know about the words, one sentence each."""
@@ -49,6 +53,7 @@ def open_recipe(
     if output is not None:
         check_output_outside(output, checkpoint.folder)
     sites(checkpoint, recipe)
+    recipe, notes = _suited(recipe, checkpoint)
     device = pick_device(recipe.decompose.device)
     if output is not None:
         check_cost(recipe_cost(recipe, checkpoint, None, device=device, measured=measured), output)
@@ -66,16 +71,44 @@ def open_recipe(
         for concept in recipe.concepts
     )
     items = _open_items(recipe, tokenizer, allow_code)
-    return Opened(recipe, checkpoint, tokenizer, vocabulary, tokens, items, device)
+    return Opened(recipe, checkpoint, tokenizer, vocabulary, tokens, items, device, notes)
 
 
 def estimate(recipe: Recipe, *, measured: bool = True) -> tuple[Cost, str]:
     """What a run of a recipe (or, not `measured`, its edit alone) takes, and on which device; no weight is read."""
     checkpoint = open_checkpoint(recipe.model, recipe.revision)
+    recipe, _ = _suited(recipe, checkpoint)
     device = pick_device(recipe.decompose.device)
     needs_tokenizer = recipe.evaluate.text is not None
     items = _open_items(recipe, load_tokenizer(checkpoint) if needs_tokenizer else None)
     return recipe_cost(recipe, checkpoint, items, device=device, measured=measured), device
+
+
+def _suited(recipe: Recipe, checkpoint: Checkpoint) -> tuple[Recipe, tuple[str, ...]]:
+    """The recipe without controls that cannot work here, and what to say about them.
+
+    Raises BadInput where the recipe's own method cannot."""
+    unsuited: dict[str, str] = {}
+    if "out" not in recipe.locate.matrices:
+        unsuited |= dict.fromkeys(KEYED, "rewrite out matrices, which locate.matrices leaves out")
+    if checkpoint.experts is not None:
+        unsuited |= dict.fromkeys((*KEYED, *NEEDS_TEXT), "read activations of dense layers, and this model has experts")
+    method, controls = recipe.edit.method, recipe.evaluate.controls
+    if method in unsuited:
+        raise BadInput(
+            f"edit.method: methods such as {method} {unsuited[method]}; set edit.method to channel-located, or to "
+            "direction-everywhere."
+        )
+    kept = [control for control in controls if control not in unsuited]
+    left_out = [control for control in controls if control in unsuited]
+    if not left_out:
+        return recipe, ()
+    notes = tuple(
+        f"Controls left out: {', '.join(control for control in left_out if unsuited[control] == why)}; they {why}."
+        for why in dict.fromkeys(unsuited[control] for control in left_out)
+    )
+    evaluation = recipe.evaluate.model_copy(update={"controls": kept})
+    return recipe.model_copy(update={"evaluate": evaluation}), notes
 
 
 def _open_items(recipe: Recipe, tokenizer: Any, allow_code: bool = False) -> Items | None:

@@ -118,7 +118,7 @@ def run(
         model = load_model(opened.checkpoint, device=opened.device, dtype=dtype)
         with _timed(seconds, "locate"):
             found = locate(opened, model, report)
-        result = _describe(opened, found, seconds)
+        result = _describe(opened, found, seconds) | {"warnings": list(opened.notes)}
         _save_channels(opened, found, folder)
         if opened.items is not None and recipe.evaluate.text is not None:
             save_items(opened.items, folder / "items")

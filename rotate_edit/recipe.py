@@ -76,7 +76,9 @@ class LocateRecipe(_Section):
     matrices: list[Matrix] = Field(
         ["out"], min_length=1, description="out: what neurons write; gate, in: what they read."
     )
-    layers: list[Annotated[int, Field(ge=0)]] | None = Field(None, description="Layers to look at; all when left out.")
+    layers: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] | None = Field(
+        None, description="Layers to look at; all when left out."
+    )
     candidates: Positive = Field(
         300, description="How many neurons of each matrix kind the LM-head scan passes on for each group of tokens."
     )

@@ -116,7 +116,7 @@ def prepare(opened: Opened, *, tokens: int = TOKENS, report: Report = silent) ->
     moments, changes, reading = None, {}, None
     if recipe.edit.method in WHOLE_LAYER:
         groups = [located.ids for located in next(iter(found.values()))]
-        rows = {layer: torch.arange(opened.checkpoint.neurons) for layer in last_layers(opened)}
+        rows = {layer: torch.arange(opened.checkpoint.neurons_in(layer)) for layer in last_layers(opened)}
         samples = own_samples(model, opened.tokenizer, tokens=recipe.edit.key_tokens, seed=recipe.seed)
         if recipe.edit.method == "fitted":
             (located,) = found.values()
