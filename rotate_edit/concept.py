@@ -107,7 +107,7 @@ def group_tokens(rows: Tensor, ids: Tensor, distance: float) -> list[Tensor]:
 
     if len(ids) < 2:
         return [ids]
-    unit = torch.nn.functional.normalize(rows.double().cpu(), dim=1).numpy()
+    unit = torch.nn.functional.normalize(rows.cpu().double(), dim=1).numpy()
     labels = torch.from_numpy(fcluster(linkage(unit, "average", metric="cosine"), distance, "distance"))
     groups = [ids[labels == label] for label in labels.unique()]
     return sorted(groups, key=lambda group: (-len(group), int(group[0])))

@@ -52,10 +52,12 @@ class Whitened:
 
 def whitened(seen: Positions, *, ridge: float) -> Whitened:
     """Positions in whitened coordinates. ridge: l as a multiple of the neurons' mean square. Solved in float64."""
-    second = (seen.neurons.T @ seen.neurons).double() / len(seen.neurons)
+    device, products = seen.neurons.device, seen.neurons.T @ seen.neurons
+    # Apple's GPUs have no float64.
+    second = (products.cpu() if device.type == "mps" else products).double() / len(seen.neurons)
     second += ridge * second.diagonal().mean() * torch.eye(len(second), dtype=second.dtype, device=second.device)
     values, vectors = torch.linalg.eigh(second)
-    whiten, unwhiten = (((vectors * values**power) @ vectors.T).float() for power in (-0.5, 0.5))
+    whiten, unwhiten = (((vectors * values**power) @ vectors.T).float().to(device) for power in (-0.5, 0.5))
     return Whitened(Positions(seen.neurons @ whiten, seen.residual, seen.written), whiten, unwhiten)
 
 
@@ -75,7 +77,7 @@ def kindred(seen: Positions, tail: Tail, ids: Tensor, apart: Tensor) -> Tensor:
             own = chances[:, ids.to(chances.device)]
             parts.append((own.T @ chances, chances.sum(0)))
     # The products of the concept's tokens with all tokens, [n, V], and how often each token is expected, [V].
-    together, often = (torch.stack(column).sum(0).double().cpu() for column in zip(*parts))
+    together, often = (torch.stack(column).sum(0).cpu().double() for column in zip(*parts))
     among = together[:, ids]
     of_others = often[ids].sum() - often[ids]
     own_lift = (among.sum(0) - among.diagonal()) / (often[ids] * of_others)
@@ -213,7 +215,7 @@ def _masses(positions: Positions, tail: Tail, groups: Sequence[Tensor]) -> list[
         for residual in positions.residual.split(AT_ONCE):
             chances = tail.log_probabilities(residual).exp()
             for parts, ids in zip(found, groups):
-                parts.append(chances[:, ids.to(chances.device)].sum(1).double().cpu())
+                parts.append(chances[:, ids.to(chances.device)].sum(1).cpu().double())
     return [torch.cat(parts) for parts in found]
 
 
@@ -232,5 +234,5 @@ def _outside(keep: Tensor | None, like: Tensor) -> Tensor:
     whole = torch.eye(len(like), device=like.device)
     if keep is None or not len(keep):
         return whole
-    rows = keep.double().to(like.device)
-    return whole - (torch.linalg.pinv(rows) @ rows).float()
+    rows = keep.cpu().double()
+    return whole - (torch.linalg.pinv(rows) @ rows).float().to(like.device)

@@ -55,7 +55,8 @@ def recipe_cost(
     items: what is measured on; lm-eval tasks known by name alone are not counted, since their size is not known.
     """
     keyed = _keyed(recipe, measured)
-    live = measured or items is not None or keyed
+    # Memory is checked before the items are read, so what the recipe names counts and not what was read of it.
+    live = measured or keyed or recipe.evaluate.items is not None or recipe.evaluate.text is not None
     grouped = live and _tries_groups(recipe)
     on_gpu = device != "cpu"
     channels = _candidates(recipe) * SEARCHES * recipe.decompose.channels

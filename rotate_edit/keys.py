@@ -120,13 +120,13 @@ def _moments(
             size = residual.square().mean(1).sqrt()
             chances = predicted.exp()
             chance = torch.stack([chances[:, ids.to(chances.device)].sum(1) for ids in groups])
-            second += (neurons.T @ neurons).double().cpu()
-            means += (chance @ neurons).double().cpu()
-            sizes += (chance @ size).double().cpu()
-            weights += chance.double().sum(1).cpu()
+            second += (neurons.T @ neurons).cpu().double()
+            means += (chance @ neurons).cpu().double()
+            sizes += (chance @ size).cpu().double()
+            weights += chance.cpu().double().sum(1)
             positions += len(neurons)
             if head is not None:
-                here = sensitivity(chances, size, head.to(chances.device)).cpu()
+                here = sensitivity(chances, size, head.to(chances.device))
                 metric = here if metric is None else metric + here
     floor = weights.clamp_min(1e-30)
     mean_metric = None if metric is None else metric / positions
@@ -137,12 +137,12 @@ def sensitivity(chances: Tensor, size: Tensor, head: Tensor) -> Tensor:
     """Fisher's information of predictions about a step of the residual stream, summed over positions.
 
     chances: [n, V]; size: [n], the root mean square that the final norm divides by; head: [V, d_model]. Returns
-    `sum U' (diag(p) - p p') U / size^2`, float64 [d_model, d_model].
+    `sum U' (diag(p) - p p') U / size^2`, float64 [d_model, d_model] on the CPU.
     """
     # The tokens' common part changes no prediction; without it nothing large is subtracted from something large.
     tokens = head - head.mean(0)
     expected = chances @ tokens / size[:, None]
-    return ((tokens.T * (size**-2 @ chances)) @ tokens - expected.T @ expected).double()
+    return ((tokens.T * (size**-2 @ chances)) @ tokens - expected.T @ expected).cpu().double()
 
 
 def even_reading(model: Any, texts: Passages, *, ridge: float = EVEN_RIDGE) -> Tensor:
@@ -158,7 +158,7 @@ def even_reading(model: Any, texts: Passages, *, ridge: float = EVEN_RIDGE) -> T
             real = real_positions(batch, texts.lengths[index]).to(read[0].device)
             # Some implementations flatten rows and positions before the head.
             seen = read.pop().reshape(*batch.shape, -1)[real].float()
-            second, mean = second + (seen.T @ seen).double().cpu(), mean + seen.sum(0).double().cpu()
+            second, mean = second + (seen.T @ seen).cpu().double(), mean + seen.sum(0).cpu().double()
             positions += len(seen)
     return (key_coefficients(second / positions, mean / positions, ridge=ridge) / logit_factor(model)).float()
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from rotate_edit import measures
 from rotate_edit.activations import SNMF_FEATURES, evidence_about
-from rotate_edit.checkpoint import load_model, read_norm, read_unembedding
+from rotate_edit.checkpoint import read_norm, read_unembedding
 from rotate_edit.concept import find_tokens
 from rotate_edit.edit import KEYED, NEEDS_TEXT, SAMPLED, Edit, Evidence, concept_mean, through_logits
 from rotate_edit.errors import BadInput
@@ -89,7 +89,7 @@ def fit(
     recipe, keyed = opened.recipe, [method for method in methods if method in KEYED]
     if not any(method in SAMPLED for method in methods):
         return Fitted({})
-    model = model if model is not None else load_model(opened.checkpoint, device=opened.device)
+    model = model if model is not None else opened.load_base()
     if samples is None:
         samples = own_samples(model, opened.tokenizer, tokens=recipe.edit.key_tokens, seed=recipe.seed)
     moves_logits = any(
@@ -169,7 +169,7 @@ def _evidence(
     if opened.items is None:
         named = next(method for method in methods if method in NEEDS_TEXT)
         raise BadInput(f"the method {named} needs text about the concept; give evaluate.items or evaluate.text.")
-    model = model if model is not None else load_model(opened.checkpoint, device=opened.device)
+    model = model if model is not None else opened.load_base()
     layers = sorted({site.layer for site in sites(opened.checkpoint, opened.recipe)})
     features = SNMF_FEATURES if "snmf-features" in methods else 0
     limits = {"token_limit": opened.recipe.evaluate.tokens, "features": features, "seed": opened.recipe.seed}

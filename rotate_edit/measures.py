@@ -120,7 +120,7 @@ def _by_text(passages: Passages, pieces: Iterable[tuple[Tensor, Tensor]]) -> tup
     sums, counts = torch.zeros(passages.texts).double(), torch.zeros(passages.texts).double()
     for order, (counted, values) in zip(passages.order, pieces, strict=True):
         text = order[counted.nonzero()[:, 0]]
-        sums.index_add_(0, text, values.double().cpu())
+        sums.index_add_(0, text, values.cpu().double())
         counts.index_add_(0, text, torch.ones(len(text)).double())
     return sums, counts
 
@@ -212,7 +212,7 @@ def first_token_kl(model: Any, prompts: Passages, base: Tensor, *, draws: int = 
 
     base: from `last_position` of the base model, float32 [prompts, V]. The measure of heretic's evaluator.
     """
-    divergence = kl_divergence(base, last_position(model, prompts)).double().cpu().numpy()
+    divergence = kl_divergence(base, last_position(model, prompts)).cpu().double().numpy()
     return statistics.mean(divergence, draws=draws).against(0)
 
 
@@ -252,7 +252,7 @@ def concept_probability(model: Any, prompts: Passages, concept_ids: Tensor, base
     """
     now = last_position(model, prompts)[:, concept_ids.to(base.device)].exp().sum(dim=-1)
     before = base[:, concept_ids.to(base.device)].exp().sum(dim=-1)
-    return statistics.mean(now.double().cpu().numpy()).against(float(before.double().mean()))
+    return statistics.mean(now.cpu().double().numpy()).against(float(before.cpu().double().mean()))
 
 
 def log_likelihood_by_text(model: Any, passages: Passages) -> tuple[Tensor, Tensor]:

@@ -105,7 +105,7 @@ def make_preconditioner(matrix: Tensor, weights: Tensor) -> Tensor:
     block = max(1, COVARIANCE_ELEMENTS // size)
     for rows, share in zip(matrix.split(block), (weights / weights.sum()).split(block)):
         covariance += (rows * share[:, None]).T @ rows
-    covariance = covariance.double().cpu()
+    covariance = covariance.cpu().double()
     floor = 1e-6 * covariance.diagonal().mean() * torch.eye(size, dtype=torch.float64)
     factor = torch.linalg.cholesky(covariance + floor)
     ridge = torch.exp(2 * factor.diagonal().log().mean())

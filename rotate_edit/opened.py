@@ -4,7 +4,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rotate_edit.checkpoint import Checkpoint, load_tokenizer, open_checkpoint
+import torch
+
+from rotate_edit.checkpoint import Checkpoint, load_model, load_tokenizer, open_checkpoint
 from rotate_edit.concept import TokenSet, find_tokens
 from rotate_edit.edit import KEYED, NEEDS_TEXT
 from rotate_edit.engines import pick_device
@@ -35,6 +37,12 @@ class Opened:
     items: Items | None
     device: str
     notes: tuple[str, ...] = ()
+
+    def load_base(self) -> Any:
+        """The live base model on the recipe's device: in bfloat16 on a CUDA GPU, which the memory check counts on, in
+        float32 elsewhere."""
+        dtype = torch.bfloat16 if self.device == "cuda" else torch.float32
+        return load_model(self.checkpoint, device=self.device, dtype=dtype)
 
     def warnings(self) -> list[str]:
         """Everything the user should know about the words, one sentence each."""

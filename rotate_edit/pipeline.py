@@ -18,7 +18,7 @@ from rotate_edit import curves, measures
 from rotate_edit.adapter import write_adapter
 from rotate_edit.card import write_cards
 from rotate_edit.channels import save_channels
-from rotate_edit.checkpoint import identity, load_model
+from rotate_edit.checkpoint import identity
 from rotate_edit.comparison import Plan
 from rotate_edit.concept import TokenSet
 from rotate_edit.console import Report, silent
@@ -114,8 +114,7 @@ def run(
     seconds: dict[str, float] = {}
     with whole_folder(output, overwrite=overwrite) as folder:
         write_atomically(folder / "recipe.yaml", recipe_text(recipe))
-        dtype = torch.bfloat16 if opened.device == "cuda" else torch.float32
-        model = load_model(opened.checkpoint, device=opened.device, dtype=dtype)
+        model = opened.load_base()
         with _timed(seconds, "locate"):
             found = locate(opened, model, report)
         result = _describe(opened, found, seconds) | {"warnings": list(opened.notes)}
@@ -155,7 +154,7 @@ def edit_only(
     """
     check_output_free(output, overwrite=overwrite)
     opened = open_recipe(recipe, output, measured=False)
-    model = load_model(opened.checkpoint, device=opened.device) if opened.items else None
+    model = opened.load_base() if opened.items else None
     found = locate(opened, model, report)
     if _is_missing(recipe, found):
         raise Failure(_why_nothing(found))

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from rotate_edit import curves, measures, pareto, statistics
-from rotate_edit.checkpoint import load_model, read_unembedding
+from rotate_edit.checkpoint import read_unembedding
 from rotate_edit.console import Report, silent
 from rotate_edit.edit import KEYED, TOKEN_METHODS, WHOLE_LAYER, Edit
 from rotate_edit.errors import BadInput, Failure
@@ -102,7 +102,7 @@ def prepare(opened: Opened, *, tokens: int = TOKENS, report: Report = silent) ->
             f"edit.method: {recipe.edit.method} has nothing to search but the strength; try some with run, or name "
             "another method."
         )
-    model = load_model(opened.checkpoint, device=opened.device)
+    model = opened.load_base()
     wanted = recipe.locate.group_distance
     distances = GROUP_DISTANCES if wanted == "auto" else (wanted,)
     found = {}
@@ -159,7 +159,7 @@ def measured_on(prepared: Prepared, known: dict[str, measures.Reference]) -> Pre
 
 
 def _mass(predicted: Tensor, token_ids: Tensor) -> float:
-    return float(predicted[:, token_ids.to(predicted.device)].exp().double().sum())
+    return float(predicted[:, token_ids.to(predicted.device)].exp().cpu().double().sum())
 
 
 def last_layers(opened: Opened) -> list[int]:
@@ -308,7 +308,7 @@ def _damage(prepared: Prepared, edit: Edit) -> float:
         divergence = torch.nn.functional.kl_div(
             _predicted(ends, ends.others, edit), ends.base, log_target=True, reduction="none"
         )
-        return float(divergence.sum(1).double().mean())
+        return float(divergence.sum(1).cpu().double().mean())
     with applied(prepared.model, edit):
         sums, counts = measures.kl_by_text(prepared.model, reference.others, reference.others_base)
     return float(sums.sum() / counts.sum())

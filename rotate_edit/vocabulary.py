@@ -48,7 +48,7 @@ def token_weights(
     if not 0 < percentile <= 100:
         raise BadInput(f"The norm percentile of the token weights must lie above 0 and at most 100, not {percentile}.")
     norms = unembedding.float().norm(dim=1)
-    high = norms > torch.quantile(norms.double().cpu(), percentile / 100).to(norms)
+    high = norms > torch.quantile(norms.cpu().double(), percentile / 100).to(norms)
     weights = torch.ones_like(norms)
     if ignored is not None:
         if ignored.shape != norms.shape:
