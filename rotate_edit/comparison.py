@@ -20,8 +20,8 @@ class Plan:
 
     concepts: the edited concepts by the names the items know them under; neighbours: those that lie close; tasks:
     lm-eval tasks by name, as general abilities; items: at most this many items of each part (one concept's words,
-    the neighbours' facts ...), None for all; settings: how lm-eval asks; amplified: the edit means to raise the
-    concept, so that removal is not measured; generations: how many neutral prompts are continued beside the
+    the neighbours' facts ...), None for all; settings: how lm-eval asks; raised: the concepts among them that the edit
+    means to raise, whose removal is not measured; generations: how many neutral prompts are continued beside the
     concept's own; new_tokens: how long a continuation is; words: of the concepts, which are looked for in `samples`
     sampled continuations of every prompt (the leak rate); seed: of the bootstrap and of the sampling.
     """
@@ -31,31 +31,48 @@ class Plan:
     tasks: tuple[str, ...] = ()
     items: int | None = 240
     settings: Settings = field(default_factory=Settings)
-    amplified: bool = False
+    raised: tuple[str, ...] = ()
     generations: int = 5
     new_tokens: int = 40
     words: tuple[str, ...] = ()
     samples: int = 20
     seed: int = 0
 
+    def raises(self, concept: str) -> bool:
+        """Whether the edit means to raise a concept."""
+        return concept.casefold() in {name.casefold() for name in self.raised}
+
+    @property
+    def lowered(self) -> tuple[str, ...]:
+        """The concepts that the edit means to remove."""
+        return tuple(name for name in self.concepts if not self.raises(name))
+
+    @property
+    def amplified(self) -> bool:
+        """Whether the edit means to raise all of its concepts, so that no removal is measured."""
+        return bool(self.concepts) and not self.lowered
+
 
 @dataclass(frozen=True)
 class Part:
-    """Items of one task that are reported together: `rows` are their places among the task's items."""
+    """Items of one task that are reported together: `rows` are their places among the task's items, concept the one
+    that they are about where they are a concept's own."""
 
     task: str
     role: str
     title: str
     type: str
     rows: tuple[int, ...]
+    concept: str = ""
 
 
 @dataclass(frozen=True)
 class Reading:
     """Everything measured on one model. The measures are None where there was nothing to measure them on.
 
-    texts: its greedy continuation of each prompt; samples: its sampled ones; about: whether the prompt is about the
-    concept.
+    raised_probability: of the concepts that the edit means to raise, after neutral prompts; texts: its greedy
+    continuation of each prompt; samples: its sampled ones; about: whether the prompt is about a concept, None for one
+    that is raised beside others that are lowered.
     """
 
     scores: Mapping[str, Scores]
@@ -63,9 +80,10 @@ class Reading:
     collateral_kl: Measure | None = None
     concept_mass: Measure | None = None
     concept_probability: Measure | None = None
+    raised_probability: Measure | None = None
     texts: tuple[str, ...] = ()
     samples: tuple[list[str], ...] = ()
-    about: tuple[bool, ...] = ()
+    about: tuple[bool | None, ...] = ()
 
 
 def compare(base: Reading, edited: Reading, parts: Sequence[Part], plan: Plan) -> dict[str, Any]:
@@ -97,6 +115,7 @@ def _compare_part(part: Part, before: Scores, after: Scores, plan: Plan) -> tupl
         "task": part.task,
         "title": part.title,
         "group": part.role,
+        "concept": part.concept,
         "kind": part.type or KIND_WORDS[before.kind],
         "scale": before.kind,
         "metric": before.metric,
@@ -134,11 +153,12 @@ def _summary(parts: Sequence[Part], kept: Mapping[int, Estimate], edited: Readin
     by_role: dict[str, list[int]] = {role: [] for role in ROLES}
     for number in kept:
         by_role[parts[number].role].append(number)
-    headline = _headline(by_role["concept"], parts, edited)
+    lowered = [number for number in by_role["concept"] if not plan.raises(parts[number].concept)]
+    headline = _headline(lowered, parts, edited)
     general = [kept[number] for number in by_role["general"]]
     neighbours = [kept[number] for number in by_role["neighbour"]]
     removal = None
-    if headline and not plan.amplified:
+    if headline:
         removal = statistics.efficacy(statistics.mean_kept([kept[number] for number in headline]))
     rest = statistics.specificity(general, neighbours) if general or neighbours else None
     both = statistics.harmonic(removal, rest) if removal and rest else None
@@ -148,8 +168,8 @@ def _summary(parts: Sequence[Part], kept: Mapping[int, Estimate], edited: Readin
         for name, estimate, base in (("efficacy", removal, 0), ("specificity", rest, 1), ("harmonic", both, 0))
     }
     summary["first_token_kl"] = _plain(edited.first_token_kl)
-    if plan.amplified and edited.concept_probability is not None:
-        summary["amplification"] = _plain(_ratio(edited.concept_probability))
+    if edited.raised_probability is not None:
+        summary["amplification"] = _plain(_ratio(edited.raised_probability))
     return summary
 
 
@@ -229,9 +249,10 @@ def conclusion(summary: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], pl
     """What can and cannot be concluded from all of it, one sentence each."""
     said = []
     efficacy, specificity = summary["efficacy"], summary["specificity"]
-    names = ", ".join(plan.concepts)
-    asked = any(row["used"] and row["group"] == "concept" and row["scale"] == "accuracy" for row in rows)
-    words = any(row["used"] and row["group"] == "concept" and row["kind"] == "A" for row in rows)
+    names = ", ".join(plan.lowered)
+    own = [row for row in rows if row["used"] and row["group"] == "concept" and not plan.raises(row["concept"])]
+    asked = any(row["scale"] == "accuracy" for row in own)
+    words = any(row["kind"] == "A" for row in own)
     what = f"the words of {names}" if words else names
     known = f"what the base model knew of {what} above chance" if asked else f"the probability of words of {names}"
     if efficacy["value"] is not None:
@@ -242,10 +263,10 @@ def conclusion(summary: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], pl
         said += [
             f"That figure leaves out {row['title']}, where accuracy was {row['base']['value']:.3g} before and is "
             f"{row['edited']['value']:.3g} after."
-            for row in rows
-            if row["used"] and row["group"] == "concept" and row["scale"] == "accuracy" and row["kind"] == "B" and words
+            for row in own
+            if row["scale"] == "accuracy" and row["kind"] == "B" and words
         ]
-    elif plan.concepts and not plan.amplified:
+    elif plan.lowered:
         said.append(f"Removal of {names} was not measured: no task on it has a base accuracy above chance.")
     if specificity["value"] is not None:
         said.append(

@@ -37,6 +37,7 @@ def evaluate(
     items: Items | None = None,
     *,
     concept_ids: Tensor | None = None,
+    raised_ids: Tensor | None = None,
     weights_hash: str | None = None,
     cache: Path | None = None,
     report: Report = silent,
@@ -44,16 +45,18 @@ def evaluate(
     """Measure the base model, then every variant on the same items, in one process.
 
     model, tokenizer: the loaded base, nothing switched on; concept_ids: int64 [k], the tokens of the edited concepts
-    (for probability mass); cache: a folder in which the base's scores are kept for the next run, under weights_hash
-    (of the base; computed from the loaded weights when it is not given). Variants that are edits or adapters are
-    switched on and off in the base's own weights; whole checkpoints are loaded one after another. Raises BadInput when
-    a task cannot be loaded or a variant does not fit the base.
+    (for probability mass), of those that are lowered where others are raised, whose tokens are raised_ids; cache: a
+    folder in which the base's scores are kept for the next run, under weights_hash (of the base; computed from the
+    loaded weights when it is not given). Variants that are edits or adapters are switched on and off in the base's own
+    weights; whole checkpoints are loaded one after another. Raises BadInput when a task cannot be loaded or a variant
+    does not fit the base.
     """
     started = time.monotonic()
     local, parts = divide(items.tasks if items else (), plan)
     tasks = (*local, *(Task(name) for name in plan.tasks))
     harness = scoring.open_harness(tasks, plan.settings)
-    known = _known(model, tokenizer, items, plan, concept_ids)
+    raised_ids = concept_ids if plan.amplified else raised_ids
+    known = _known(model, tokenizer, items, plan, concept_ids, raised_ids)
     prompts = _prompts(items, plan)
     scores, cached = _base_scores(harness, tasks, model, tokenizer, weights_hash, cache, report)
     base = _write(model, tokenizer, prompts, plan, Reading(scores))
@@ -118,7 +121,7 @@ def _evaluation(base: Reading, readings: Mapping[str, Reading], parts: Sequence[
     everyone = {"base": base, **readings}
     result: dict[str, Any] = {
         "version": VERSION,
-        "plan": asdict(plan),
+        "plan": asdict(plan) | {"amplified": plan.amplified},
         "versions": {name: importlib.metadata.version(name) for name in ("lm_eval", "torch", "transformers")},
         "lm_eval": {
             name: {task: dict(scores.aggregates) for task, scores in reading.scores.items()}
@@ -159,7 +162,7 @@ def divide(tasks: Sequence[Task], plan: Plan) -> tuple[tuple[Task, ...], tuple[P
             rows += [task.rows[place] for place in taken]
             about_something = any(task.rows[place].get("concept") for place in taken)
             title = _title(task, role, concept, kind, about_something)
-            parts.append(Part(task.name, role, title, kind, numbers))
+            parts.append(Part(task.name, role, title, kind, numbers, concept))
         chosen.append(task.with_rows(rows))
     return tuple(chosen), tuple(parts)
 
@@ -232,15 +235,24 @@ class _Known:
     prompts: measures.Passages | None
     prompts_base: Tensor | None
     concept_ids: Tensor | None
+    raised_ids: Tensor | None
 
 
-def _known(model: Any, tokenizer: Any, items: Items | None, plan: Plan, concept_ids: Tensor | None) -> _Known:
+def _known(
+    model: Any,
+    tokenizer: Any,
+    items: Items | None,
+    plan: Plan,
+    concept_ids: Tensor | None,
+    raised_ids: Tensor | None,
+) -> _Known:
     if items is None:
-        return _Known(None, None, None, concept_ids)
+        return _Known(None, None, None, concept_ids, raised_ids)
     config = model.config.get_text_config()
     longest = getattr(config, "max_position_embeddings", None)
     found = None
-    own, others = texts_about(items, plan.concepts)
+    others = texts_about(items, plan.concepts)[1]
+    own = texts_about(items, plan.lowered or plan.concepts)[0]
     if concept_ids is not None and own and others:
         found = measures.reference(
             model, tokenizer, concept_ids, concept_texts=own, other_texts=others, longest=longest
@@ -249,7 +261,7 @@ def _known(model: Any, tokenizer: Any, items: Items | None, plan: Plan, concept_
     if items.prompts:
         prompts = measures.tokenise(tokenizer, items.prompts, vocabulary_size=config.vocab_size, longest=longest)
     base = measures.last_position(model, prompts) if prompts else None
-    return _Known(found, prompts, base, concept_ids)
+    return _Known(found, prompts, base, concept_ids, raised_ids)
 
 
 def texts_about(items: Items, concepts: Sequence[str], split: str = "report") -> tuple[list[str], list[str]]:
@@ -270,16 +282,18 @@ def texts_about(items: Items, concepts: Sequence[str], split: str = "report") ->
 
 
 def _read(model: Any, scores: Mapping[str, Scores], known: _Known) -> Reading:
-    first = probability = mass = collateral = None
+    first = probability = raised = mass = collateral = None
     if known.prompts is not None and known.prompts_base is not None:
         first = measures.first_token_kl(model, known.prompts, known.prompts_base)
         if known.concept_ids is not None:
             probability = measures.concept_probability(model, known.prompts, known.concept_ids, known.prompts_base)
+        if known.raised_ids is not None:
+            raised = measures.concept_probability(model, known.prompts, known.raised_ids, known.prompts_base)
     if known.reference is not None:
         kept = known.reference
         mass = measures.concept_mass(model, kept.concept, kept.concept_ids, kept.concept_mass)
         collateral = measures.collateral_kl(model, kept.others, kept.others_base)
-    return Reading(scores, first, collateral, mass, probability)
+    return Reading(scores, first, collateral, mass, probability, raised)
 
 
 def _prompts(items: Items | None, plan: Plan) -> list[Row]:
@@ -301,7 +315,9 @@ def _write(model: Any, tokenizer: Any, prompts: Sequence[Row], plan: Plan, readi
             model, tokenizer, asked, new_tokens=plan.new_tokens, samples=plan.samples, seed=plan.seed
         )
         samples = tuple(drawn)
-    about = tuple(bool(row.get("concept")) for row in prompts)
+    asked_of = {name.casefold() for name in plan.lowered or plan.concepts}
+    named = [str(row.get("concept") or "").casefold() for row in prompts]
+    about = tuple(name in asked_of if name in asked_of or not name else None for name in named)
     return replace(reading, texts=tuple(texts[0] for texts in greedy), samples=samples, about=about)
 
 

@@ -230,29 +230,39 @@ def _edit_and_measure(
             opened, edit, folder, checkpoint=recipe.save.checkpoint, adapter=recipe.save.adapter
         )
     with _timed(seconds, "evaluate"):
-        plan = Plan(
-            concepts=tuple(concept.name for concept in recipe.concepts),
-            neighbours=tuple(name for concept in recipe.concepts for name in concept.neighbours),
-            tasks=tuple(recipe.evaluate.tasks),
-            items=recipe.evaluate.limit or 240,
-            settings=Settings(batch_size=recipe.evaluate.batch_size, limit=recipe.evaluate.limit),
-            amplified=all(strength < 0 for strength in strengths.values()),
-            words=tuple(word for concept in recipe.concepts for word in concept.words),
-            seed=recipe.seed,
-        )
-        ids = torch.cat([tokens.ids for tokens in opened.tokens]).unique()
-        evaluation = evaluate(
-            model,
-            opened.tokenizer,
-            [Variant("edited", edit)],
-            plan,
-            opened.items,
-            concept_ids=ids,
-            weights_hash=weights_hash(opened.checkpoint),
-            cache=cache_folder(),
-            report=report,
-        )
-    result.update(evaluation.result)
+        result.update(_asked(opened, edit, strengths, model, report))
+
+
+def _asked(opened: Opened, edit: Edit, strengths: dict[str, float], model: Any, report: Report) -> dict[str, Any]:
+    """What lm-eval and the live measures say of an edit: the evaluation's part of the result."""
+    recipe = opened.recipe
+    raised = tuple(name for name, strength in strengths.items() if strength < 0)
+    lowered = [concept for concept in recipe.concepts if concept.name not in raised] or recipe.concepts
+    plan = Plan(
+        concepts=tuple(concept.name for concept in recipe.concepts),
+        neighbours=tuple(name for concept in recipe.concepts for name in concept.neighbours),
+        tasks=tuple(recipe.evaluate.tasks),
+        items=recipe.evaluate.limit or 240,
+        settings=Settings(batch_size=recipe.evaluate.batch_size, limit=recipe.evaluate.limit),
+        raised=raised,
+        words=tuple(word for concept in lowered for word in concept.words),
+        seed=recipe.seed,
+    )
+    names = {concept.name for concept in lowered}
+    upwards = [tokens.ids for tokens in opened.tokens if tokens.name in raised]
+    evaluation = evaluate(
+        model,
+        opened.tokenizer,
+        [Variant("edited", edit)],
+        plan,
+        opened.items,
+        concept_ids=torch.cat([tokens.ids for tokens in opened.tokens if tokens.name in names]).unique(),
+        raised_ids=torch.cat(upwards).unique() if upwards else None,
+        weights_hash=weights_hash(opened.checkpoint),
+        cache=cache_folder(),
+        report=report,
+    )
+    return evaluation.result
 
 
 def reference(opened: Opened, located: Located, model: Any, split: str) -> measures.Reference | None:

@@ -44,11 +44,14 @@ def _recorded(folder: Path) -> list[str]:
     return [name for names in lists if isinstance(names, list) for name in names if isinstance(name, str)]
 
 
-def _amplified(variants: Sequence[Variant]) -> bool:
-    """Whether every variant is an edit that raises its concepts, so that removal is not what is asked."""
+def _raised(variants: Sequence[Variant]) -> tuple[str, ...]:
+    """The concepts that every variant raises; none where a variant is no edit, which does not tell."""
     edits = [variant.edit for variant in variants]
-    strengths = [change.strength for edit in edits if edit is not None for change in edit.changes]
-    return bool(strengths) and None not in edits and all(strength < 0 for strength in strengths)
+    strengths: dict[str, list[float]] = {}
+    for edit in edits:
+        for change in edit.changes if edit is not None else ():
+            strengths.setdefault(change.concept, []).append(change.strength)
+    return tuple(name for name, found in strengths.items() if None not in edits and max(found) < 0)
 
 
 def evaluate_models(
@@ -93,7 +96,7 @@ def evaluate_models(
     variants = read_variants(list(edited))
     # lm-eval's own tasks are general abilities and need no concept.
     concepts = edited_concepts(variants, plan.concepts, required=found is not None)
-    plan = replace(plan, concepts=concepts, amplified=_amplified(variants))
+    plan = replace(plan, concepts=concepts, raised=_raised(variants))
     chosen = pick_device(device)
     # A whole checkpoint is loaded beside the base, one at a time.
     at_once = 1 + any(variant.checkpoint is not None for variant in variants)

@@ -1,5 +1,7 @@
 """What is said of two readings: sentences, Holm's correction, the headline and the gates."""
 
+from dataclasses import replace
+
 import pytest
 
 from rotate_edit.comparison import Part, Plan, Reading, compare, failed_gates
@@ -52,6 +54,20 @@ def test_type_a_is_the_headline_and_type_b_only_when_there_is_no_a():
     assert compare(base, after, [words, facts], PLAN)["summary"]["efficacy"]["value"] == 1
     assert compare(base, after, [facts], PLAN)["summary"]["efficacy"]["value"] == 0
     assert compare(base, after, [part(range(20), role="general")], PLAN)["summary"]["efficacy"]["value"] is None
+
+
+def test_a_concept_that_is_raised_beside_another_does_not_count_as_kept():
+    plan = Plan(concepts=("dogs", "cats"), raised=("Cats",))
+    assert plan.lowered == ("dogs",)
+    assert not plan.amplified
+    base, after = reading([1.0] * 40), reading([0.0] * 20 + [1.0] * 20)
+    parts = [replace(part(range(20)), concept="dogs"), replace(part(range(20, 40), title="cats"), concept="cats")]
+    found = compare(base, after, parts, plan)
+    assert found["summary"]["efficacy"]["value"] == 1
+    assert "amplification" not in found["summary"]
+    assert found["words"][0].startswith("Of what the base model knew of the words of dogs above chance, 100% is gone")
+    both = compare(base, after, parts, Plan(concepts=("dogs", "cats"), raised=("dogs", "cats")))
+    assert both["summary"]["efficacy"]["value"] is None
 
 
 def test_facts_that_the_headline_leaves_out_are_told_beside_it():

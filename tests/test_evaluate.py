@@ -232,7 +232,7 @@ def test_other_backends_score_whole_checkpoints(items, model, tmp_path):
 
 
 def test_amplification_is_measured_instead_of_removal(items, model):
-    plan = Plan(concepts=("cat",), neighbours=("mat",), amplified=True)
+    plan = Plan(concepts=("cat",), neighbours=("mat",), raised=("cat",))
     variant = Variant("more", silencing(model, "cat"), -0.5)
     summary = evaluate(model, tiny_tokenizer(), [variant], plan, items, concept_ids=ids("cat")).result["summary"]
     assert summary["efficacy"]["value"] is None
@@ -245,3 +245,16 @@ def test_unknown_tasks_and_missing_chat_templates_are_named(items, model):
     plan = Plan(concepts=("cat",), settings=Settings(chat_template=True))
     with pytest.raises(BadInput, match="chat template"):
         evaluate(model, tiny_tokenizer(), [], plan, items)
+
+
+def test_what_is_raised_is_measured_beside_what_is_lowered(items, model):
+    plan = Plan(concepts=("cat", "dog"), neighbours=("mat",), raised=("dog",), words=("cat",), samples=2)
+    variant = Variant("both", silencing(model, "cat"), 1.0)
+    cat, dog = ids("cat"), ids("dog")
+    found = evaluate(model, tiny_tokenizer(), [variant], plan, items, concept_ids=cat, raised_ids=dog).result
+    raising = Plan(concepts=("dog",), raised=("dog",))
+    alone = evaluate(model, tiny_tokenizer(), [variant], raising, items, concept_ids=dog).result
+    lowered = evaluate(model, tiny_tokenizer(), [variant], Plan(concepts=("cat",)), items, concept_ids=cat).result
+    assert found["summary"]["amplification"] == alone["summary"]["amplification"]
+    assert found["summary"]["efficacy"] == lowered["summary"]["efficacy"]
+    assert found["plan"]["amplified"] is False
