@@ -70,8 +70,9 @@ def solve_strength(model: Any, known: measures.Reference, edit: Edit, target: fl
         low, high = high, 2 * high
         if high > STRONGEST:
             raise Failure(
-                f"no strength up to {STRONGEST:g} takes the concept down to {target:.0%} of its probability; locate "
-                "more neurons (lower select.share, raise locate.candidates) or raise edit.target."
+                f"no strength up to {STRONGEST:g} takes the concept down to {target:.0%} of its probability; raise "
+                "edit.target, or give the edit more to work with: more neurons (lower select.share, raise "
+                "locate.candidates), or for fitted and keyed edits more text (raise edit.key_tokens)."
             )
     for _ in range(BISECTIONS):
         middle = (low + high) / 2

@@ -25,9 +25,9 @@ from rotate_edit.recipe import ConceptRecipe, Recipe
 from rotate_edit.rotate import SolverSettings
 from rotate_edit.scan import TokenMoments, concept_z, token_moments
 
-# The index of the channel that a search finds when it starts at the concept's first group; its others count on.
+# The index of the channel that a search finds from the first concept's first group; its groups count on, and every
+# further concept begins with the next multiple.
 ASKED = 1000
-
 
 # By keyed method and layer: rows and coefficients.
 Keys = Mapping[str, Mapping[int, tuple[Tensor, Tensor]]]
@@ -175,11 +175,13 @@ def locate_concept(
     concept: ConceptRecipe,
     tokens: TokenSet,
     distance: float,
+    place: int = 0,
     report: Report = silent,
 ) -> list[Located]:
     """Scan, decompose the candidates, and choose the channels that carry the concept, for each group of its tokens.
 
-    distance: the cosine distance at which the concept's tokens fall into groups (`concept.group_tokens`).
+    distance: the cosine distance at which the concept's tokens fall into groups (`concept.group_tokens`); place: the
+    concept's place in the recipe.
 
     Every candidate is decomposed once; the candidates of a group are searched once more from the group's own direction.
     """
@@ -202,7 +204,7 @@ def locate_concept(
                 settings=replace(settings, channels=1, only_tilt=True),
                 tilt=partial(_tilt, means, projections.names),
             )
-            own += [replace(channel, index=ASKED + number) for channel in asked]
+            own += [replace(channel, index=ASKED * (place + 1) + number) for channel in asked]
         chosen = choose_channels(own, tokens, ids, recipe)
         found.append(Located(concept, tokens, number, ids, scores, candidates, tuple(own), chosen))
     return found
@@ -300,7 +302,10 @@ def directions(
                 elif rows is not None:
                     wanted = edits.keeping(wanted, rows)
             except ValueError as error:
-                raise BadInput(f"concepts.{located.concept.name}.keep: {error}; leave some of them out.") from error
+                raise BadInput(
+                    f"concepts.{located.concept.name}: {error}; leave some words out of its keep and neighbour_words, "
+                    "out of protect, or out of the concepts beside it."
+                ) from error
             known[key] = (wanted, plain)
         return known[key]
 
@@ -453,7 +458,9 @@ def _on_rows(
         if reading is not None and edits.through_logits(method, strength):
             head = "embedding" if checkpoint.tied else "unembedding"
             yield method, edits.logit_change(head, ids, reading, strength=strength, concept=name)
-        if method == edits.TOKEN_METHOD or (recipe.edit.embeddings and method == recipe.edit.method):
+        # A concept that is raised keeps its rows: what they say without its direction is no step upwards.
+        beside = recipe.edit.embeddings and method == recipe.edit.method and strength > 0
+        if method == edits.TOKEN_METHOD or beside:
             most = math.inf if method == edits.TOKEN_METHOD else edits.ROWS_AT_MOST
             for made in token_changes(checkpoint, untrained, located, strength):
                 yield method, replace(made, most=most).at(strength)

@@ -64,14 +64,16 @@ def locate(opened: Opened, model: Any = None, report: Report = silent) -> tuple[
     projections = read_projections(opened.checkpoint, opened.vocabulary, opened.device)
     wanted = recipe.locate.group_distance
     found: list[Located] = []
-    for concept, tokens in zip(recipe.concepts, opened.tokens):
+    for place, (concept, tokens) in enumerate(zip(recipe.concepts, opened.tokens)):
 
-        def at(distance: float, concept: ConceptRecipe = concept, tokens: TokenSet = tokens) -> list[Located]:
+        def at(
+            distance: float, concept: ConceptRecipe = concept, tokens: TokenSet = tokens, place: int = place
+        ) -> list[Located]:
             def named(step: str, done: int, total: int) -> None:
                 report(f"{step} {concept.name}, groups at {distance:g}", done, total)
 
             return locate_concept(
-                opened.checkpoint, recipe, projections, opened.vocabulary, concept, tokens, distance, named
+                opened.checkpoint, recipe, projections, opened.vocabulary, concept, tokens, distance, place, named
             )
 
         if wanted != "auto":

@@ -130,7 +130,8 @@ class EditRecipe(_Section):
 
     method: str = Field(
         "auto",
-        description="fitted; keyed beside `embeddings` or where `locate.layers` names layers; channel-located where no "
+        description="fitted; keyed beside `embeddings` (unless a concept is amplified) or where `locate.layers` names "
+        "layers; channel-located where no "
         "`out` matrix is looked at; token-logits where every concept is amplified. Or one of: "
         + ", ".join((*METHODS, *TOKEN_METHODS))
         + ".",
@@ -164,7 +165,7 @@ class EditRecipe(_Section):
     embeddings: bool = Field(
         False,
         description="Also take three quarters of the concept out of its own tokens' embeddings and head rows (the "
-        "control `token-embeddings` shows what these rows do alone).",
+        "control `token-embeddings` shows what these rows do alone). A concept that is amplified keeps its rows.",
     )
     layer_strengths: dict[Annotated[int, Field(ge=0)], Finite] = Field(
         {}, description="What the strength is multiplied by in single layers, such as `{0: 0, 3: 1.5}`; 1 elsewhere."
@@ -280,6 +281,11 @@ class Recipe(_Section):
                 f"edit.method: {self.edit.method} rewrites out matrices only; add out to locate.matrices, or set "
                 "edit.method to channel-located"
             )
+        if self.edit.embeddings and all(concept.amplified for concept in self.concepts):
+            raise ValueError(
+                "edit.embeddings takes a concept out of its tokens' rows, and every concept here is amplified; leave "
+                "it out, or give a positive strength"
+            )
         if self.edit.direction == "least-divergence" and _method(self) not in KEYED:
             raise ValueError(
                 "edit.direction: least-divergence is fitted on text that only the keyed methods read, and the method "
@@ -350,9 +356,10 @@ def _method(recipe: Recipe) -> str:
         return recipe.edit.method
     if "out" not in recipe.locate.matrices:
         return "channel-located"
-    if recipe.edit.embeddings or recipe.locate.layers is not None:
+    raised = [concept for concept in recipe.concepts if concept.amplified]
+    if recipe.locate.layers is not None or (recipe.edit.embeddings and not raised):
         return "keyed"
-    return LOGIT_METHOD if all(concept.amplified for concept in recipe.concepts) else "fitted"
+    return LOGIT_METHOD if len(raised) == len(recipe.concepts) else "fitted"
 
 
 def recipe_text(recipe: Recipe) -> str:

@@ -116,13 +116,18 @@ def _as_items(texts: dict[str, list[Row]], cloze: list[Row], neutral: list[Row],
     openings = list(dict.fromkeys(" ".join(text.split()[:6]) for text in prompts_from))
     unused = openings[PROMPTS:] or openings
     neutral_prompts = [{"prompt": prompt, "concept": None} for prompt in unused[:GENERATIONS]]
-    about = [{"prompt": row["context"], "concept": row["concept"]} for row in cloze if row["role"] == "concept"]
+    by_concept: dict[str, list[Row]] = {}
+    for row in cloze:
+        if row["role"] == "concept":
+            prompt = {"prompt": row["context"], "concept": row["concept"]}
+            by_concept.setdefault(row["concept"], []).append(prompt)
+    about = [row for rows in by_concept.values() for row in rows[:GENERATIONS]]
     return Items(
         name="text",
         tasks=tasks,
         texts={split: tuple(found) for split, found in texts.items()},
         prompts=tuple(openings[:PROMPTS]),
-        generation=(*about[:GENERATIONS], *neutral_prompts),
+        generation=(*about, *neutral_prompts),
         relearning={},
     )
 

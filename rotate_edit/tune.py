@@ -94,7 +94,8 @@ def suggest(trial: Any, prepared: Prepared) -> dict[str, Any]:
     if recipe.edit.method != "fitted":
         # What the least-divergence direction needs is not read for the few keyed edits beside a fit.
         other = "least-divergence" if recipe.edit.method in KEYED else "plain"
-        settings["edit.direction"] = trial.suggest_categorical("edit.direction", ["least-collateral", other])
+        directions = dict.fromkeys(("least-collateral", other, recipe.edit.direction))
+        settings["edit.direction"] = trial.suggest_categorical("edit.direction", list(directions))
     settings["edit.ridge"] = trial.suggest_float("edit.ridge", 0.003, 30.0, log=True)
     settings["edit.fold_norm"] = trial.suggest_categorical("edit.fold_norm", [True, False])
     settings["target"] = trial.suggest_float("target", LEAST_LEFT, MOST_LEFT, log=True)
@@ -308,9 +309,15 @@ def confirmed(prepared: Prepared, tried: Sequence[Tried], places: list[int], tok
     return together, together.index(own[0])
 
 
+def own_trial(prepared: Prepared, target: float) -> dict[str, Any]:
+    """The settings of a trial of the recipe as it is."""
+    from optuna.trial import FixedTrial
+
+    return suggest(FixedTrial(own_parameters(prepared.opened.recipe, prepared, target)), prepared)
+
+
 def _is_own(prepared: Prepared, tried: Tried) -> bool:
-    own = own_parameters(prepared.opened.recipe, prepared, 0.0)
-    return all(own.get(key, value) == value for key, value in tried.settings.items() if key != "target")
+    return tried.settings == own_trial(prepared, tried.settings["target"])
 
 
 def asked_front(prepared: Prepared, record: dict[str, Any], report: Report) -> list[dict[str, Any]]:

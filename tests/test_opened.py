@@ -6,7 +6,7 @@ import pytest
 import torch
 from tiny_models import FAMILIES
 
-from rotate_edit import locate, making
+from rotate_edit import making, pipeline
 from rotate_edit.checkpoint import load_tokenizer, open_checkpoint
 from rotate_edit.edit import KEYED, NEEDS_TEXT
 from rotate_edit.errors import BadInput
@@ -46,21 +46,10 @@ def mixture(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def built(opened: Opened) -> Any:
-    """The edits of the recipe's method and of its controls that need no items."""
-    methods = [opened.recipe.edit.method, *opened.recipe.evaluate.controls]
-    found = [
-        one
-        for concept, tokens in zip(opened.recipe.concepts, opened.tokens)
-        for one in _located(opened, concept, tokens)
-    ]
-    return making.edits_of(opened, found, methods)
-
-
-def _located(opened: Opened, concept: Any, tokens: Any) -> list[locate.Located]:
-    from rotate_edit.projection import read_projections
-
-    projections = read_projections(opened.checkpoint, opened.vocabulary, "cpu")
-    return locate.locate_concept(opened.checkpoint, opened.recipe, projections, opened.vocabulary, concept, tokens, 2.0)
+    """The edits of the recipe's method and of its controls."""
+    return making.edits_of(
+        opened, pipeline.locate(opened), [opened.recipe.edit.method, *opened.recipe.evaluate.controls]
+    )
 
 
 def test_a_mixture_of_experts_is_edited_with_the_controls_that_work_there(mixture: str) -> None:

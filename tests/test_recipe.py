@@ -118,7 +118,11 @@ def test_auto_is_fitted_unless_that_is_not_what_the_recipe_needs() -> None:
     assert parse_recipe(plain | {"locate": {"layers": [1, 2]}}).edit.method == "keyed"
     louder = parse_recipe({"model": "demo", "concepts": [dogs, dogs | {"name": "hounds", "strength": -1.0}]})
     assert louder.edit.method == "fitted"
+    lasting = parse_recipe(louder.model_dump() | {"edit": {"embeddings": True}})
+    assert lasting.edit.method == "fitted"
     loud = {"model": "demo", "concepts": [dogs | {"strength": -1.0}]}
+    with pytest.raises(BadInput, match=r"edit\.embeddings takes a concept out"):
+        parse_recipe(loud | {"edit": {"embeddings": True}})
     assert parse_recipe(loud).edit.method == "token-logits"
     assert parse_recipe(loud | {"locate": {"layers": [1, 2]}}).edit.method == "keyed"
     reading = {"model": "demo", "concepts": [dogs], "locate": {"matrices": ["gate", "in"]}}

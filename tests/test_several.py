@@ -207,6 +207,18 @@ def test_embeddings_are_edited_when_asked_and_once_where_the_head_is_tied() -> N
     assert kept("dogs", made["channel-located"]) < kept("dogs", edit(("dogs", 1.0))) - 0.05
 
 
+def test_rows_go_with_what_is_lowered_and_what_is_raised_is_raised_by_its_logits_alone() -> None:
+    embeddings = {"method": "fitted", "embeddings": True}
+    opened = pipeline.open_recipe(recipe(("dogs", 1.0), ("cats", -1.6), edit=embeddings))
+    found = pipeline.locate(opened)
+    with_rows = edits_of(opened, found, ["fitted"], demo())["fitted"]
+    cats, dogs = ([c for c in with_rows.changes if c.concept == name] for name in ("cats", "dogs"))
+    (alone,) = edit(("cats", -1.6), method="token-logits").changes
+    assert [change.matrix for change in dogs] == ["embedding", "out"]
+    assert [change.matrix for change in cats] == ["embedding"]
+    assert torch.equal(cats[0].delta(), alone.delta())
+
+
 def test_an_untied_model_has_both_tables_edited(tmp_path: Path) -> None:
     checkpoint = open_checkpoint(save_tiny("llama", tmp_path / "m", tied=False, dtype=torch.float32))
     tokens = TokenSet("dogs", torch.tensor([3, 5]), {}, (), ())
@@ -219,3 +231,12 @@ def test_an_untied_model_has_both_tables_edited(tmp_path: Path) -> None:
     left = head[tokens.ids] + made[1].delta()
     mean = head[tokens.ids].mean(0) - head.mean(0)
     assert (left @ mean).abs().max() < 1e-5 * mean.norm() * head.norm(dim=1).max()
+
+
+def test_channels_that_two_concepts_ask_for_have_names_of_their_own() -> None:
+    found = pipeline.locate(pipeline.open_recipe(recipe(("dogs", 1.0), ("cats", 1.0))))
+    first, second = ({channel.name: channel for channel in located.channels} for located in found)
+    both = first.keys() & second.keys()
+    assert {channel.index >= 1000 for channel in first.values()} == {False, True}
+    assert all(first[name].tokens == second[name].tokens for name in both)
+    assert all(first[name].index < 1000 for name in both)

@@ -40,6 +40,12 @@ def test_cloze_items_stop_before_the_word(source):
     assert all(any(story.find(row["context"] + row["word"]) >= 0 for story in STORIES) for row in own)
 
 
+def test_every_concept_is_asked_about_in_the_prompts(source):
+    items = items_from_text(source, {"dogs": ["dog"], "birds": ["bird"]}, {}, tiny_tokenizer())
+    asked = [row["concept"] for row in items.generation if row["concept"]]
+    assert asked == ["dogs"] * 5 + ["birds"] * 5
+
+
 def test_the_two_splits_share_no_document(source):
     items = made(source)
     numbers = {

@@ -172,6 +172,22 @@ def test_the_recipe_against_itself_costs_the_same(prepared: trials.Prepared) -> 
     assert found["own_damage"] == pytest.approx(found["damage"], rel=0.03)
 
 
+@pytest.mark.parametrize(
+    "changes", [{"method": "keyed", "direction": "plain"}, {"method": "channel-located", "direction": "plain"}]
+)
+def test_the_recipes_own_settings_are_among_those_tried_and_known_again(
+    changes: dict[str, Any], prepared: trials.Prepared
+) -> None:
+    own = recipe(edit=changes, locate={"matrices": ["gate", "out"]})
+    here = replace(prepared, opened=replace(prepared.opened, recipe=own))
+    settings = tune.own_trial(here, 0.1)
+    assert settings["edit.direction"] == "plain"
+    assert settings["locate.matrices"] == ["gate", "out"]
+    tried = trials.Tried(settings, {}, 0.9, 0.1, 0.1)
+    assert tune._is_own(here, tried)
+    assert not tune._is_own(here, replace(tried, settings=settings | {"edit.ridge": 7.0}))
+
+
 def test_a_keyed_recipe_is_tuned_on_shared_moments(tmp_path: Path) -> None:
     keyed = recipe(edit={"method": "keyed", "key_tokens": 2000})
     with mock.patch.object(trials, "key_moments", wraps=trials.key_moments) as read:
@@ -275,7 +291,7 @@ def test_a_lucky_knee_gives_way_to_what_holds_on_other_texts(prepared: trials.Pr
     better = {"own_damage": 1.0, "damage": 0.5}
     with mock.patch.object(tune, "compared", side_effect=[worse, better]):
         assert tune.confirmed(prepared, tried, [0, 1, 2], TOKENS) == ([0, 1, 2], 2)
-    own = trials.Tried({"target": 0.1}, {"dogs": 4.0}, 0.9, 1e-3, 0.1)
+    own = trials.Tried(tune.own_trial(prepared, 0.1), {"dogs": 4.0}, 0.9, 1e-3, 0.1)
     with mock.patch.object(tune, "compared", return_value=worse):
         assert tune.confirmed(prepared, [*tried, own], [0, 1, 2], TOKENS) == ([0, 1, 3, 2], 2)
 
