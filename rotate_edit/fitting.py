@@ -161,8 +161,11 @@ def _draws(positions: Positions, tail: Tail, wanted: Wanted, generator: torch.Ge
     shares, device = _shares(weights), positions.residual.device
 
     def draw(number: int) -> _Drawn:
-        places = torch.multinomial(shares, number, replacement=True, generator=generator)
-        factor = 1 / (shares[places] * len(shares))
+        # Few positions tell of the concept, so that many are drawn again and again: each is predicted once.
+        places, times = torch.multinomial(shares, number, replacement=True, generator=generator).unique(
+            return_counts=True
+        )
+        factor = times * (len(places) / number) / (shares[places] * len(shares))
         chosen = positions.at(places.to(device))
         with torch.no_grad():
             base = tail.log_probabilities(chosen.residual)

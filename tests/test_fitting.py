@@ -195,6 +195,20 @@ def test_positions_are_drawn_in_proportion_to_what_they_weigh() -> None:
     assert float(fitting._shares([first, first.flip(0)]).sum()) == pytest.approx(1)
 
 
+def test_a_position_drawn_several_times_counts_as_often(known) -> None:
+    tail, seen, *_ = known
+    (weight,) = (mass.square() for mass in fitting._masses(seen, tail, [CONCEPT]))
+    shares = fitting._shares([weight])
+    places = torch.multinomial(shares, 2000, replacement=True, generator=torch.Generator().manual_seed(4))
+    drawn = fitting._draws(seen, tail, wanted(), torch.Generator().manual_seed(4))(2000)
+    assert len(drawn.positions.residual) == len(places.unique()) < 2000
+    values, factor = seen.residual[:, 0], (1 / (shares * len(shares))).float()
+    without = (factor * (1 - weight.sqrt().float()) * values)[places].mean()
+    torch.testing.assert_close((drawn.everywhere * drawn.positions.residual[:, 0]).mean(), without)
+    own = (factor * (weight / weight.mean()).float() * values)[places].mean()
+    torch.testing.assert_close((drawn.concept * drawn.positions.residual[:, 0]).mean(), own)
+
+
 def test_kindred_tokens_are_said_in_the_concepts_places() -> None:
     """Tokens 0 to 3 share one direction and are said in the same places, the others have places of their own."""
     generator = torch.Generator().manual_seed(5)
