@@ -1,15 +1,19 @@
 """What a recipe will take grows with what it asks for, and is refused where this machine is too small."""
 
+import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import transformers
 
 from rotate_edit import opened, pipeline
 from rotate_edit.checkpoint import open_checkpoint
 from rotate_edit.errors import BadInput
 from rotate_edit.forecast import recipe_cost, tokens_read
-from rotate_edit.recipe import Recipe, parse_recipe
+from rotate_edit.recipe import Recipe, find_recipe, parse_recipe, read_recipe
 from rotate_edit.tasks import open_items
 
 ITEMS = open_items("demo")
@@ -84,3 +88,47 @@ def test_an_estimate_opens_no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     cost, device = opened.estimate(recipe())
     assert cost.operations > 0
     assert device in ("cpu", "cuda", "mps")
+
+
+LARGE = {
+    "qwen3-4b": ("Qwen3Config", (2560, 9728, 36, 32, 8, 151936), {"head_dim": 128, "tie_word_embeddings": True}),
+    "gemma-2-2b-it": ("Gemma2Config", (2304, 9216, 26, 8, 4, 256000), {"head_dim": 256}),
+    "llama-3.1-8b-instruct": ("LlamaConfig", (4096, 14336, 32, 32, 8, 128256), {}),
+}
+
+
+def hollow(folder: Path, config: Any) -> Path:
+    """A checkpoint in bfloat16 of a config's shapes, whose weights are a hole in the file."""
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(config)
+    header, end = {}, 0
+    for name, parameter in model.named_parameters():
+        start, end = end, end + 2 * parameter.numel()
+        header[name] = {"dtype": "BF16", "shape": list(parameter.shape), "data_offsets": [start, end]}
+    content = json.dumps(header).encode()
+    content += b" " * (-len(content) % 8)
+    folder.mkdir()
+    with (folder / "model.safetensors").open("wb") as file:
+        file.write(len(content).to_bytes(8, "little") + content)
+        file.truncate(8 + len(content) + end)
+    config.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_the_recipes_of_large_models_name_a_gpu_that_they_fit_on(name: str, tmp_path: Path) -> None:
+    kind, sizes, more = LARGE[name]
+    keys = [
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "vocab_size",
+    ]
+    config = getattr(transformers, kind)(**dict(zip(keys, sizes)), **more)
+    checkpoint = open_checkpoint(hollow(tmp_path / "model", config))
+    says = re.search(r"one GPU with (\d+) GB", find_recipe(f"{name}.yaml").read_text(encoding="utf-8"))
+    assert says is not None
+    cost = recipe_cost(read_recipe(f"{name}.yaml"), checkpoint, None, device="cuda")
+    assert 0.75 * int(says[1]) < cost.gpu_memory / 1e9 < int(says[1])
