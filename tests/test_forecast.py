@@ -90,6 +90,9 @@ def test_an_estimate_opens_no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     assert device in ("cpu", "cuda", "mps")
 
 
+SIZES = (
+    "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size",
+)  # fmt: skip
 LARGE = {
     "qwen3-4b": ("Qwen3Config", (2560, 9728, 36, 32, 8, 151936), {"head_dim": 128, "tie_word_embeddings": True}),
     "gemma-2-2b-it": ("Gemma2Config", (2304, 9216, 26, 8, 4, 256000), {"head_dim": 256}),
