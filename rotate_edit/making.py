@@ -14,9 +14,10 @@ from rotate_edit.concept import find_tokens
 from rotate_edit.edit import KEYED, NEEDS_TEXT, SAMPLED, Edit, Evidence, concept_mean, through_logits
 from rotate_edit.errors import BadInput
 from rotate_edit.fitting import Wanted, fit_change, kindred, whitened
-from rotate_edit.keys import even_reading, fit_keys, key_moments, own_samples
+from rotate_edit.keys import even_reading, fit_keys, key_moments
 from rotate_edit.locate import Fitted, Located, Site, build_edits, by_concept, directions, key_rows, sites
 from rotate_edit.opened import Opened
+from rotate_edit.own_text import own_text
 from rotate_edit.recipe import ConceptRecipe
 from rotate_edit.tail import Positions, Tail, positions, tail_of
 
@@ -91,7 +92,7 @@ def fit(
         return Fitted({})
     model = model if model is not None else opened.load_base()
     if samples is None:
-        samples = own_samples(model, opened.tokenizer, tokens=recipe.edit.key_tokens, seed=recipe.seed)
+        samples = own_text(model, opened.tokenizer, tokens=recipe.edit.key_tokens, seed=recipe.seed)
     moves_logits = any(
         through_logits(method, -1.0 if concept.amplified else 1.0) for method in methods for concept in recipe.concepts
     )

@@ -74,7 +74,7 @@ def weights_hash(checkpoint: Checkpoint) -> str | None:
 
 
 def cache_folder() -> Path:
-    """Where baselines are kept between runs: the user's cache folder."""
+    """Where baselines and text that models wrote are kept between runs: the user's cache folder."""
     root = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
     return Path(root) / "rotate-edit"
 

@@ -20,10 +20,11 @@ from rotate_edit.console import Report, silent
 from rotate_edit.edit import KEYED, TOKEN_METHODS, WHOLE_LAYER, Edit
 from rotate_edit.errors import BadInput, Failure
 from rotate_edit.evaluate import texts_about
-from rotate_edit.keys import KeyMoments, even_reading, fit_keys, key_moments, last_moments, own_samples
+from rotate_edit.keys import KeyMoments, even_reading, fit_keys, key_moments, last_moments
 from rotate_edit.live import applied
 from rotate_edit.locate import Fitted, Located, choose_channels
 from rotate_edit.making import edits_of, fit_changes
+from rotate_edit.own_text import own_text
 from rotate_edit.pipeline import GROUP_DISTANCES, Opened, locate
 from rotate_edit.recipe import Recipe, parse_recipe
 from rotate_edit.tail import Positions, Tail, positions, tail_of
@@ -117,7 +118,7 @@ def prepare(opened: Opened, *, tokens: int = TOKENS, report: Report = silent) ->
     if recipe.edit.method in WHOLE_LAYER:
         groups = [located.ids for located in next(iter(found.values()))]
         rows = {layer: torch.arange(opened.checkpoint.neurons_in(layer)) for layer in last_layers(opened)}
-        samples = own_samples(model, opened.tokenizer, tokens=recipe.edit.key_tokens, seed=recipe.seed)
+        samples = own_text(model, opened.tokenizer, tokens=recipe.edit.key_tokens, seed=recipe.seed)
         if recipe.edit.method == "fitted":
             (located,) = found.values()
             report("fit", 0, 1)
