@@ -334,6 +334,7 @@ def asked_front(prepared: Prepared, record: dict[str, Any], report: Report) -> l
         tasks=tuple(recipe.evaluate.tasks),
         items=recipe.evaluate.limit or Plan.items,
         settings=Settings(batch_size=recipe.evaluate.batch_size, limit=recipe.evaluate.limit),
+        raised=tuple(concept.name for concept in recipe.concepts if concept.amplified),
         generations=0,
         seed=recipe.seed,
     )

@@ -228,6 +228,9 @@ def test_a_recipe_that_also_amplifies_keeps_to_fits_and_to_its_strengths_in_nats
     for trial in record["trials"]:
         assert trial["settings"]["edit.method"] == "fitted"
         assert trial["strengths"]["music"] == -1.6
+    with mock.patch.object(tune, "evaluate") as ask:
+        tune.asked_front(mock.Mock(opened=mock.Mock(recipe=mixed)), {"front": [], "trials": []}, tune.silent)
+    assert ask.call_args.args[3].lowered == ("dogs",)
 
 
 def test_a_trial_takes_as_many_rounds_as_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
