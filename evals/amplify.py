@@ -21,15 +21,17 @@ from matched import OTHER_TOKENS, load
 from material import Material, add_arguments, materials, provenance
 from torch import Tensor
 
-from rotate_edit import measures
-from rotate_edit.edit import Edit
+from rotate_edit.edits.apply import applied
+from rotate_edit.edits.build import edits_of
+from rotate_edit.edits.edit import Edit
 from rotate_edit.errors import Failure
-from rotate_edit.generations import generate, repetition
-from rotate_edit.live import applied
-from rotate_edit.making import edits_of
-from rotate_edit.opened import open_recipe
+from rotate_edit.evaluation import measures
+from rotate_edit.evaluation.generations import repetition
+from rotate_edit.models import batches
+from rotate_edit.models.generation import generate
 from rotate_edit.pipeline import locate
 from rotate_edit.recipe import Recipe, parse_recipe
+from rotate_edit.session import open_recipe
 
 TIMES = 5.0
 WORDS_OF_A_PROMPT = 8
@@ -63,8 +65,8 @@ def measure_concept(model: Any, material: Material, recipe: Recipe) -> dict[str,
         return {"concept": material.name, "strength": None, "why": str(failure)}
     free = [text for _, text in material.others]
     prompts = [" ".join(text.split()[:WORDS_OF_A_PROMPT]) for text in free[:PROMPTS]]
-    asked = measures.tokenise(tokenizer, prompts, vocabulary_size=vocabulary)
-    others = measures.tokenise(
+    asked = batches.tokenise(tokenizer, prompts, vocabulary_size=vocabulary)
+    others = batches.tokenise(
         tokenizer, free[PROMPTS:] or free, vocabulary_size=vocabulary, longest=128, token_limit=OTHER_TOKENS
     )
 
@@ -102,7 +104,7 @@ def _odds(chances: Tensor) -> float:
 
 
 def _quality(
-    model: Any, tokenizer: Any, others: measures.Passages, prompts: Sequence[str], names: re.Pattern[str]
+    model: Any, tokenizer: Any, others: batches.Passages, prompts: Sequence[str], names: re.Pattern[str]
 ) -> dict[str, float]:
     greedy = [texts[0] for texts in generate(model, tokenizer, prompts[:GENERATED], new_tokens=NEW_TOKENS)]
     sampled = [texts[0] for texts in generate(model, tokenizer, prompts, new_tokens=NEW_TOKENS, seed=0)]

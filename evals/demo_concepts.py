@@ -14,7 +14,7 @@ from typing import Any
 
 from scipy.stats import gmean
 
-from rotate_edit.demo.world import concepts
+from rotate_edit.models.demo.world import concepts
 from rotate_edit.pipeline import run
 from rotate_edit.recipe import parse_recipe
 

@@ -13,15 +13,15 @@ from typing import Any
 
 import torch
 
-from rotate_edit import faithfulness as faithful
-from rotate_edit.architectures import Neuron
-from rotate_edit.checkpoint import Checkpoint, load_model, load_tokenizer, open_checkpoint
-from rotate_edit.decompose import claim_threshold, decompose_neurons
+from rotate_edit.channels.decompose import claim_threshold, decompose_neurons
+from rotate_edit.channels.solver import SolverSettings
+from rotate_edit.evaluation import faithfulness as faithful
+from rotate_edit.evaluation.tasks import open_items
+from rotate_edit.evaluation.text_tasks import passages, read_documents
 from rotate_edit.files import write_atomically
-from rotate_edit.projection import VocabularyRules, read_projections, read_vocabulary
-from rotate_edit.rotate import SolverSettings
-from rotate_edit.tasks import open_items
-from rotate_edit.text_items import passages, read_documents
+from rotate_edit.models.architectures import Neuron
+from rotate_edit.models.checkpoint import Checkpoint, load_model, load_tokenizer, open_checkpoint
+from rotate_edit.vocabulary.projection import VocabularyRules, read_projections, read_vocabulary
 
 
 def sample(checkpoint: Checkpoint, count: int, seed: int) -> list[tuple[Neuron, str]]:
@@ -38,9 +38,9 @@ def sample(checkpoint: Checkpoint, count: int, seed: int) -> list[tuple[Neuron, 
 def texts_of(source: str) -> list[str]:
     """Texts in an order that mixes documents."""
     if source == "demo":
-        rows = open_items("demo").texts["report"]
+        rows = open_items("demo").texts["test"]
         return [row["text"] for place in range(29) for row in rows[place::29]]
-    return passages(read_documents(source))["report"]
+    return passages(read_documents(source))["test"]
 
 
 def markdown(title: str, rows: list[dict[str, Any]]) -> str:

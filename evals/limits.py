@@ -17,16 +17,16 @@ from matched import load, proof_of
 from material import Material, add_arguments, materials, provenance, write_result
 from torch import Tensor
 
-from rotate_edit import edit as edits
-from rotate_edit.activations import recorded
-from rotate_edit.edit import key_coefficients
-from rotate_edit.fitting import Wanted, fit_change, whitened
-from rotate_edit.keys import own_samples
-from rotate_edit.making import neighbours
-from rotate_edit.measures import Passages, log_probabilities, real_positions
-from rotate_edit.opened import open_recipe
+from rotate_edit.edits import edit as edits
+from rotate_edit.edits.build import neighbours
+from rotate_edit.edits.edit import key_coefficients
+from rotate_edit.edits.low_rank import Wanted, fit_change, whitened
+from rotate_edit.models.batches import Passages, log_probabilities, real_positions
+from rotate_edit.models.hooks import recorded
+from rotate_edit.models.output_head import Positions, Tail, tail_of
+from rotate_edit.models.self_text import own_samples
 from rotate_edit.recipe import EditRecipe, parse_recipe
-from rotate_edit.tail import Positions, Tail, tail_of
+from rotate_edit.session import open_recipe
 
 TARGET, TOKENS, RIDGE = 0.1, 48000, 0.03
 OURS, FLOOR = "the whole matrix, fitted", "the concept's own logits lowered everywhere"

@@ -16,11 +16,11 @@ from typing import Any
 import lm_eval
 import torch
 
-from rotate_edit.comparison import Plan
+from rotate_edit.evaluation.commands import evaluate_models
+from rotate_edit.evaluation.compare import Plan
 from rotate_edit.files import write_atomically
 from rotate_edit.pipeline import edit_only
 from rotate_edit.recipe import parse_recipe
-from rotate_edit.sessions import evaluate_models
 
 # Words that are tokens of each model, under the name of the EMBER concept that they touch, where one does.
 CONCEPTS = {

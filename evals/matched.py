@@ -23,14 +23,14 @@ import yaml
 from matched_table import write_table
 from material import Material, add_arguments, materials, provenance
 
-from rotate_edit import matched
-from rotate_edit.concept import find_tokens, token_texts
-from rotate_edit.edit import LIVE_METHODS, METHODS, TOKEN_METHODS, Edit
+from rotate_edit.edits.build import edits_of
+from rotate_edit.edits.edit import LIVE_METHODS, METHODS, TOKEN_METHODS, Edit
 from rotate_edit.errors import Failure
-from rotate_edit.making import edits_of
-from rotate_edit.opened import Opened, open_recipe
+from rotate_edit.evaluation import matched
 from rotate_edit.pipeline import locate
 from rotate_edit.recipe import Recipe, parse_recipe
+from rotate_edit.session import Opened, open_recipe
+from rotate_edit.vocabulary.concept import find_tokens, token_texts
 
 LONGEST = 64
 # Tokens of one evaluation, at most 20,000 together.
@@ -170,7 +170,7 @@ def main() -> None:
 
 def load(name: str) -> Any:
     """A model in memory."""
-    from rotate_edit.checkpoint import load_model, open_checkpoint
+    from rotate_edit.models.checkpoint import load_model, open_checkpoint
 
     return load_model(open_checkpoint(name))
 

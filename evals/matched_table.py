@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rotate_edit.drawing import png
-from rotate_edit.matched import kept_ratio, perplexity_rise
-from rotate_edit.matching import document_weights, log_damage_at, pooled_ratio
+from rotate_edit.evaluation.matched import kept_ratio, perplexity_rise
+from rotate_edit.evaluation.matching import document_weights, log_damage_at, pooled_ratio
+from rotate_edit.reporting.drawing import png
 
 TARGET = 0.1
 # What the chosen method is held to: the most of another method's damage it may do, of all concepts this many.
@@ -192,7 +192,7 @@ def figure(results: list[dict[str, Any]], chosen: str) -> bytes:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    from rotate_edit.figures import LIGHT, OTHER_STYLE, STYLES
+    from rotate_edit.reporting.figures import LIGHT, OTHER_STYLE, STYLES
 
     across = min(3, len(results))
     down = math.ceil(len(results) / across)

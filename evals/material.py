@@ -16,8 +16,8 @@ from typing import Any
 import torch
 import yaml
 
-from rotate_edit.tasks import Items, open_items
-from rotate_edit.text_items import sentences_together
+from rotate_edit.evaluation.tasks import Items, open_items
+from rotate_edit.evaluation.text_tasks import sentences_together
 
 PASSAGES_A_BOOK = 400
 CHOICE_TEXTS = 200
@@ -42,10 +42,10 @@ class Material:
 
 def demo_materials(names: Sequence[str]) -> Iterator[Material]:
     """The demo's concepts, with the bundled items' texts; each text is a document."""
-    from rotate_edit.demo.world import concepts
+    from rotate_edit.models.demo.world import concepts
 
     world, items = concepts(), open_items("demo")
-    rows = items.texts["report"]
+    rows = items.texts["test"]
     documents = [hashlib.sha256(row["text"].encode()).hexdigest()[:12] for row in rows]
     order = sorted(range(len(rows)), key=lambda place: documents[place])
     for name in names or sorted(world):
@@ -63,7 +63,7 @@ def book_materials(content: dict[str, Any], folder: Path, names: Sequence[str]) 
     """Concepts of a file on a folder of books with an INDEX.tsv; each book is a document."""
     with (folder / "INDEX.tsv").open(encoding="utf-8", newline="") as file:
         files = {row["title"]: folder / row["file"] for row in csv.DictReader(file, delimiter="\t", quoting=3)}
-    titles = {split: list(content["texts"][split]) for split in ("choose", "report")}
+    titles = {split: list(content["texts"][split]) for split in ("validation", "test")}
     rows = {split: _in_turn([_passages(files[title]) for title in titles[split]]) for split in titles}
     for concept in content["concepts"]:
         if concept["name"] not in names:
@@ -76,11 +76,11 @@ def book_materials(content: dict[str, Any], folder: Path, names: Sequence[str]) 
             found[split] = [about, free, [row for row in free if close.search(row[1])]]
         chosen = [
             {"text": text, "concept": concept["name"], "contains": [concept["name"]]}
-            for _, text in found["choose"][0][:CHOICE_TEXTS]
-        ] + [{"text": text, "concept": None, "contains": []} for _, text in found["choose"][1][:CHOICE_TEXTS]]
-        items = Items("books", (), {"choose": tuple(chosen)}, (), (), {})
+            for _, text in found["validation"][0][:CHOICE_TEXTS]
+        ] + [{"text": text, "concept": None, "contains": []} for _, text in found["validation"][1][:CHOICE_TEXTS]]
+        items = Items("books", (), {"validation": tuple(chosen)}, (), (), {})
         yield Material(
-            concept["name"], concept["words"], False, concept["neighbours"], items, *found["report"], titles["report"]
+            concept["name"], concept["words"], False, concept["neighbours"], items, *found["test"], titles["test"]
         )
 
 

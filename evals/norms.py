@@ -15,16 +15,16 @@ import torch
 from material import provenance, write_result
 from scipy.optimize import brentq
 
-from rotate_edit import measures
-from rotate_edit.checkpoint import Checkpoint, load_model, read_matrix
-from rotate_edit.demo.world import concepts
-from rotate_edit.edit import Edit
-from rotate_edit.live import applied
-from rotate_edit.making import edits_of
-from rotate_edit.opened import open_recipe
+from rotate_edit.edits.apply import applied
+from rotate_edit.edits.build import edits_of
+from rotate_edit.edits.edit import Edit
+from rotate_edit.evaluation import measures
+from rotate_edit.evaluation.statistics import paired_log_ratio
+from rotate_edit.models.checkpoint import Checkpoint, load_model, read_matrix
+from rotate_edit.models.demo.world import concepts
 from rotate_edit.pipeline import locate, reference
 from rotate_edit.recipe import parse_recipe
-from rotate_edit.statistics import paired_log_ratio
+from rotate_edit.session import open_recipe
 
 CHOSEN = "dogs,ships,horses,trees"
 METHODS = ("fitted", "channel-located", "lm-head-located", "direction-everywhere", "least-collateral-everywhere")
@@ -67,7 +67,7 @@ def measure_concept(name: str, model: Any) -> list[dict[str, Any]]:
     recipe = {"model": "demo", "concepts": [concept], "evaluate": {"items": "demo", "tokens": 1500}}
     opened = open_recipe(parse_recipe(recipe))
     found = locate(opened, model)
-    held = reference(opened, found[0], model, "report")
+    held = reference(opened, found[0], model, "test")
     assert held is not None
     rows = []
     for method, edit in edits_of(opened, found, METHODS, model).items():

@@ -18,20 +18,20 @@ from typing import Any
 import torch
 from scipy.stats import gmean
 
-from rotate_edit import curves, measures
-from rotate_edit.checkpoint import load_model
-from rotate_edit.comparison import Plan
-from rotate_edit.demo.world import concepts
-from rotate_edit.edit import TOKEN_METHOD
+from rotate_edit.edits.apply import applied
+from rotate_edit.edits.build import edits_of, fit
+from rotate_edit.edits.edit import TOKEN_METHOD
 from rotate_edit.errors import Failure
-from rotate_edit.live import applied
-from rotate_edit.making import edits_of, fit
-from rotate_edit.opened import open_recipe
+from rotate_edit.evaluation import curves, measures
+from rotate_edit.evaluation.compare import Plan
+from rotate_edit.evaluation.relearn import Training, relearn
+from rotate_edit.evaluation.statistics import paired_log_ratio
+from rotate_edit.evaluation.variants import Variant
+from rotate_edit.models.checkpoint import load_model
+from rotate_edit.models.demo.world import concepts
 from rotate_edit.pipeline import locate, reference
 from rotate_edit.recipe import parse_recipe
-from rotate_edit.relearn import Training, relearn
-from rotate_edit.statistics import paired_log_ratio
-from rotate_edit.variants import Variant
+from rotate_edit.session import open_recipe
 
 CHOSEN = "church,cities,clothes,food,fruit,furniture,kitchen,medicine,money,music,painting,rivers,weather,dogs,ships"
 # The key is what `auto` takes beside embeddings, the fit what it takes without them.
@@ -63,7 +63,7 @@ def measure_concept(name: str, model: Any, training: Training, target: float, de
     wanted = {f"{own} with embeddings": (edit, target) for own, edit in lasting.items()}
     wanted[f"{LASTING}, {deeper:.0%} left"] = (lasting["keyed"], deeper)
     wanted |= {method: (edit, target) for method, edit in made.items()}
-    known, held = (reference(opened, found[0], model, split) for split in ("choose", "report"))
+    known, held = (reference(opened, found[0], model, split) for split in ("validation", "test"))
     assert known is not None
     assert held is not None
     variants, strengths = [], {}

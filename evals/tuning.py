@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 
-from rotate_edit.demo.world import concepts
+from rotate_edit.models.demo.world import concepts
 from rotate_edit.recipe import parse_recipe
-from rotate_edit.tune import search
+from rotate_edit.search.tune import search
 
 CHOSEN = "dogs,ships,music,horses,birds,trees"
 
@@ -42,7 +42,7 @@ def tuned(name: str, trials: int, method: str) -> dict[str, Any]:
         "front": len(record["front"]),
         "settings": chosen["settings"],
         "strengths": chosen["strengths"],
-        "report": record["report"],
+        "test": record["test"],
     }
 
 
@@ -53,7 +53,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         "|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
-        held = row["report"]
+        held = row["test"]
         own, ratio = "never", ""
         if held["own_damage"] is not None:
             own = f"{held['own_damage']:.5f}"

@@ -17,16 +17,17 @@ from matched import load, proof_of
 from material import Material, add_arguments, materials, provenance, write_result
 from scipy.stats import gmean
 
-from rotate_edit import matched, measures
-from rotate_edit.checkpoint import load_tokenizer, open_checkpoint
-from rotate_edit.concept import find_tokens, token_texts
-from rotate_edit.edit import TOKEN_METHOD
-from rotate_edit.keys import own_samples
-from rotate_edit.live import applied
-from rotate_edit.making import edits_of, fit
-from rotate_edit.opened import open_recipe
+from rotate_edit.edits.apply import applied
+from rotate_edit.edits.build import edits_of, fit
+from rotate_edit.edits.edit import TOKEN_METHOD
+from rotate_edit.evaluation import matched, measures
+from rotate_edit.models import batches
+from rotate_edit.models.checkpoint import load_tokenizer, open_checkpoint
+from rotate_edit.models.self_text import own_samples
 from rotate_edit.pipeline import locate
 from rotate_edit.recipe import Recipe, parse_recipe
+from rotate_edit.session import open_recipe
+from rotate_edit.vocabulary.concept import find_tokens, token_texts
 
 KEY_TOKENS = 48000
 METHODS = ("fitted", "keyed", TOKEN_METHOD, "lm-head-located", "direction-everywhere")
@@ -39,7 +40,7 @@ def told(model_name: str, material: Material, words: Sequence[str]) -> Recipe:
 
 
 def measure_half(
-    model: Any, model_name: str, material: Material, half: int, samples: measures.Passages
+    model: Any, model_name: str, material: Material, half: int, samples: batches.Passages
 ) -> list[dict[str, Any]]:
     """Every method told one half of the words: what it leaves of the other half's mass, and its damage; plain JSON.
 

@@ -1,5 +1,5 @@
 """`python -m rotate_edit` is the same as the `rotate-edit` command."""
 
-from rotate_edit.cli import main
+from rotate_edit.cli.main import main
 
 main()

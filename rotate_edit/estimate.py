@@ -1,306 +1,210 @@
-"""What a job will take on this machine: time, memory, GPU memory and disk; refused early when it cannot fit."""
+"""What a recipe will take, counted from its settings before any weight is read.
 
-import math
-import os
-import resource
-import sys
-import tempfile
-import time
-from dataclasses import dataclass
-from pathlib import Path
+Counts that only the work itself would tell (iterations of a search, groups of a concept's tokens) are those measured
+on the demo model and `bookworm`; where a step may end early it is taken to go on to its end.
+"""
 
-from rotate_edit import hub
-from rotate_edit.checkpoint import Checkpoint
-from rotate_edit.edit import Edit
-from rotate_edit.errors import BadInput
-from rotate_edit.files import check_free_space, free_space
-from rotate_edit.rewrite import BLOCK_ELEMENTS, plan_edit
-from rotate_edit.rotate import SolverSettings, memory_bound
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-# What Python with torch takes before any work, with a tokenizer, and with a model of transformers, in bytes, and how
-# long it takes to begin, in seconds; measured on Linux.
-PROCESS, PROCESS_WITH_TOKENIZER, PROCESS_WITH_TRANSFORMERS = 350_000_000, 600_000_000, 900_000_000
-START, START_WITH_TRANSFORMERS = 3.0, 12.0
-# Bytes a second at which weights are read; most disks and every page cache are faster.
-READING = 1e9
-# Products of one vector with the vocabulary matrix for one channel (circle: 48 to 57 measured; adamw: two a step).
-PRODUCTS = {"circle": 57, "adamw": 12_000}
-# Seconds of a search over the seconds of its products alone: 2.6 to 4.6 measured.
-SEARCH_OVERHEAD = 3.0
-# The share of a vocabulary that are beginnings of words: 0.57 and 0.69 measured.
-WORDS_SHARE = 0.65
-# Vocabulary tables in memory while they are read and prepared: 1.6 (tied) and 4.5 measured, two more when levelled.
-TABLES, TABLES_UNTIED = 4, 6
-# Bytes of a channel in a shard beside its vector, and again in the table.
-CHANNEL_BYTES = 250
-# Bytes of one strong token in a scan's table: its id, z-score and text.
-TOKEN_BYTES = 20
-PROBE = 32 << 20
-PROBE_SECONDS = 0.3
+from rotate_edit.channels.cost import CHANNEL_BYTES, PRODUCTS, search_operations, shard_memory
+from rotate_edit.channels.solver import SolverSettings
+from rotate_edit.edits.edit import SAMPLED
+from rotate_edit.edits.low_rank import DRAWN, DRAWN_LATER, STEPS
+from rotate_edit.edits.writing.cost import estimate_patch
+from rotate_edit.evaluation.compare import Plan
+from rotate_edit.evaluation.evaluate import divide, texts_about
+from rotate_edit.evaluation.tasks import Items
+from rotate_edit.machine import PROCESS_WITH_TRANSFORMERS, START_WITH_TRANSFORMERS, Cost
+from rotate_edit.models.checkpoint import Checkpoint
+from rotate_edit.models.cost import estimate_live, parameters, table_memory, to_download
+from rotate_edit.models.output_head import AT_ONCE
+from rotate_edit.recipe import Recipe
+
+# Products with the vocabulary matrix of a search that asks for one concept: 20 to 26 measured.
+PRODUCTS_ASKING = 26
+# Seconds of the demo model's forward passes over the seconds of their products alone: 1.1 to 1.9 measured on one
+# thread, about 3.4 on two, which the small products around the large ones do not fill.
+FORWARD_OVERHEAD = 2.5
+# The same of a fit's steps, which also take logarithms of what they predict: 2.0 measured on one thread. Operations of
+# an eigendecomposition over the cube of its size.
+FITTING_OVERHEAD, ROOTS = 2.0, 20
+# `group_distance: auto` tries three divisions of a concept; together they search about so many times the candidates.
+SEARCHES, GROUPS = 3, 6
+# Forward passes over a concept's texts to find a strength, three times while divisions are tried and once at the end.
+SOLVING_PASSES = 10
+CHARACTERS_OF_A_TOKEN = 4
+LONGEST_WORD = 12
 
 
-@dataclass(frozen=True)
-class Cost:
-    """What a job takes.
-
-    operations: floating-point operations, with what surrounds the products counted in; start: seconds before work
-    begins; read, disk: bytes read and bytes that are new on the disk; memory, gpu_memory: bytes at most; download:
-    bytes that the Hub's cache does not hold yet, at most.
-    """
-
-    operations: float = 0.0
-    start: float = START
-    read: int = 0
-    memory: int = PROCESS
-    gpu_memory: int = 0
-    disk: int = 0
-    download: int = 0
-
-    def __add__(self, other: "Cost") -> "Cost":
-        """One job after the other in one process: work and disk add up, the larger memory counts.
-
-        What the first has downloaded the second need not download.
-        """
-        return Cost(
-            self.operations + other.operations,
-            max(self.start, other.start),
-            self.read + other.read,
-            max(self.memory, other.memory),
-            max(self.gpu_memory, other.gpu_memory),
-            self.disk + other.disk,
-            max(self.download, other.download),
-        )
-
-
-def estimate_patch(checkpoint: Checkpoint, edit: Edit | None = None, *, link: bool = False) -> Cost:
-    """What writing a patched checkpoint takes; without an edit all shards are taken to be touched, and no undo."""
-    sizes = dict.fromkeys(checkpoint.headers, 0)
-    for stored in checkpoint.stored.values():
-        sizes[stored.file] += stored.end - stored.start
-    written, undo, memory = set(sizes), 0, 0
-    if edit is not None:
-        touched = plan_edit(checkpoint, edit)
-        for name, parts in touched.items():
-            stored = checkpoint.stored[name]
-            for part in parts:
-                undo += len(part.rows) * (checkpoint.hidden_size * stored.itemsize + 8)
-            # To keep the originals for the undo, one tensor is read whole where neurons are its columns.
-            memory = max(memory, stored.end - stored.start)
-        if link:
-            written = {checkpoint.stored[name].file for name in touched}
-    disk = sum(sizes[shard] for shard in written) + undo
-    # A block is held in its own dtype, twice, and in float64, three times.
-    return Cost(
-        read=disk, memory=PROCESS + memory + BLOCK_ELEMENTS * (2 * 4 + 3 * 8), disk=disk,
-        download=to_download(checkpoint),
-    )  # fmt: skip
-
-
-def estimate_live(checkpoint: Checkpoint, itemsize: int = 4, *, gpu: bool = False) -> Cost:
-    """What loading the live model takes, with `itemsize` bytes a parameter."""
-    model = parameters(checkpoint) * itemsize
-    # A tenth more for activations and for the tensors on their way from the file.
-    held = model + model // 10
-    return Cost(
-        start=START_WITH_TRANSFORMERS,
-        read=checkpoint.size,
-        memory=PROCESS_WITH_TRANSFORMERS + (checkpoint.size if gpu else held),
-        gpu_memory=held if gpu else 0,
-        download=to_download(checkpoint),
-    )
-
-
-def decompose_cost(
-    checkpoint: Checkpoint,
-    settings: SolverSettings,
-    *,
-    matrices: tuple[str, ...],
-    layers: tuple[int, ...] | None = None,
-    words_only: bool = True,
-    vectors: str | None = "bfloat16",
-    block: int = 512,
-    threads: int = 1,
-    workers: int | None = None,
-    device: str = "cpu",
+def recipe_cost(
+    recipe: Recipe, checkpoint: Checkpoint, items: Items | None, *, device: str = "cpu", measured: bool = True
 ) -> Cost:
-    """What `decompose.decompose` takes with these settings, when every neuron has all its channels."""
-    chosen = range(checkpoint.layers) if layers is None else [one for one in layers if 0 <= one < checkpoint.layers]
-    neurons = len(matrices) * sum(checkpoint.neurons_in(one) * (checkpoint.experts_in(one) or 1) for one in chosen)
-    shards = math.ceil(neurons / block)
-    one = shard_memory(checkpoint, settings, block)
-    tables = table_memory(checkpoint)
+    """What a recipe takes: locating, solving for the strength, writing and, when `measured`, curves and evaluation.
+
+    items: what is measured on; lm-eval tasks known by name alone are not counted, since their size is not known.
+    """
+    keyed = _keyed(recipe, measured)
+    # Memory is checked before the items are read, so what the recipe names counts and not what was read of it.
+    live = measured or keyed or recipe.evaluate.items is not None or recipe.evaluate.text is not None
+    grouped = live and _tries_groups(recipe)
     on_gpu = device != "cpu"
-    running = 1 if on_gpu else (workers or shard_workers(shards, one, threads))
-    width = {"bfloat16": 2, "float32": 4}.get(vectors or "", 0) * checkpoint.hidden_size
-    channels = neurons * settings.channels
+    channels = _candidates(recipe) * SEARCHES * recipe.decompose.channels
+    cost = locating_cost(recipe, checkpoint, device=device, grouped=grouped)
+    cost += Cost(disk=channels * (4 * checkpoint.hidden_size + CHANNEL_BYTES))
+    if live:
+        held = _locating_memory(recipe, checkpoint)
+        model = estimate_live(checkpoint, 2 if on_gpu else 4, gpu=on_gpu)
+        kept = _reference_memory(recipe, checkpoint)
+        cost += Cost(
+            operations=_forward(checkpoint) * sum(tokens_read(recipe, items, measured=measured).values()),
+            start=model.start,
+            read=model.read,
+            memory=model.memory + held + (0 if on_gpu else kept),
+            gpu_memory=model.gpu_memory + held + kept if on_gpu else 0,
+        )
+    if keyed:
+        # Second moments of a layer's activations, in float64: their sum, one more for a batch, and what the fit solves.
+        cost += Cost(memory=3 * 8 * checkpoint.neurons**2)
+    if recipe.edit.method == "fitted":
+        model = estimate_live(checkpoint, 2 if on_gpu else 4, gpu=on_gpu)
+        fit = _fitting_memory(recipe, checkpoint)
+        cost += Cost(
+            operations=len(recipe.concepts) * _fitting(recipe, checkpoint),
+            memory=model.memory + (0 if on_gpu else fit),
+            gpu_memory=model.gpu_memory + fit if on_gpu else 0,
+        )
+    if recipe.save.checkpoint:
+        written = estimate_patch(checkpoint)
+        cost += Cost(read=written.read, memory=written.memory, disk=written.disk)
+        if recipe.save.undo:
+            cost += Cost(disk=_candidates(recipe) * SEARCHES * checkpoint.hidden_size * 4)
+    return cost
+
+
+def locating_cost(recipe: Recipe, checkpoint: Checkpoint, *, device: str = "cpu", grouped: bool = False) -> Cost:
+    """What finding the concepts' channels takes, with nothing written.
+
+    grouped: whether several divisions of each concept are tried.
+    """
+    settings, candidates = _settings(recipe), _candidates(recipe)
+    held = _locating_memory(recipe, checkpoint)
     return Cost(
-        operations=search_operations(checkpoint, settings, channels, words_only),
-        read=checkpoint.size,
-        memory=PROCESS_WITH_TOKENIZER + tables + (0 if on_gpu else running * one),
-        gpu_memory=tables + one if on_gpu else 0,
-        # The shards stay until the channel set that is made of them is complete.
-        disk=channels * (2 * width + CHANNEL_BYTES),
+        operations=len(recipe.concepts) * _locating(recipe, checkpoint, settings, candidates, grouped=grouped),
+        start=START_WITH_TRANSFORMERS,
+        read=(len(recipe.concepts) + 1) * checkpoint.size,
+        memory=PROCESS_WITH_TRANSFORMERS + held,
+        gpu_memory=held if device != "cpu" else 0,
         download=to_download(checkpoint),
     )
 
 
-def scan_cost(checkpoint: Checkpoint, matrices: int, top: int) -> Cost:
-    """What a scan of so many matrices of every layer takes, with `top` tokens kept on either side of a vector."""
-    layers = range(checkpoint.layers)
-    vectors = matrices * sum(checkpoint.neurons_in(one) * (checkpoint.experts_in(one) or 1) for one in layers)
-    return Cost(
-        operations=vectors * 2 * checkpoint.vocabulary_size * checkpoint.hidden_size,
-        read=checkpoint.size,
-        memory=PROCESS_WITH_TOKENIZER + table_memory(checkpoint),
-        disk=vectors * (2 * top * TOKEN_BYTES + CHANNEL_BYTES),
-    )
+def tokens_read(recipe: Recipe, items: Items | None, *, measured: bool = True) -> dict[str, int]:
+    """About how many tokens the live model reads, by step."""
+    steps = dict.fromkeys(("keys", "groups", "strengths", "curves", "items", "generations"), 0)
+    if _keyed(recipe, measured):
+        # Every token is written once and read once.
+        steps["keys"] = 2 * recipe.edit.key_tokens
+    if items is None:
+        return steps
+    evaluation = recipe.evaluate
+    methods, points = 1 + len(set(evaluation.controls)), len(set(evaluation.strengths)) + 1
+    for concept in recipe.concepts:
+        own, others = (min(evaluation.tokens, _length(texts)) for texts in texts_about(items, [concept.name]))
+        if _tries_groups(recipe):
+            steps["groups"] += SEARCHES * (SOLVING_PASSES * own + others)
+        if concept.strength == "auto":
+            steps["strengths"] += SOLVING_PASSES * own
+        if measured:
+            steps["curves"] += (methods * points + 1) * (own + others)
+    if measured:
+        names = tuple(concept.name for concept in recipe.concepts)
+        close = tuple(name for concept in recipe.concepts for name in concept.neighbours)
+        plan = Plan(names, close)
+        asked, _ = divide(items.tasks, plan)
+        steps["items"] = 2 * sum(_tokens(row) for task in asked for row in task.rows[: evaluation.limit])
+        own = sum(row.get("concept") in names for row in items.generation)
+        prompts = min(len(items.generation), own + plan.generations)
+        # Each prompt is continued once greedily, and sampled to see whether the concept leaks.
+        steps["generations"] = 2 * prompts * (1 + plan.samples) * plan.new_tokens
+    return steps
 
 
-def shard_memory(checkpoint: Checkpoint, settings: SolverSettings, block: int) -> int:
-    """Bytes that one shard needs at most while it is searched, beside the tables that all shards share."""
-    vocabulary = checkpoint.vocabulary_size
-    needed = memory_bound(block, vocabulary, checkpoint.hidden_size, settings)
-    # The AdamW procedure keeps its projections for the backward pass, about eight of them a row.
-    return needed + (32 * settings.rows * vocabulary if settings.solver == "adamw" else 0)
+def _settings(recipe: Recipe) -> SolverSettings:
+    return SolverSettings(solver=recipe.decompose.solver, channels=recipe.decompose.channels)
 
 
-def shard_workers(shards: int, memory: int, threads: int) -> int:
-    """How many shards run at once on the CPU: as many as cores and free memory allow."""
-    return max(1, min(shards, available_memory() // memory, (os.cpu_count() or 1) // threads))
+def _candidates(recipe: Recipe) -> int:
+    return recipe.locate.candidates * len(recipe.locate.matrices)
 
 
-def search_operations(checkpoint: Checkpoint, settings: SolverSettings, channels: float, words_only: bool) -> float:
-    """Operations to search so many channels: each product of a vector with the vocabulary is 2 V d."""
-    tokens = checkpoint.vocabulary_size * (WORDS_SHARE if words_only else 1)
-    return SEARCH_OVERHEAD * channels * PRODUCTS[settings.solver] * 2 * tokens * checkpoint.hidden_size
+def _locating_memory(recipe: Recipe, checkpoint: Checkpoint) -> int:
+    """The vocabulary's tables and the candidates of one search."""
+    return table_memory(checkpoint) + shard_memory(checkpoint, _settings(recipe), _candidates(recipe))
 
 
-def table_memory(checkpoint: Checkpoint) -> int:
-    """Bytes of the vocabulary's tables while they are read and prepared."""
-    copies = TABLES if checkpoint.tied else TABLES_UNTIED
-    return copies * checkpoint.vocabulary_size * checkpoint.hidden_size * 4
+def _keyed(recipe: Recipe, measured: bool) -> bool:
+    return any(method in SAMPLED for method in (recipe.edit.method, *(recipe.evaluate.controls if measured else ())))
 
 
-def to_download(checkpoint: Checkpoint) -> int:
-    """Bytes of its shards that the Hub's cache does not hold yet; 0 for a folder."""
-    found = checkpoint.hub
-    if found is None:
-        return 0
-    return sum(found.files[shard].size or 0 for shard in checkpoint.headers if not hub.is_here(found, shard))
+def _tries_groups(recipe: Recipe) -> bool:
+    return recipe.locate.group_distance == "auto" and recipe.edit.method not in SAMPLED
 
 
-def parameters(checkpoint: Checkpoint) -> int:
-    """How many numbers its tensors hold."""
-    return sum(stored.elements for stored in checkpoint.stored.values())
+def _locating(
+    recipe: Recipe, checkpoint: Checkpoint, settings: SolverSettings, candidates: int, *, grouped: bool
+) -> float:
+    searches = GROUPS if grouped else 1
+    channels = searches * candidates * settings.channels
+    asked = searches * candidates * PRODUCTS_ASKING / PRODUCTS[settings.solver] if recipe.decompose.tilted_start else 0
+    return search_operations(checkpoint, settings, channels + asked, recipe.decompose.words_only)
 
 
-def seconds(cost: Cost, output: Path, device: str = "cpu") -> float:
-    """How long a job takes at the speeds that this machine shows now: a product of matrices and a file, measured."""
-    calculated = cost.operations / product_speed(device) if cost.operations else 0.0
-    written = cost.disk / disk_speed(output) if cost.disk else 0.0
-    return cost.start + calculated + cost.read / READING + written
+def _forward(checkpoint: Checkpoint) -> float:
+    """Operations of one token's forward pass: two a parameter."""
+    return FORWARD_OVERHEAD * 2 * parameters(checkpoint)
 
 
-def product_speed(device: str = "cpu") -> float:
-    """Floating-point operations a second of float32 products on a device, the best of a third of a second."""
-    import torch
-
-    left, right = torch.ones(192, 1024, device=device), torch.ones(1024, 2048, device=device)
-    best, begun = float("inf"), time.perf_counter()
-    while time.perf_counter() - begun < PROBE_SECONDS:
-        started = time.perf_counter()
-        float((left @ right)[0, 0])
-        best = min(best, time.perf_counter() - started)
-    return 2 * 192 * 1024 * 2048 / best
-
-
-def disk_speed(output: Path) -> float:
-    """Bytes a second that the disk of `output` takes, measured with a small file that is flushed and removed."""
-    parent = output.absolute().parent
-    while not parent.is_dir():
-        parent = parent.parent
-    try:
-        with tempfile.TemporaryFile(dir=parent) as stream:
-            content = os.urandom(PROBE)
-            begun = time.perf_counter()
-            stream.write(content)
-            stream.flush()
-            os.fsync(stream.fileno())
-            return PROBE / (time.perf_counter() - begun)
-    except OSError as error:
-        raise BadInput(f"the output {output} cannot be written ({error.strerror}); choose another one.") from error
+def _fitting(recipe: Recipe, checkpoint: Checkpoint) -> float:
+    """Operations of one fit: each step predicts its positions twice and goes back once, after two looks at all."""
+    head = 2 * checkpoint.hidden_size * checkpoint.vocabulary_size
+    change = 2 * checkpoint.neurons * checkpoint.hidden_size
+    later = recipe.edit.fit_rounds - 1
+    drawn = STEPS * (DRAWN + later * DRAWN_LATER)
+    whole = STEPS * (1 + later) * 3 * 2 * checkpoint.neurons * checkpoint.hidden_size**2
+    steps = drawn * (4 * head + 3 * change) + whole
+    roots = ROOTS * checkpoint.neurons**3 + 2 * 2 * recipe.edit.key_tokens * checkpoint.neurons**2
+    return FITTING_OVERHEAD * (steps + 2 * recipe.edit.key_tokens * head + roots)
 
 
-def available_memory() -> int:
-    """Bytes of memory that a new job may take, the limit of a container included."""
-    names = getattr(os, "sysconf_names", {})
-    # macOS says only how much there is in all.
-    pages = next((os.sysconf(name) for name in ("SC_AVPHYS_PAGES", "SC_PHYS_PAGES") if name in names), 1 << 50)
-    available = pages * os.sysconf("SC_PAGE_SIZE") if names else 1 << 62
-    meminfo, limit = Path("/proc/meminfo"), Path("/sys/fs/cgroup/memory.max")
-    if meminfo.is_file():
-        fields = dict(line.split(":", 1) for line in meminfo.read_text().splitlines() if ":" in line)
-        available = int(fields["MemAvailable"].split()[0]) * 1024
-    if limit.is_file() and limit.read_text().strip().isdigit():
-        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
-        available = min(available, int(limit.read_text()) - used)
-    return available
+def _fitting_memory(recipe: Recipe, checkpoint: Checkpoint) -> int:
+    """The positions as they are and whitened, the head in float32, a step's predictions, and the change four times."""
+    positions = recipe.edit.key_tokens * 2 * (checkpoint.neurons + checkpoint.hidden_size)
+    head = checkpoint.hidden_size * checkpoint.vocabulary_size
+    predictions = 6 * max(DRAWN, AT_ONCE // 2) * checkpoint.vocabulary_size
+    roots = 2 * 5 * checkpoint.neurons**2
+    return 4 * (positions + head + predictions + roots + 4 * checkpoint.neurons * checkpoint.hidden_size)
 
 
-def held_memory() -> int:
-    """Bytes of memory that this process has used at most so far."""
-    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return used * (1024 if sys.platform != "darwin" else 1)
+def _reference_memory(recipe: Recipe, checkpoint: Checkpoint) -> int:
+    """The base model's log-probabilities that are kept, and the logits of one batch with two copies."""
+    from rotate_edit.evaluation.measures import CELLS_KEPT
+    from rotate_edit.models.batches import CELLS_IN_A_BATCH
+
+    cells = min(CELLS_KEPT, recipe.evaluate.tokens * checkpoint.vocabulary_size)
+    return 4 * (cells + 3 * CELLS_IN_A_BATCH)
 
 
-def available_gpu_memory() -> int | None:
-    """Bytes that the GPU has free; None where there is no GPU that says so."""
-    import torch
-
-    return int(torch.cuda.mem_get_info()[0]) if torch.cuda.is_available() else None
+def _length(texts: Sequence[str]) -> int:
+    return sum(map(len, texts)) // CHARACTERS_OF_A_TOKEN
 
 
-def check_cost(cost: Cost, output: Path) -> None:
-    """Refuse a job that does not fit the disk of `output`, the memory or the GPU. Raises BadInput."""
-    check_free_space(output, cost.disk)
-    available = available_memory()
-    # What this process holds already is not free any more, and is part of what the job needs.
-    if cost.memory - held_memory() > available:
-        raise BadInput(
-            f"the job needs {cost.memory / 1e9:.1f} GB of memory and {available / 1e9:.1f} GB are free; take a "
-            "smaller model, a 16-bit dtype or another machine."
-        )
-    if cost.gpu_memory:
-        free = available_gpu_memory()
-        if cost.gpu_memory > (available if free is None else free):
-            raise BadInput(
-                f"the job needs {cost.gpu_memory / 1e9:.1f} GB of GPU memory and "
-                f"{(available if free is None else free) / 1e9:.1f} GB are free; "
-                "take device: cpu, a smaller model or a 16-bit dtype."
-            )
+def _tokens(row: Mapping[str, Any]) -> int:
+    """About how many tokens are read for an item: its longest text, again for each of its choices when they are long.
 
-
-def described(cost: Cost, output: Path, device: str = "cpu") -> list[list[str]]:
-    """The estimate as rows of a table: what, how much of it the job takes, how much this machine has free."""
-    rows = [
-        ["time", f"about {_duration(seconds(cost, output, device))}", f"at this machine's speed now, on {device}"],
-        ["memory", f"{cost.memory / 1e9:.2f} GB at most", f"{available_memory() / 1e9:.1f} GB free"],
-    ]
-    free = available_gpu_memory()
-    if cost.gpu_memory or free is not None:
-        has = "" if free is None else f"{free / 1e9:.1f} GB free"
-        rows.append(["GPU memory", f"{cost.gpu_memory / 1e9:.2f} GB at most", has])
-    else:
-        rows.append(["GPU memory", "none", "no GPU is used"])
-    if cost.download:
-        rows.append(["download", f"{cost.download / 1e9:.3f} GB at most", "not counted in the time"])
-    rows.append(["disk", f"{cost.disk / 1e9:.3f} GB", f"{free_space(output) / 1e9:.1f} GB free"])
-    return rows
-
-
-def _duration(length: float) -> str:
-    if length < 90:
-        return f"{length:.0f} seconds"
-    if length < 90 * 60:
-        return f"{length / 60:.0f} minutes"
-    return f"{length / 3600:.0f} hours" if length < 90 * 3600 else f"{length / 86400:.0f} days"
+    Choices of one token are read off one pass.
+    """
+    longest = max((len(value) for value in row.values() if isinstance(value, str)), default=0)
+    choices = next((value for value in row.values() if isinstance(value, list)), [])
+    again = len(choices) if any(len(str(choice)) > LONGEST_WORD for choice in choices) else 1
+    return longest * again // CHARACTERS_OF_A_TOKEN

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import math
 import os
 import shutil
 import sys
@@ -9,6 +10,7 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from rotate_edit.errors import BadInput, Failure, quoted
 
@@ -334,3 +336,20 @@ def _integer(text: str) -> int:
     if len(text) > 20:
         raise ValueError("an integer that no count or index can be")
     return int(text)
+
+
+def cache_folder() -> Path:
+    """Where baselines and text that models wrote are kept between runs: the user's cache folder."""
+    root = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    return Path(root) / "rotate-edit"
+
+
+def plain(value: Any) -> Any:
+    """JSON values with not-a-number and infinity as null."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, dict):
+        return {str(key): plain(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(entry) for entry in value]
+    return value

@@ -14,30 +14,30 @@ from typing import Any
 
 import torch
 
-from rotate_edit import curves, measures
-from rotate_edit.adapter import write_adapter
-from rotate_edit.card import write_cards
-from rotate_edit.channels import save_channels
-from rotate_edit.checkpoint import identity
-from rotate_edit.comparison import Plan
-from rotate_edit.concept import TokenSet
+from rotate_edit.channels.channel_set import save_channels
+from rotate_edit.channels.locate import Located, by_concept, locate_concept, solver_settings
 from rotate_edit.console import Report, silent
-from rotate_edit.edit import SAMPLED, Edit
-from rotate_edit.edit_file import save_edit
+from rotate_edit.edits.build import edits_of, fit
+from rotate_edit.edits.edit import SAMPLED, Edit
+from rotate_edit.edits.edit_file import save_edit
+from rotate_edit.edits.writing.adapter import write_adapter
+from rotate_edit.edits.writing.patch import write_checkpoint
 from rotate_edit.errors import BadInput, Failure
-from rotate_edit.evaluate import Variant, evaluate, texts_about
-from rotate_edit.files import check_output_free, whole_folder, write_atomically
-from rotate_edit.locate import Located, by_concept, locate_concept, solver_settings
-from rotate_edit.making import edits_of, fit
-from rotate_edit.opened import Opened, open_recipe
-from rotate_edit.patch import write_checkpoint
-from rotate_edit.projection import read_projections
-from rotate_edit.provenance import cache_folder, peak_memory, plain, provenance, weights_hash
+from rotate_edit.evaluation import curves, measures
+from rotate_edit.evaluation.compare import Plan
+from rotate_edit.evaluation.evaluate import Variant, evaluate, texts_about
+from rotate_edit.evaluation.harness import Settings
+from rotate_edit.evaluation.provenance import peak_memory, provenance, weights_hash
+from rotate_edit.evaluation.text_tasks import save_items
+from rotate_edit.files import cache_folder, check_output_free, plain, whole_folder, write_atomically
+from rotate_edit.models.checkpoint import identity
 from rotate_edit.recipe import ConceptRecipe, Recipe, recipe_text
-from rotate_edit.report import write_report
-from rotate_edit.reproduce import write_reproduction
-from rotate_edit.scoring import Settings
-from rotate_edit.text_items import save_items
+from rotate_edit.reporting.card import write_cards
+from rotate_edit.reporting.report import write_report
+from rotate_edit.reporting.reproduce import write_reproduction
+from rotate_edit.session import Opened, open_recipe
+from rotate_edit.vocabulary.concept import TokenSet
+from rotate_edit.vocabulary.projection import read_projections
 
 FORMAT = 1
 # Divisions of a concept into groups that `group_distance: auto` tries; the first keeps it whole.
@@ -90,7 +90,7 @@ def _least_damage(opened: Opened, divisions: Sequence[list[Located]], model: Any
 
     Groups must at least halve the damage to be preferred to the whole concept, which needs fewer ranks and neurons.
     """
-    known = reference(opened, divisions[0][0], model, "choose")
+    known = reference(opened, divisions[0][0], model, "validation")
     costs = []
     for groups in divisions:
         cost = math.inf
@@ -216,7 +216,7 @@ def _edit_and_measure(
         strengths = solve_strengths(opened, found, edits[method], model)
         drawn = {}
         for name, groups in by_concept(found).items():
-            known = reference(opened, groups[0], model, "report")
+            known = reference(opened, groups[0], model, "test")
             if known is not None:
                 own = {other: curves.only(edit, name) for other, edit in edits.items()}
                 drawn[name] = curves.draw(model, known, own, recipe.evaluate.strengths, strengths[name], report)
@@ -295,7 +295,7 @@ def solve_strengths(opened: Opened, found: Sequence[Located], edit: Edit, model:
     for name, groups in by_concept(found).items():
         strength = groups[0].concept.strength
         if strength == "auto":
-            known = reference(opened, groups[0], model, "choose") or reference(opened, groups[0], model, "report")
+            known = reference(opened, groups[0], model, "validation") or reference(opened, groups[0], model, "test")
             if known is None:
                 raise BadInput(f"concepts.{name}.strength: auto, but the items hold no text about it; give a number.")
             strength = curves.solve_strength(model, known, curves.only(edit, name), opened.recipe.edit.target)

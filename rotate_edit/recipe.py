@@ -12,7 +12,15 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from rotate_edit.edit import KEYED, LIVE_METHODS, LOGIT_METHOD, METHODS, TOKEN_METHOD, TOKEN_METHODS, WHOLE_CONCEPT
+from rotate_edit.edits.edit import (
+    KEYED,
+    LIVE_METHODS,
+    LOGIT_METHOD,
+    METHODS,
+    TOKEN_METHOD,
+    TOKEN_METHODS,
+    WHOLE_CONCEPT,
+)
 from rotate_edit.errors import BadInput
 from rotate_edit.files import data_folder
 

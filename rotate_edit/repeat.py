@@ -3,10 +3,10 @@
 from pathlib import Path
 
 from rotate_edit import pipeline
-from rotate_edit.checkpoint import open_checkpoint
 from rotate_edit.console import Report, silent
 from rotate_edit.files import read_json
-from rotate_edit.reproduce import REPRODUCE, Difference, check_same_base, differences, read_reproduction
+from rotate_edit.models.checkpoint import open_checkpoint
+from rotate_edit.reporting.reproduce import REPRODUCE, Difference, check_same_base, differences, read_reproduction
 
 
 def repeat(

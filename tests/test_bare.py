@@ -7,7 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
+from places import ROOT
+
 ALLOWED = {"torch", "numpy", "safetensors"}
 # What a distribution is imported as, where that is not its own name.
 IMPORTED_AS = {"pyyaml": "yaml", "lm-eval": "lm_eval", "huggingface-hub": "huggingface_hub"}

@@ -2,12 +2,11 @@
 
 import runpy
 from collections import Counter
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from places import ROOT
 
-ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared"
 check = SimpleNamespace(**runpy.run_path(str(ROOT / "evals/bookworm/check.py")))
 
@@ -28,8 +27,8 @@ def test_the_file_is_consistent():
 def test_what_is_wrong_is_named():
     content = check.read_concepts()
     counts, words = plenty(content)
-    counts["report"]["ship"] = counts["choose"]["ship"] = 3
-    content["texts"]["report"].append(content["texts"]["choose"][0])
+    counts["test"]["ship"] = counts["validation"]["ship"] = 3
+    content["texts"]["test"].append(content["texts"]["validation"][0])
     content["concepts"][0]["neighbours"].append("boat")
     found = check.errors_in(content, counts, words - {"wolves"})
     assert "ships: 'ship' occurs 6 times." in found

@@ -12,12 +12,12 @@ import pytest
 import torch
 from tiny_models import random_edit, save_tiny
 
-from rotate_edit.adapter import write_adapter
-from rotate_edit.checkpoint import Checkpoint, open_checkpoint
-from rotate_edit.edit import Edit
-from rotate_edit.edit_file import save_edit
+from rotate_edit.edits.edit import Edit
+from rotate_edit.edits.edit_file import save_edit
+from rotate_edit.edits.writing.adapter import write_adapter
+from rotate_edit.edits.writing.patch import revert, write_checkpoint
 from rotate_edit.errors import BadInput, Failure
-from rotate_edit.patch import revert, write_checkpoint
+from rotate_edit.models.checkpoint import Checkpoint, open_checkpoint
 
 SMALL_DISK = 300 * 1024
 
@@ -56,8 +56,8 @@ def test_a_disk_that_fills_up_on_the_way(
     base: Checkpoint, edit: Edit, small_disk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_checkpoint(base, edit, tmp_path / "out", edit_folder=tmp_path / "edit")
-    monkeypatch.setattr("rotate_edit.patch.check_free_space", lambda output, needed: None)
-    monkeypatch.setattr("rotate_edit.patch.check_cost", lambda cost, output: None)
+    monkeypatch.setattr("rotate_edit.edits.writing.patch.check_free_space", lambda output, needed: None)
+    monkeypatch.setattr("rotate_edit.edits.writing.patch.check_cost", lambda cost, output: None)
     (small_disk / "ballast").write_bytes(b"0" * (SMALL_DISK - 60_000))
     before = {file.name: file.read_bytes() for file in base.folder.iterdir()}
     with pytest.raises(Failure, match="No space left"):
@@ -67,7 +67,7 @@ def test_a_disk_that_fills_up_on_the_way(
     (small_disk / "more").write_bytes(b"0" * 50_000)
     with pytest.raises(BadInput, match="GB free"):
         write_adapter(base, edit, small_disk / "adapter")
-    monkeypatch.setattr("rotate_edit.adapter.check_free_space", lambda output, needed: None)
+    monkeypatch.setattr("rotate_edit.edits.writing.adapter.check_free_space", lambda output, needed: None)
     with pytest.raises(Failure, match="No space left"):
         write_adapter(base, edit, small_disk / "adapter")
     with pytest.raises(Failure, match="No space left"):

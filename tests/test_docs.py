@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from places import ROOT
 from test_edit import applied, target
 
-from rotate_edit.edit import METHODS
+from rotate_edit.edits.edit import METHODS
 
-ROOT = Path(__file__).parents[1]
 PAGES = sorted([ROOT / "README.md", ROOT / "evals" / "README.md", *(ROOT / "docs").glob("*.md")])
 
 
@@ -26,7 +26,7 @@ def test_links_lead_to_files(page: Path) -> None:
 
 
 def test_the_example_of_a_method_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rotate_edit.edit.METHODS", dict(METHODS))
+    monkeypatch.setattr("rotate_edit.edits.edit.METHODS", dict(METHODS))
     exec(blocks(ROOT / "docs" / "methods.md", "python")[0], {})
     seen = target()
     after = applied("strongest-half", seen, 1.0)

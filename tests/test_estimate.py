@@ -1,115 +1,138 @@
-"""What a job will take, and the refusal of one that cannot fit."""
+"""What a recipe will take grows with what it asks for, and is refused where this machine is too small."""
 
-from dataclasses import replace
+import json
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from tiny_models import random_edit, save_tiny
+import transformers
 
-from rotate_edit import estimate
-from rotate_edit.checkpoint import identity, open_checkpoint
-from rotate_edit.edit_file import save_edit
+from rotate_edit import pipeline
+from rotate_edit import session as opened
 from rotate_edit.errors import BadInput
-from rotate_edit.estimate import (
-    Cost,
-    available_memory,
-    check_cost,
-    decompose_cost,
-    described,
-    disk_speed,
-    estimate_live,
-    estimate_patch,
-    product_speed,
-    seconds,
-)
-from rotate_edit.hub import HubFile, HubModel
-from rotate_edit.patch import write_checkpoint
-from rotate_edit.rotate import SolverSettings
+from rotate_edit.estimate import recipe_cost, tokens_read
+from rotate_edit.evaluation.tasks import open_items
+from rotate_edit.models.checkpoint import open_checkpoint
+from rotate_edit.recipe import Recipe, find_recipe, parse_recipe, read_recipe
+
+ITEMS = open_items("demo")
 
 
-def test_disk_is_what_is_then_written(tmp_path: Path) -> None:
-    base = open_checkpoint(save_tiny("llama", tmp_path / "base", tied=False, dtype=torch.float32))
-    edit = random_edit(base)
-    save_edit(edit, tmp_path / "edit")
-    cost = estimate_patch(base, edit)
-    write_checkpoint(base, edit, tmp_path / "out", edit_folder=tmp_path / "edit")
-    shards = sum(file.stat().st_size for file in (tmp_path / "out").glob("*.safetensors"))
-    undo = (tmp_path / "edit" / "undo.safetensors").stat().st_size
-    assert cost.disk <= shards + undo <= cost.disk + 20_000
-    few = replace(edit, changes=edit.changes[:1], base=identity(base))
-    assert estimate_patch(base, few, link=True).disk < cost.disk / 2
-    assert estimate_patch(base).disk == base.size
+def recipe(**changes: Any) -> Recipe:
+    concept = {"name": "dogs", "words": ["dog"], "strength": changes.pop("strength", "auto")}
+    return parse_recipe({"model": "demo", "concepts": [concept], "evaluate": {"items": "demo"}} | changes)
 
 
-def test_live_memory_is_on_the_device_that_holds_the_model(tmp_path: Path) -> None:
-    base = open_checkpoint(save_tiny("llama", tmp_path / "base", tied=False, dtype=torch.bfloat16))
-    parameters = base.size // 2
-    cpu, gpu = estimate_live(base), estimate_live(base, 2, gpu=True)
-    assert cpu.gpu_memory == 0
-    assert cpu.memory > 4 * parameters
-    assert 2 * parameters <= gpu.gpu_memory <= 3 * parameters
+def test_steps_are_counted_from_the_settings() -> None:
+    steps = tokens_read(recipe(), ITEMS)
+    located = {"edit": {"method": "channel-located"}}
+    assert {name for name, count in steps.items() if not count} == {"groups"}
+    assert steps["keys"] == 2 * 48_000
+    assert tokens_read(recipe(strength=2), ITEMS) == steps | {"strengths": 0}
+    # A located edit tries groups; beside it channel-keyed still reads what the model writes.
+    grouped = tokens_read(recipe(**located), ITEMS)
+    assert grouped["groups"] > 0
+    assert tokens_read(recipe(**located, locate={"group_distance": 2.0}), ITEMS) == grouped | {"groups": 0}
+    assert tokens_read(recipe(**located), ITEMS, measured=False)["keys"] == 0
+    alone = tokens_read(recipe(evaluate={"items": "demo", "controls": []}), ITEMS)
+    # Nine methods at six strengths and the base, against one method.
+    assert steps["curves"] / alone["curves"] == pytest.approx(55 / 7)
+    assert alone | {"curves": steps["curves"]} == steps
+    unmeasured = tokens_read(recipe(), ITEMS, measured=False)
+    assert unmeasured == steps | dict.fromkeys(("curves", "items", "generations"), 0)
+    assert set(tokens_read(recipe(**located), None, measured=False).values()) == {0}
 
 
-def test_costs_add_up() -> None:
-    total = Cost(1e9, 3.0, 4, 10, 0, 5, 8) + Cost(2e9, 7.0, 5, 7, 3, 6, 8)
-    assert total == Cost(3e9, 7.0, 9, 10, 3, 11, 8)
+def test_costs_follow_the_recipe() -> None:
+    demo = open_checkpoint("demo")
+    whole = recipe_cost(recipe(), demo, ITEMS)
+    edit = recipe_cost(recipe(), demo, ITEMS, measured=False)
+    assert edit.operations < whole.operations
+    assert edit.disk == whole.disk > demo.size
+    unsaved = recipe_cost(recipe(save={"checkpoint": False}), demo, ITEMS)
+    assert unsaved.disk < whole.disk - demo.size
+    # A fit's memory would hide that of the search.
+    keyed = {"method": "keyed"}
+    few = recipe_cost(recipe(edit=keyed), demo, ITEMS)
+    more = recipe_cost(recipe(edit=keyed, locate={"candidates": 600}), demo, ITEMS)
+    assert more.operations > few.operations
+    assert more.memory > few.memory
+    two = parse_recipe(recipe().model_dump() | {"concepts": [{"name": n, "words": [n]} for n in ("dog", "cat")]})
+    twice = recipe_cost(two, demo, ITEMS)
+    assert few.operations < whole.operations < twice.operations
+    assert few.memory < whole.memory
+    on_gpu = recipe_cost(recipe(), demo, ITEMS, device="cuda")
+    assert on_gpu.gpu_memory > 2 * demo.size > whole.gpu_memory == 0
 
 
-def test_what_the_hub_cache_lacks_is_downloaded(tmp_path: Path) -> None:
-    base = open_checkpoint(save_tiny("llama", tmp_path / "base", tied=False, dtype=torch.float32))
-    first, *others = base.headers
-    cache = tmp_path / "cache"
-    cache.mkdir()
-    (cache / first).write_bytes(base.path(first).read_bytes())
-    files = {shard: HubFile(base.path(shard).stat().st_size, None) for shard in base.headers}
-    remote = replace(base, hub=HubModel("someone/tiny", "c0ffee", cache, files))
-    wanted = sum(base.path(shard).stat().st_size for shard in others)
-    assert estimate_live(remote).download == estimate_patch(remote).download == wanted
-    assert estimate_live(base).download == 0
-    assert any(row[0] == "download" for row in described(estimate_live(remote), tmp_path))
-
-
-def test_time_is_work_over_the_speeds_of_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert product_speed() > 1e8
-    monkeypatch.setattr(estimate, "product_speed", lambda device: 1e9)
-    monkeypatch.setattr(estimate, "disk_speed", lambda output: 1e8)
-    assert seconds(Cost(5e9, 3.0, 2_000_000_000, 1, 0, 500_000_000), tmp_path) == pytest.approx(3 + 5 + 2 + 5)
-    for operations, words in ((0, "3 seconds"), (600e9, "10 minutes"), (1e13, "3 hours"), (1e15, "12 days")):
-        rows = described(Cost(operations, 3.0, 0, 1000, 0, 1000), tmp_path)
-        assert [row[0] for row in rows] == ["time", "memory", "GPU memory", "disk"]
-        assert rows[0][1] == f"about {words}"
-
-
-def test_a_decomposition_grows_with_what_is_asked(tmp_path: Path) -> None:
-    base = open_checkpoint(save_tiny("mixtral", tmp_path / "base", tied=False, dtype=torch.float32))
-    settings = SolverSettings(channels=2)
-    one = decompose_cost(base, settings, matrices=("out",), layers=(0,), workers=1)
-    both = decompose_cost(base, settings, matrices=("out",), workers=1)
-    every = decompose_cost(base, settings, matrices=("gate", "in", "out"), workers=1, vectors=None)
-    assert both.operations == 2 * one.operations
-    assert every.operations == pytest.approx(3 * both.operations)
-    assert both.disk == 2 * one.disk > every.disk / 3
-    # Four experts of 48 neurons in each layer, two channels each, 57 products with 96 x 32 numbers each.
-    assert one.operations == pytest.approx(3 * 4 * 48 * 2 * 57 * 2 * 0.65 * 96 * 32)
-    published = replace(settings, solver="adamw")
-    slow = decompose_cost(base, published, matrices=("out",), layers=(0,), workers=1)
-    assert slow.operations > 100 * one.operations
-    on_gpu = decompose_cost(base, settings, matrices=("out",), workers=1, device="cuda")
-    assert on_gpu.gpu_memory > 0 == both.gpu_memory
-    two = decompose_cost(base, settings, matrices=("out",), workers=2)
-    assert two.memory > both.memory
-
-
-def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
-    check_cost(Cost(memory=1000, disk=1000), tmp_path / "out")
-    for cost, words in (
-        (Cost(memory=10**15), "GB of memory"),
-        (Cost(gpu_memory=10**15), "GB of GPU memory"),
-        (Cost(disk=10**18), "its disk has"),
-    ):
-        with pytest.raises(BadInput, match=words):
-            check_cost(cost, tmp_path / "out")
-    assert available_memory() > 10**7
-    assert disk_speed(tmp_path / "not" / "there") > 1e5
+def test_a_run_that_does_not_fit_is_refused_before_anything_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # What the process holds counts as part of the job; a process that has run other tests may hold all of it.
+    monkeypatch.setattr("rotate_edit.machine.held_memory", lambda: 0)
+    monkeypatch.setattr("rotate_edit.machine.available_memory", lambda: 1_000_000)
+    for call in (pipeline.run, pipeline.edit_only):
+        with pytest.raises(BadInput, match="GB of memory"):
+            call(recipe(), tmp_path / "run")
+    monkeypatch.undo()
+    monkeypatch.setattr("rotate_edit.files.free_space", lambda output: 1000)
+    with pytest.raises(BadInput, match="GB free"):
+        pipeline.run(recipe(), tmp_path / "run")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_estimate_opens_no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rotate_edit.models.checkpoint.read_tensor", None)
+    monkeypatch.setattr("rotate_edit.models.checkpoint.read_place", None)
+    cost, device = opened.estimate(recipe())
+    assert cost.operations > 0
+    assert device in ("cpu", "cuda", "mps")
+
+
+SIZES = (
+    "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size",
+)  # fmt: skip
+LARGE = {
+    "qwen3-4b": ("Qwen3Config", (2560, 9728, 36, 32, 8, 151936), {"head_dim": 128, "tie_word_embeddings": True}),
+    "gemma-2-2b-it": ("Gemma2Config", (2304, 9216, 26, 8, 4, 256000), {"head_dim": 256}),
+    "llama-3.1-8b-instruct": ("LlamaConfig", (4096, 14336, 32, 32, 8, 128256), {}),
+}
+
+
+def hollow(folder: Path, config: Any) -> Path:
+    """A checkpoint in bfloat16 of a config's shapes, whose weights are a hole in the file."""
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(config)
+    header, end = {}, 0
+    for name, parameter in model.named_parameters():
+        start, end = end, end + 2 * parameter.numel()
+        header[name] = {"dtype": "BF16", "shape": list(parameter.shape), "data_offsets": [start, end]}
+    content = json.dumps(header).encode()
+    content += b" " * (-len(content) % 8)
+    folder.mkdir()
+    with (folder / "model.safetensors").open("wb") as file:
+        file.write(len(content).to_bytes(8, "little") + content)
+        file.truncate(8 + len(content) + end)
+    config.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_the_recipes_of_large_models_name_a_gpu_that_they_fit_on(name: str, tmp_path: Path) -> None:
+    kind, sizes, more = LARGE[name]
+    keys = [
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "vocab_size",
+    ]
+    config = getattr(transformers, kind)(**dict(zip(keys, sizes)), **more)
+    checkpoint = open_checkpoint(hollow(tmp_path / "model", config))
+    says = re.search(r"one GPU with (\d+) GB", find_recipe(f"{name}.yaml").read_text(encoding="utf-8"))
+    assert says is not None
+    cost = recipe_cost(read_recipe(f"{name}.yaml"), checkpoint, None, device="cuda")
+    assert 0.75 * int(says[1]) < cost.gpu_memory / 1e9 < int(says[1])

@@ -8,15 +8,16 @@ import torch
 from safetensors.torch import load_file
 from tiny_models import FAMILIES, random_edit, save_tiny
 
-from rotate_edit.adapter import write_adapter
-from rotate_edit.checkpoint import Checkpoint, load_model, open_checkpoint, read_matrix
-from rotate_edit.edit import Edit, MatrixChange
-from rotate_edit.edit_file import save_edit
+from rotate_edit.edits.apply import applied
+from rotate_edit.edits.edit import Edit, MatrixChange
+from rotate_edit.edits.edit_file import save_edit
+from rotate_edit.edits.writing.adapter import write_adapter
+from rotate_edit.edits.writing.patch import revert, verify, write_checkpoint
+from rotate_edit.edits.writing.rewrite import plan_edit
 from rotate_edit.errors import BadInput
-from rotate_edit.layout import neuron_rows
-from rotate_edit.live import applied, live_parameter
-from rotate_edit.patch import revert, verify, write_checkpoint
-from rotate_edit.rewrite import plan_edit
+from rotate_edit.models.checkpoint import Checkpoint, load_model, open_checkpoint, read_matrix
+from rotate_edit.models.layout import neuron_rows
+from rotate_edit.models.parameters import live_parameter
 
 CASES = [(family, tied) for family in FAMILIES for tied in (False, True)]
 TOKENS = torch.tensor([[3, 17, 40, 5, 95, 1, 60, 33]])

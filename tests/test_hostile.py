@@ -14,11 +14,18 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tiny_models import random_edit, save_tiny
 
-from rotate_edit.checkpoint import identity, open_checkpoint, read_embedding, read_matrix, read_norm, read_unembedding
-from rotate_edit.diff import diff
-from rotate_edit.edit_file import load_edit, save_edit
+from rotate_edit.edits.diff import diff
+from rotate_edit.edits.edit_file import load_edit, save_edit
+from rotate_edit.edits.writing.patch import revert, verify, write_checkpoint
 from rotate_edit.errors import BadInput, Failure
-from rotate_edit.patch import revert, verify, write_checkpoint
+from rotate_edit.models.checkpoint import (
+    identity,
+    open_checkpoint,
+    read_embedding,
+    read_matrix,
+    read_norm,
+    read_unembedding,
+)
 
 HOSTILE = [
     None,

@@ -11,20 +11,21 @@ from pathlib import Path
 
 import pytest
 import torch
+from places import ROOT
 from tiny_models import random_edit, save_tiny
 
-from rotate_edit.checkpoint import open_checkpoint
-from rotate_edit.edit_file import load_edit, save_edit
+from rotate_edit.edits.edit_file import load_edit, save_edit
+from rotate_edit.edits.writing.patch import revert, verify, write_checkpoint
 from rotate_edit.files import PARTIAL_PREFIX
-from rotate_edit.patch import revert, verify, write_checkpoint
+from rotate_edit.models.checkpoint import open_checkpoint
 
 # One process imports everything once and forks a child for each job, so that kills fall into the work.
 SERVER = """
 import os, signal, sys, time
 from pathlib import Path
-from rotate_edit.checkpoint import open_checkpoint
-from rotate_edit.edit_file import load_edit
-from rotate_edit.patch import revert, write_checkpoint
+from rotate_edit.models.checkpoint import open_checkpoint
+from rotate_edit.edits.edit_file import load_edit
+from rotate_edit.edits.writing.patch import revert, write_checkpoint
 os.fsync = lambda descriptor: None  # A killed process loses nothing that the kernel has, and the disk may be slow.
 print("ready", flush=True)
 for line in sys.stdin:
@@ -51,7 +52,7 @@ def server() -> Iterator[subprocess.Popen]:
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])},
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
     )
     with process:
         assert process.stdout is not None

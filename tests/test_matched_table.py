@@ -7,8 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from places import ROOT
 
-EVALS = str(Path(__file__).parents[1] / "evals")
+EVALS = str(ROOT / "evals")
 BOOKS = [f"book {number}" for number in range(20)]
 PROVENANCE = {"command": "c", "date": "d", "python": "p", "torch": "t", "threads": 1, "seed": 0}
 
@@ -131,7 +132,7 @@ def test_the_weakest_strength_that_raises_enough() -> None:
 def test_what_limits_an_edit_is_measured_at_the_target(monkeypatch: pytest.MonkeyPatch) -> None:
     import limits
 
-    monkeypatch.setattr("rotate_edit.fitting.STEPS", 3)
+    monkeypatch.setattr("rotate_edit.edits.low_rank.STEPS", 3)
 
     generator = torch.Generator().manual_seed(0)
     positions, neurons, width, vocabulary = 400, 24, 12, 60

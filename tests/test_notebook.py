@@ -4,11 +4,11 @@ import io
 import json
 import re
 from contextlib import redirect_stdout
-from pathlib import Path
 
 import pytest
+from places import ROOT
 
-NOTEBOOK = Path(__file__).parents[1] / "recipes" / "demo.ipynb"
+NOTEBOOK = ROOT / "recipes" / "demo.ipynb"
 
 
 @pytest.fixture(scope="module")

@@ -7,13 +7,14 @@ import sys
 from pathlib import Path
 
 import pytest
+from places import SHARED
 from tiny_models import random_edit
 
-from rotate_edit.adapter import write_adapter
-from rotate_edit.checkpoint import open_checkpoint
-from rotate_edit.patch import write_checkpoint
+from rotate_edit.edits.writing.adapter import write_adapter
+from rotate_edit.edits.writing.patch import write_checkpoint
+from rotate_edit.models.checkpoint import open_checkpoint
 
-MODEL = Path(__file__).parents[2] / "shared" / "models" / "stories260K"
+MODEL = SHARED / "models" / "stories260K"
 
 TASK = """
 task: tiny

@@ -10,20 +10,21 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from places import SHARED
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from rotate_edit import load_edit, load_model, measures, open_checkpoint, pipeline, verify
-from rotate_edit.channels import load_channels
-from rotate_edit.demo import demo_model_folder
-from rotate_edit.demo.world import concepts
+from rotate_edit import load_edit, load_model, open_checkpoint, pipeline, verify
+from rotate_edit.channels.channel_set import load_channels
+from rotate_edit.edits.build import edits_of
+from rotate_edit.edits.writing.patch import revert
 from rotate_edit.errors import BadInput, Failure
-from rotate_edit.making import edits_of
-from rotate_edit.patch import revert
+from rotate_edit.evaluation import measures
+from rotate_edit.evaluation.tasks import open_items
+from rotate_edit.models import batches
+from rotate_edit.models.demo import demo_model_folder
+from rotate_edit.models.demo.world import concepts
 from rotate_edit.recipe import Recipe, parse_recipe
-from rotate_edit.tasks import open_items
-
-SHARED = Path(__file__).parents[2] / "shared"
 
 
 def recipe(**changes: Any) -> Recipe:
@@ -155,10 +156,10 @@ def test_amplifying_raises_the_concept_alike_after_every_opening() -> None:
     opened = pipeline.open_recipe(wanted)
     assert opened.items is not None
     model, size = load_model(opened.checkpoint), opened.checkpoint.vocabulary_size
-    free = [row["text"] for row in opened.items.texts["report"] if "dogs" not in (row["concept"], *row["contains"])]
+    free = [row["text"] for row in opened.items.texts["test"] if "dogs" not in (row["concept"], *row["contains"])]
     openings = [" ".join(text.split()[:8]) for text in free[:300]]
-    asked = measures.tokenise(opened.tokenizer, openings, vocabulary_size=size)
-    others = measures.tokenise(opened.tokenizer, free[300:], vocabulary_size=size, token_limit=4000)
+    asked = batches.tokenise(opened.tokenizer, openings, vocabulary_size=size)
+    others = batches.tokenise(opened.tokenizer, free[300:], vocabulary_size=size, token_limit=4000)
 
     def measured() -> tuple[torch.Tensor, float]:
         chances = measures.last_position(model, asked)[:, opened.tokens[0].ids].exp().sum(dim=1)
@@ -191,7 +192,7 @@ def test_a_keyed_edit_changes_the_last_layer_and_repeats() -> None:
 
 
 def test_a_fitted_edit_changes_the_last_layer_once_a_concept_and_repeats(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rotate_edit.fitting.STEPS", 3)
+    monkeypatch.setattr("rotate_edit.edits.low_rank.STEPS", 3)
     settings = {"method": "fitted", "fit_rank": 4, "key_tokens": 2000}
     opened = pipeline.open_recipe(recipe(locate={"group_distance": 0.5, "candidates": 20}, edit=settings))
     found = pipeline.locate(opened)
@@ -304,4 +305,4 @@ def test_real_checkpoints_run_with_plain_text(tmp_path: Path, name: str) -> None
     asked = next(row for row in result["tasks"] if row["task"] == "text_cloze")
     assert asked["n"] == len(cloze.rows) > 20
     assert {row["concept"] for row in cloze.rows} == {"things"}
-    assert not {row["text"] for row in items.texts["choose"]} & {row["text"] for row in items.texts["report"]}
+    assert not {row["text"] for row in items.texts["validation"]} & {row["text"] for row in items.texts["test"]}

@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 import yaml
+from places import ROOT
 
-from rotate_edit.edit import METHODS, TOKEN_METHODS
+from rotate_edit.edits.edit import METHODS, TOKEN_METHODS
 from rotate_edit.errors import BadInput
 from rotate_edit.recipe import bundled_recipes, find_recipe, parse_recipe, read_recipe, recipe_text, reference
 
@@ -93,7 +94,7 @@ def test_a_missing_recipe_names_the_bundled_ones(tmp_path: Path) -> None:
 
 
 def test_the_reference_in_the_docs_is_the_schema() -> None:
-    assert (Path(__file__).parents[1] / "docs" / "recipes.md").read_text(encoding="utf-8") == reference()
+    assert (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8") == reference()
 
 
 def test_a_filled_recipe_does_not_tell_the_home_folder_and_reads_back(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,17 +8,19 @@ import pytest
 import torch
 from tiny_models import save_tiny
 
-from rotate_edit import measures, pipeline
-from rotate_edit.checkpoint import load_model, open_checkpoint, read_unembedding
-from rotate_edit.concept import TokenSet, find_tokens
-from rotate_edit.demo.world import concepts
-from rotate_edit.edit import NEEDS_TEXT, ROWS_AT_MOST, TOKEN_METHOD, Edit
+from rotate_edit import pipeline
+from rotate_edit.channels.locate import Located, token_changes
+from rotate_edit.edits.apply import applied
+from rotate_edit.edits.build import edits_of
+from rotate_edit.edits.edit import NEEDS_TEXT, ROWS_AT_MOST, TOKEN_METHOD, Edit
 from rotate_edit.errors import BadInput
-from rotate_edit.evaluate import texts_about
-from rotate_edit.live import applied
-from rotate_edit.locate import Located, token_changes
-from rotate_edit.making import edits_of
+from rotate_edit.evaluation import measures
+from rotate_edit.evaluation.evaluate import texts_about
+from rotate_edit.models import batches
+from rotate_edit.models.checkpoint import load_model, open_checkpoint, read_unembedding
+from rotate_edit.models.demo.world import concepts
 from rotate_edit.recipe import Recipe, parse_recipe
+from rotate_edit.vocabulary.concept import TokenSet, find_tokens
 
 SUPPRESSED, AMPLIFIED = ("dogs", 6.0), ("cats", -3.0)
 
@@ -54,7 +56,7 @@ def kept(name: str, made: Edit) -> float:
     """What an edit leaves of a concept's probability mass."""
     opened = pipeline.open_recipe(recipe((name, 1.0)))
     assert opened.items is not None
-    passages = measures.tokenise(
+    passages = batches.tokenise(
         opened.tokenizer,
         texts_about(opened.items, [name])[0],
         vocabulary_size=opened.checkpoint.vocabulary_size,
@@ -121,7 +123,7 @@ def test_a_protected_concept_and_word_are_not_moved_to_first_order() -> None:
 
 
 def test_no_direction_of_a_fit_moves_what_is_protected(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rotate_edit.fitting.STEPS", 3)
+    monkeypatch.setattr("rotate_edit.edits.low_rank.STEPS", 3)
     opened = pipeline.open_recipe(recipe(("dogs", 6.0), protect=["violin"], edit={"method": "fitted"}))
     (change,) = edits_of(opened, pipeline.locate(opened), ["fitted"], demo())["fitted"].changes
     head = demo().lm_head.weight.detach() * demo().model.norm.weight.detach()

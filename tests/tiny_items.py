@@ -55,7 +55,7 @@ def write_items(folder: Path) -> Path:
     _lines(folder / "cloze-all.jsonl", [{"context": c, "word": f" {a}", "concept": a} for c, a in zip(asked, answers)])
     _lines(folder / "neutral.jsonl", [{"text": f"{context} big was it"} for context in asked[:20]])
     texts = [{"text": f"{c} {a} was", "concept": a, "contains": [a]} for c, a in zip(asked, answers)]
-    _lines(folder / "texts-report.jsonl", texts)
+    _lines(folder / "texts-test.jsonl", texts)
     _lines(folder / "prompts.jsonl", [{"prompt": context} for context in asked[:12]])
     _lines(
         folder / "generation.jsonl",

@@ -6,8 +6,8 @@ from pathlib import Path
 import torch
 import transformers
 
-from rotate_edit.checkpoint import Checkpoint, identity
-from rotate_edit.edit import Edit, MatrixChange
+from rotate_edit.edits.edit import Edit, MatrixChange
+from rotate_edit.models.checkpoint import Checkpoint, identity
 
 SIZES = {
     "vocab_size": 96,

@@ -8,14 +8,14 @@ import torch
 import yaml
 from tiny_models import random_edit, save_tiny
 
-from rotate_edit.adapter import write_adapter
-from rotate_edit.card import write_cards
-from rotate_edit.checkpoint import open_checkpoint
-from rotate_edit.edit_file import save_edit
-from rotate_edit.patch import write_checkpoint
-from rotate_edit.provenance import provenance
+from rotate_edit.edits.edit_file import save_edit
+from rotate_edit.edits.writing.adapter import write_adapter
+from rotate_edit.edits.writing.patch import write_checkpoint
+from rotate_edit.evaluation.provenance import provenance
+from rotate_edit.models.checkpoint import open_checkpoint
 from rotate_edit.recipe import parse_recipe
-from rotate_edit.reproduce import write_reproduction
+from rotate_edit.reporting.card import write_cards
+from rotate_edit.reporting.reproduce import write_reproduction
 
 BASE_CARD = "---\nlicense: mit\nlanguage: en\ntags: [secret-tag]\n---\n# The base\n"
 

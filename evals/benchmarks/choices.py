@@ -19,9 +19,11 @@ from solver import WORSE, model_problem, planted_problem, share_worse
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from rotate_edit import batch, circle, objective, rotate
-from rotate_edit.rotate import FoundChannels, SolverSettings, find_channels
-from rotate_edit.vocabulary import token_weights
+from rotate_edit.channels import batch, objective
+from rotate_edit.channels import great_circle as circle
+from rotate_edit.channels import solver as rotate
+from rotate_edit.channels.solver import FoundChannels, SolverSettings, find_channels
+from rotate_edit.vocabulary.tokens import token_weights
 
 PAIRS = 6
 LATER = 4

@@ -12,13 +12,13 @@ from pathlib import Path
 import torch
 from measure import machine, parser, seconds, show, write_figures
 
-from rotate_edit import scoring
-from rotate_edit.checkpoint import Checkpoint, load_model, load_tokenizer, open_checkpoint, read_matrix
-from rotate_edit.comparison import Plan
-from rotate_edit.edit import Edit, MatrixChange
-from rotate_edit.evaluate import divide, evaluate
-from rotate_edit.tasks import Items, open_items
-from rotate_edit.variants import Variant
+from rotate_edit.edits.edit import Edit, MatrixChange
+from rotate_edit.evaluation import harness as scoring
+from rotate_edit.evaluation.compare import Plan
+from rotate_edit.evaluation.evaluate import divide, evaluate
+from rotate_edit.evaluation.tasks import Items, open_items
+from rotate_edit.evaluation.variants import Variant
+from rotate_edit.models.checkpoint import Checkpoint, load_model, load_tokenizer, open_checkpoint, read_matrix
 
 
 def slight_edit(checkpoint: Checkpoint, seed: int) -> Edit:

@@ -99,9 +99,9 @@ def write_patched(base: Path, output: Path, link: bool) -> dict:
     """Open the checkpoint, check it against the edit's base and write it patched; in a process of its own."""
     import torch
 
-    from rotate_edit.checkpoint import identity, open_checkpoint
-    from rotate_edit.edit import Edit, MatrixChange
-    from rotate_edit.patch import write_checkpoint
+    from rotate_edit.edits.edit import Edit, MatrixChange
+    from rotate_edit.edits.writing.patch import write_checkpoint
+    from rotate_edit.models.checkpoint import identity, open_checkpoint
 
     torch.manual_seed(0)
     checkpoint = open_checkpoint(base)

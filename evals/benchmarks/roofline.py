@@ -14,9 +14,9 @@ from statistics import median
 import torch
 from measure import busy_seconds, machine, parser, show, write_figures
 
-from rotate_edit import batch
-from rotate_edit.rotate import SolverSettings, find_channels
-from rotate_edit.vocabulary import token_weights
+from rotate_edit.channels import batch
+from rotate_edit.channels.solver import SolverSettings, find_channels
+from rotate_edit.vocabulary.tokens import token_weights
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
 from planted import planted

@@ -17,8 +17,8 @@ import torch
 from measure import machine, parser, seconds, show, side_by_side, write_figures
 from torch import Tensor
 
-from rotate_edit.engines import run_threads
-from rotate_edit.rotate import FoundChannels, SolverSettings, find_channels
+from rotate_edit.channels.engines import run_threads
+from rotate_edit.channels.solver import FoundChannels, SolverSettings, find_channels
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
 from planted import planted

@@ -10,7 +10,7 @@ import torch
 from measure import machine, parser, show, side_by_side, write_figures
 from torch import Tensor
 
-from rotate_edit.scan import CPU_COLUMNS, TILE, scan_vectors
+from rotate_edit.channels.scan import CPU_COLUMNS, TILE, scan_vectors
 
 
 def main() -> None:

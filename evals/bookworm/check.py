@@ -52,7 +52,7 @@ def errors_in(content: dict[str, Any], counts: dict[str, Counter[str]], usable: 
         found.append("two concepts have the same name.")
     if set(halves) != {"dev", "test"} or abs(halves["dev"] - halves["test"]) > 1:
         found.append(f"the halves are not equal: {dict(halves)}.")
-    if set(content["texts"]["choose"]) & set(content["texts"]["report"]):
+    if set(content["texts"]["validation"]) & set(content["texts"]["test"]):
         found.append("a book stands in both splits.")
     for concept in content["concepts"]:
         name, words, near = concept["name"], concept["words"], concept["neighbours"]
@@ -74,8 +74,8 @@ def errors_in(content: dict[str, Any], counts: dict[str, Counter[str]], usable: 
 
 def usable_words(content: dict[str, Any], model: str) -> set[str]:
     """The words of the file that the package follows to tokens of a model's tokenizer."""
-    from rotate_edit.checkpoint import load_tokenizer, open_checkpoint
-    from rotate_edit.concept import find_tokens, token_texts
+    from rotate_edit.models.checkpoint import load_tokenizer, open_checkpoint
+    from rotate_edit.vocabulary.concept import find_tokens, token_texts
 
     tokenizer = load_tokenizer(open_checkpoint(model))
     words = [word for concept in content["concepts"] for word in [*concept["words"], *concept["neighbours"]]]

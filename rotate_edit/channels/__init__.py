@@ -1,0 +1,1 @@
+"""Vocabulary channels: the solver, channel sets, and where a concept is found."""

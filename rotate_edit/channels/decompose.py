@@ -1,0 +1,306 @@
+"""Many neurons into vocabulary channels: a few in memory for an edit, or whole models in resumable shards."""
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rotate_edit.channels import engines
+from rotate_edit.channels.channel_set import MANIFEST, Channel, ChannelSet, open_channels, write_channel_set
+from rotate_edit.channels.cost import decompose_cost, shard_memory, shard_workers
+from rotate_edit.channels.shards import (
+    JOB,
+    Shard,
+    Targets,
+    find_rows,
+    finished_shards,
+    job_shards,
+    make_job,
+    merged_shards,
+    neuron_seed,
+    prepare,
+    work_shard,
+)
+from rotate_edit.channels.solver import SolverSettings
+from rotate_edit.errors import BadInput
+from rotate_edit.files import check_output_outside, write_atomically
+from rotate_edit.machine import check_cost, pick_device
+from rotate_edit.models.architectures import Neuron
+from rotate_edit.models.checkpoint import Checkpoint, read_matrix
+from rotate_edit.vocabulary.projection import Projections, Vocabulary
+
+Report = Callable[[str, int, int], None]
+
+# For these families the paper claims tokens above another z-score than the 4 used elsewhere.
+CLAIM_THRESHOLDS = {"llama": 6.0}
+
+
+def claim_threshold(checkpoint: Checkpoint) -> float:
+    """The z-score from which a channel claims tokens, by model family (ROTATE's published settings; 4 if unknown)."""
+    return CLAIM_THRESHOLDS.get(checkpoint.architecture.model_type, 4.0)
+
+
+def decompose_neurons(
+    neurons: Sequence[tuple[Neuron, str]],
+    projections: Projections,
+    texts: Sequence[str],
+    settings: SolverSettings,
+    *,
+    tilt: Callable[[int, str], Tensor] | None = None,
+    progress: Report | None = None,
+) -> list[Channel]:
+    """The channels of some neurons, in memory, in the order of `neurons` ((address, matrix) pairs).
+
+    projections: the tables of their checkpoint (`read_projections`), on whose device the search runs; texts: of every
+    token id; tilt: for a layer and matrix, the float32 [d_model] direction towards which one more start leans.
+    A neuron whose vector is 0 has no channels.
+    """
+    checkpoint = projections.checkpoint
+    groups: dict[tuple, list[int]] = {}
+    for place, (neuron, matrix) in enumerate(neurons):
+        # Under one table all neurons are searched together; a folded norm differs from layer to layer.
+        folded = (neuron.layer, matrix) if projections.rules.fold_norm else ()
+        groups.setdefault((projections.names[neuron.layer], *folded), []).append(place)
+    results: dict[int, list[Channel]] = {place: [] for place in range(len(neurons))}
+    finished = 0
+
+    def report(count: int) -> None:
+        nonlocal finished
+        finished += count
+        if progress is not None:
+            progress("decompose", finished, len(neurons))
+
+    for places in groups.values():
+        chosen = [neurons[place] for place in places]
+        first, matrix = chosen[0]
+        found = find_rows(
+            _read_neurons(checkpoint, chosen),
+            projections.of(first.layer, matrix),
+            settings,
+            [neuron_seed(checkpoint, settings, neuron) for neuron, _ in chosen],
+            None if tilt is None else torch.stack([tilt(neuron.layer, kind) for neuron, kind in chosen]),
+            report,
+        )
+        for row, owner in enumerate(found["owner"].tolist()):
+            neuron, kind = chosen[owner]
+            results[places[owner]].append(_channel(neuron, kind, found, row, texts))
+    return [channel for place in range(len(neurons)) for channel in results[place]]
+
+
+def _read_neurons(checkpoint: Checkpoint, neurons: Sequence[tuple[Neuron, str]]) -> Tensor:
+    """The vectors of some neurons, float32 [n, d_model], each matrix read once."""
+    sites: dict[tuple[int, str, int | None], list[int]] = {}
+    for place, (neuron, matrix) in enumerate(neurons):
+        sites.setdefault((neuron.layer, matrix, neuron.expert), []).append(place)
+    vectors = torch.empty(len(neurons), checkpoint.hidden_size)
+    for site, places in sites.items():
+        rows = torch.tensor([neurons[place][0].neuron for place in places])
+        vectors[places] = read_matrix(checkpoint, *site, rows)
+    return vectors
+
+
+def _channel(neuron: Neuron, matrix: str, found: dict[str, Tensor], row: int, texts: Sequence[str]) -> Channel:
+    ids = [index for index in found["token_ids"][row].tolist() if index >= 0]
+    return Channel(
+        layer=neuron.layer,
+        expert=neuron.expert,
+        neuron=neuron.neuron,
+        matrix=matrix,
+        index=int(found["index"][row]),
+        sign=int(found["sign"][row]),
+        token_ids=tuple(ids),
+        tokens=tuple(texts[index] for index in ids),
+        z_scores=tuple(found["z_scores"][row, : len(ids)].tolist()),
+        kurtosis=float(found["kurtosis"][row]),
+        skewness=float(found["skewness"][row]),
+        cosine=float(found["cosine"][row]),
+        loss=float(found["loss"][row]),
+        support=float(found["support"][row]),
+        claimed=int(found["claimed"][row]),
+        vector=found["vectors"][row],
+    )
+
+
+def decompose(
+    checkpoint: Checkpoint,
+    output: Path,
+    *,
+    targets: Targets,
+    vocabulary: Vocabulary,
+    settings: SolverSettings,
+    vectors: str | None = "bfloat16",
+    block: int = 512,
+    threads: int = 1,
+    device: str = "auto",
+    engine: str = "local",
+    address: str = "auto",
+    workers: int | None = None,
+    keep_shards: bool = False,
+    progress: Report | None = None,
+) -> ChannelSet:
+    """Decompose all neurons of the targets into one channel set; a run that was killed goes on where it stopped.
+
+    vocabulary: `read_vocabulary` of the checkpoint; vectors: the dtype to keep vectors in, None to leave them out;
+    block: neurons a shard; threads: CPU threads a shard; engine: "local" (threads of this process, or one process a
+    visible GPU) or "ray" (the cluster at `address`); workers: how many local threads at most. Block, threads, device
+    and everything else that decides the result stand in the manifest, so that the same manifest on the same device
+    gives the same bytes; how many shards run at once depends on free memory and decides nothing.
+    Until it is done the work lies beside the output, in `<output>.shards` (kept at the end when `keep_shards`); a
+    finished output of the same job is returned as it is. Raises BadInput for an output or unfinished work of
+    another job and for targets the model does not have, Failure when a worker dies.
+    """
+    if engine not in ENGINES:
+        raise BadInput(f"engine {engine!r} is unknown; choose one of {', '.join(ENGINES)}.")
+    check_output_outside(output, checkpoint.folder)
+    job = make_job(
+        checkpoint, targets, vocabulary, settings,
+        block=block, threads=threads, device=pick_device(device), vectors=vectors,
+    )  # fmt: skip
+    base, how = job["base"], {key: value for key, value in job.items() if key != "base"}
+    if (output / MANIFEST).is_file():
+        done = open_channels(output)
+        if (done.base, done.settings) == (base, how):
+            return done
+    if os.path.lexists(output):
+        raise BadInput(f"the output {output} exists already and is not the result of this job; name another one.")
+    if engine == "local":
+        # What a cluster has is not known here.
+        words_only, where = vocabulary.rules.words_only, job["device"]
+        _check_room(checkpoint, output, targets, settings, words_only, vectors, block, threads, workers, where)
+    folder = output.with_name(f"{output.name}.shards")
+    _begin(folder, job)
+    shards = job_shards(checkpoint, job)
+    ready = _finish(checkpoint, folder, shards, job, ENGINES[engine], progress, address=address, workers=workers)
+    result = write_channel_set(
+        merged_shards(shards, ready, vocabulary.texts),
+        output, base=base, settings=how, hidden_size=checkpoint.hidden_size, vectors=vectors,
+    )  # fmt: skip
+    if not keep_shards:
+        shutil.rmtree(folder)
+    return result
+
+
+def _check_room(
+    checkpoint: Checkpoint,
+    output: Path,
+    targets: Targets,
+    settings: SolverSettings,
+    words_only: bool,
+    vectors: str | None,
+    block: int,
+    threads: int,
+    workers: int | None,
+    device: str,
+) -> None:
+    cost = decompose_cost(
+        checkpoint, settings, matrices=targets.matrices, layers=targets.layers, words_only=words_only,
+        vectors=vectors, block=block, threads=threads, workers=workers, device=device,
+    )  # fmt: skip
+    check_cost(cost, output)
+
+
+def _finish(
+    checkpoint: Checkpoint,
+    folder: Path,
+    shards: Sequence[Shard],
+    job: dict,
+    engine: Callable[..., None],
+    progress: Report | None,
+    **where: Any,
+) -> dict[str, Path]:
+    """Do the shards that are missing and return the file of every shard by its name."""
+    ready = finished_shards(folder, shards)
+    missing = [shard for shard in shards if shard.name not in ready]
+    total = sum(shard.stop - shard.start for shard in shards)
+    finished = total - sum(shard.stop - shard.start for shard in missing)
+
+    def receive(result: tuple[Shard, str, bytes | None]) -> None:
+        nonlocal finished
+        shard, name, content = result
+        if content is not None:
+            write_atomically(folder / name, content)
+        ready[shard.name] = folder / name
+        finished += shard.stop - shard.start
+        if progress is not None:
+            progress("decompose", finished, total)
+
+    if progress is not None:
+        progress("decompose", finished, total)
+    model, revision = _reopening(checkpoint)
+    text = (folder / JOB).read_text()
+    try:
+        if missing:
+            tasks = [(model, revision, text, str(folder), shard) for shard in missing]
+            memory = shard_memory(checkpoint, SolverSettings(**job["solver"]), job["block"])
+            engine(tasks, receive, job=job, memory=memory, **where)
+    except BadInput:
+        # The solver refused the settings; nothing was done that a later run could use.
+        if not ready:
+            shutil.rmtree(folder)
+        raise
+    finally:
+        prepare.cache_clear()
+    return ready
+
+
+def _begin(folder: Path, job: dict) -> None:
+    """Make the job's folder, or find it with the same job in it. Raises BadInput when it holds another one."""
+    path = folder / JOB
+    if not path.is_file():
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_atomically(path, json.dumps(job, indent=1))
+        except OSError as error:
+            reason = error.strerror
+            raise BadInput(f"the folder {folder} cannot be written ({reason}); choose another output.") from error
+        return
+    try:
+        old = json.loads(path.read_text())
+    except ValueError:
+        old = None
+    if old != job:
+        keys = [key for key in job if not isinstance(old, dict) or old.get(key) != job[key]]
+        raise BadInput(
+            f"{folder} holds unfinished work of another job (it differs in {', '.join(keys)}); "
+            "remove that folder or choose another output."
+        )
+
+
+def _reopening(checkpoint: Checkpoint) -> tuple[str, str | None]:
+    """What `open_checkpoint` has to be given, here or on another machine, to open this checkpoint again."""
+    if checkpoint.hub is not None:
+        return checkpoint.hub.name, checkpoint.revision
+    return str(checkpoint.folder.resolve()), None
+
+
+def _local(tasks: list[tuple], receive: Callable, *, job: dict, memory: int, address: str, workers: int | None) -> None:
+    """Threads on the CPU, as many as cores and free memory allow; on GPUs one process each."""
+    devices = torch.cuda.device_count() if job["device"] == "cuda" else 1
+    if devices > 1:
+        engines.run_processes(work_shard, tasks, receive, devices=devices)
+        return
+    before = torch.get_num_threads()
+    try:
+        # The tables are read once here, before every thread would begin to read them.
+        prepare(*tasks[0][:3])
+        if job["device"] != "cpu":
+            workers = 1
+        elif workers is None:
+            workers = shard_workers(len(tasks), memory, job["threads"])
+        engines.run_threads(work_shard, tasks, receive, workers=workers)
+    finally:
+        torch.set_num_threads(before)
+
+
+def _ray(tasks: list[tuple], receive: Callable, *, job: dict, memory: int, address: str, workers: int | None) -> None:
+    """Tasks of a Ray cluster; every node opens the checkpoint itself."""
+    gpus = 1 if job["device"] == "cuda" else 0
+    engines.run_ray(work_shard, tasks, receive, address=address, threads=job["threads"], gpus=gpus, memory=memory)
+
+
+ENGINES: dict[str, Callable[..., None]] = {"local": _local, "ray": _ray}

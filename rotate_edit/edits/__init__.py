@@ -1,0 +1,1 @@
+"""Edits: what is changed in which weights."""

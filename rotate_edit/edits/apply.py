@@ -1,0 +1,87 @@
+"""Switch an edit on and off in a live transformers model, without touching a file."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+from torch.utils.hooks import RemovableHandle
+
+from rotate_edit.edits.edit import Clamp, Edit
+from rotate_edit.edits.totals import Total, rounded, total_changes
+from rotate_edit.errors import BadInput
+from rotate_edit.models.layout import neuron_rows
+from rotate_edit.models.parameters import live_parameter
+
+
+@contextmanager
+def applied(model: torch.nn.Module, edit: Edit, strength: float | None = None) -> Iterator[None]:
+    """`with applied(model, edit):` adds the edit to the model's weights and takes it away again bit for bit.
+
+    strength: one strength for all changes instead of their own. Every matrix is computed in float64 and rounded once
+    to its dtype, exactly as `patch.write_checkpoint` does, so the live weights equal the written ones. The original
+    rows are put back when the block ends, also by an exception. Raises BadInput when the model has no such matrix.
+    """
+    edit = edit if strength is None else edit.with_strength(strength)
+    saved: list[tuple[Tensor, Tensor, Tensor]] = []
+    handles: list[RemovableHandle] = []
+    try:
+        handles += [_clamped(model, clamp) for clamp in edit.clamps]
+        with torch.no_grad():
+            for total in live_totals(model, edit):
+                view = _rows_of(model, total)
+                rows = total.rows.to(view.device)
+                original = view[rows].clone()
+                saved.append((view, rows, original))
+                view[rows] = _changed(original, total)
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        with torch.no_grad():
+            for view, rows, original in reversed(saved):
+                view[rows] = original
+
+
+def _clamped(model: torch.nn.Module, clamp: Clamp) -> RemovableHandle:
+    """Hold neurons at fixed activations until the handle is removed."""
+    _, place = live_parameter(model, "out", clamp.layer)
+
+    def hold(_module: torch.nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        held = inputs[0].clone()
+        held[..., clamp.rows.to(held.device)] = (clamp.strength * clamp.values).to(held.device, held.dtype)
+        return (held, *inputs[1:])
+
+    return model.get_submodule(place.name.rsplit(".", 1)[0]).register_forward_pre_hook(hold)
+
+
+def live_totals(model: torch.nn.Module, edit: Edit) -> list[Total]:
+    """The edit's totals for this model: when the head is the embedding itself, both are one matrix."""
+    changes = edit.changes
+    if any(change.matrix == "unembedding" for change in changes):
+        head, _ = live_parameter(model, "unembedding")
+        embedding, _ = live_parameter(model, "embedding")
+        if head is embedding:
+            changes = tuple(
+                replace(change, matrix="embedding") if change.matrix == "unembedding" else change for change in changes
+            )
+    return total_changes(changes)
+
+
+def _rows_of(model: torch.nn.Module, total: Total) -> Tensor:
+    parameter, place = live_parameter(model, total.matrix, total.layer, total.expert)
+    view = neuron_rows(parameter.data, place, total.expert)
+    if view.shape[1] != total.right.shape[1] or (len(total.rows) and int(total.rows[-1]) >= len(view)):
+        raise BadInput(
+            f"the edit changes row {int(total.rows[-1])} of vectors of length {total.right.shape[1]}, but "
+            f"{place.name} has {len(view)} vectors of length {view.shape[1]}; it was made for another model."
+        )
+    return view
+
+
+def _changed(original: Tensor, total: Total) -> Tensor:
+    # MPS has no float64, so there the sum is taken on the CPU.
+    device = torch.device("cpu") if original.device.type == "mps" else original.device
+    delta = total.left.to(device) @ total.right.to(device)
+    return rounded(original.to(device).double() + delta, original.dtype).to(original.device)

@@ -1,0 +1,150 @@
+"""Where a concept is written: what neurons do in the model's own text where the concept comes next.
+
+The keyed edit methods (`edit.KEYED`) need it. The text is drawn from the model itself, so no corpus is needed, and a
+position counts by the probability that the model gives the concept there, so no label is needed.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rotate_edit.edits.edit import key_coefficients
+from rotate_edit.models.batches import Passages, log_probabilities, real_positions
+from rotate_edit.models.hooks import recorded
+from rotate_edit.models.output_head import AT_ONCE, Positions, Tail, logit_factor
+
+# There are many more positions than features that a head reads, so that hardly any is needed.
+EVEN_RIDGE = 1e-3
+
+
+@dataclass(frozen=True)
+class KeyMoments:
+    """Moments of neurons' activations (inputs of the MLP's last matrix) over texts.
+
+    rows: by layer the neurons looked at, int64 ascending; second: float64 [n, n], the mean product of two activations
+    over all positions, n counting the layers' neurons one after another; means: float64 [groups, n], the mean
+    activation weighted by the probability of the group's tokens as the next one; size: float64 [groups], the residual
+    stream's root mean square before the final norm, weighted likewise; metric: float64 [d_model, d_model] when a head
+    was given, `e' metric e` being twice the mean KL divergence of a small step e of the residual stream, gain left out.
+    """
+
+    rows: Mapping[int, Tensor]
+    second: Tensor
+    means: Tensor
+    size: Tensor
+    metric: Tensor | None = None
+
+
+def key_moments(
+    model: Any, texts: Passages, rows: Mapping[int, Tensor], groups: Sequence[Tensor], head: Tensor | None = None
+) -> KeyMoments:
+    """One pass over texts. rows: by layer the neurons wanted; groups: token ids, int64 each; head: the unembedding
+    float32 [V, d_model], for the metric of the predictions.
+
+    Raises BadInput for a model whose layers are mixtures of experts.
+    """
+    return _moments(_read(model, texts, rows), rows, groups, head)
+
+
+def last_moments(
+    seen: Positions, tail: Tail, layer: int, groups: Sequence[Tensor], head: Tensor | None = None
+) -> KeyMoments:
+    """The same of all neurons of the last layer, from what it holds at positions that are read already."""
+    parts = zip(seen.neurons.split(AT_ONCE), seen.residual.split(AT_ONCE))
+    read = ((neurons, residual, tail.log_probabilities(residual)) for neurons, residual in parts)
+    return _moments(read, {layer: torch.arange(seen.neurons.shape[1])}, groups, head)
+
+
+def _read(model: Any, texts: Passages, rows: Mapping[int, Tensor]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """By batch the neurons looked at, the last residual stream, and the log-probabilities, at every real position."""
+    last = model.config.get_text_config().num_hidden_layers - 1
+    with recorded(model, sorted({*rows, last})) as kept:
+        for index, predicted in enumerate(log_probabilities(model, texts)):
+            shape = texts.batches[index].shape
+            real = real_positions(texts.batches[index], texts.lengths[index]).to(predicted.device)
+            seen = [kept[layer]["neurons"].reshape(*shape, -1)[real][:, rows[layer]] for layer in sorted(rows)]
+            yield torch.cat(seen, dim=1).float(), kept[last]["residual"][real].float(), predicted[real]
+
+
+def _moments(
+    read: Iterable[tuple[Tensor, Tensor, Tensor]],
+    rows: Mapping[int, Tensor],
+    groups: Sequence[Tensor],
+    head: Tensor | None,
+) -> KeyMoments:
+    total = sum(len(wanted) for wanted in rows.values())
+    second = torch.zeros(total, total, dtype=torch.float64)
+    means = torch.zeros(len(groups), total, dtype=torch.float64)
+    sizes, weights = torch.zeros(len(groups)).double(), torch.zeros(len(groups)).double()
+    positions, metric = 0, None
+    with torch.no_grad():
+        for neurons, residual, predicted in read:
+            size = residual.square().mean(1).sqrt()
+            chances = predicted.exp()
+            chance = torch.stack([chances[:, ids.to(chances.device)].sum(1) for ids in groups])
+            second += (neurons.T @ neurons).cpu().double()
+            means += (chance @ neurons).cpu().double()
+            sizes += (chance @ size).cpu().double()
+            weights += chance.cpu().double().sum(1)
+            positions += len(neurons)
+            if head is not None:
+                here = sensitivity(chances, size, head.to(chances.device))
+                metric = here if metric is None else metric + here
+    floor = weights.clamp_min(1e-30)
+    mean_metric = None if metric is None else metric / positions
+    return KeyMoments(dict(rows), second / positions, means / floor[:, None], sizes / floor, mean_metric)
+
+
+def sensitivity(chances: Tensor, size: Tensor, head: Tensor) -> Tensor:
+    """Fisher's information of predictions about a step of the residual stream, summed over positions.
+
+    chances: [n, V]; size: [n], the root mean square that the final norm divides by; head: [V, d_model]. Returns
+    `sum U' (diag(p) - p p') U / size^2`, float64 [d_model, d_model] on the CPU.
+    """
+    # The tokens' common part changes no prediction; without it nothing large is subtracted from something large.
+    tokens = head - head.mean(0)
+    expected = chances @ tokens / size[:, None]
+    return ((tokens.T * (size**-2 @ chances)) @ tokens - expected.T @ expected).cpu().double()
+
+
+def even_reading(model: Any, texts: Passages, *, ridge: float = EVEN_RIDGE) -> Tensor:
+    """What, added to a token's row of the head, raises its logit by 1 at every position alike, as nearly as one vector
+    can: float32 [d_model], by `key_coefficients` of what the head reads over texts."""
+    head = model.get_output_embeddings()
+    read: list[Tensor] = []
+    second, mean, positions = torch.zeros(()), torch.zeros(()), 0
+    hook = head.register_forward_pre_hook(lambda _module, inputs: read.append(inputs[0].detach()))
+    with hook:
+        for index, _ in enumerate(log_probabilities(model, texts)):
+            batch = texts.batches[index]
+            real = real_positions(batch, texts.lengths[index]).to(read[0].device)
+            # Some implementations flatten rows and positions before the head.
+            seen = read.pop().reshape(*batch.shape, -1)[real].float()
+            second, mean = second + (seen.T @ seen).cpu().double(), mean + seen.sum(0).cpu().double()
+            positions += len(seen)
+    return (key_coefficients(second / positions, mean / positions, ridge=ridge) / logit_factor(model)).float()
+
+
+def fit_keys(
+    moments: KeyMoments, group: int, rows: Mapping[int, Tensor], *, ridge: float
+) -> dict[int, tuple[Tensor, Tensor]]:
+    """One group's key on some of the neurons: by layer their rows, int64, and coefficients, float32.
+
+    rows: by layer, among `moments.rows`. Their weighted sum at a position, over the residual stream's size, is 1 on
+    average where the group comes next, so that one unit of strength moves the group's mean logit by about 1 nat.
+    """
+    layers = [layer for layer in sorted(rows) if len(rows[layer])]
+    if not layers:
+        return {}
+    places, start = {}, 0
+    for layer in sorted(moments.rows):
+        places[layer] = start + torch.searchsorted(moments.rows[layer], rows[layer]) if layer in layers else None
+        start += len(moments.rows[layer])
+    chosen = torch.cat([place for layer in layers if (place := places[layer]) is not None])
+    second, mean = moments.second[chosen][:, chosen], moments.means[group][chosen]
+    coefficients = (moments.size[group] * key_coefficients(second, mean, ridge=ridge)).float()
+    pieces = coefficients.split([len(rows[layer]) for layer in layers])
+    return {layer: (rows[layer], piece) for layer, piece in zip(layers, pieces)}

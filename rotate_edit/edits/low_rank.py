@@ -1,0 +1,241 @@
+"""The least-divergence change of the last layer's `out` matrix, fitted on the model's own text (maths only).
+
+A keyed edit has one key and one direction, both in closed form. Its cost is mostly that one direction is pushed along
+wherever the concept is somewhat likely; here the whole matrix is free, and the divergence itself is what is minimised.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rotate_edit.models.output_head import AT_ONCE, Positions, Tail
+
+STEPS = 120
+# Positions of one step.
+DRAWN = 1000
+# Positions are drawn by three weights at once: the concept's probability, its square, and all alike.
+SHARES = (0.4, 0.3, 0.3)
+# Of Adam's first step, as a multiple of the mean entry of the change that it starts from. Each further round of steps
+# has half the rate of the one before; at small rates half the positions do as well.
+LEARNING_RATE = 0.04
+DRAWN_LATER = DRAWN // 2
+STRONGEST = 64.0
+# How many kindred tokens there may be for each token of the concept.
+MOST_KINDRED = 2
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What a fit is for: the token ids to lower, int64; the share of their mass to leave; token ids whose probability
+    is to stay; and vectors [m, d_model] that nothing written may move along (None for none)."""
+
+    ids: Tensor
+    target: float
+    near: Tensor
+    keep: Tensor | None
+
+
+@dataclass(frozen=True)
+class Whitened:
+    """Positions whose `neurons` are in coordinates in which their second moments are the identity.
+
+    whiten, unwhiten: [neurons, neurons], `(S + l I)^-1/2` and its inverse; neurons times `whiten` are what is held.
+    """
+
+    positions: Positions
+    whiten: Tensor
+    unwhiten: Tensor
+
+
+def whitened(seen: Positions, *, ridge: float) -> Whitened:
+    """Positions in whitened coordinates. ridge: l as a multiple of the neurons' mean square. Solved in float64."""
+    device, products = seen.neurons.device, seen.neurons.T @ seen.neurons
+    # Apple's GPUs have no float64.
+    second = (products.cpu() if device.type == "mps" else products).double() / len(seen.neurons)
+    second += ridge * second.diagonal().mean() * torch.eye(len(second), dtype=second.dtype, device=second.device)
+    values, vectors = torch.linalg.eigh(second)
+    whiten, unwhiten = (((vectors * values**power) @ vectors.T).float().to(device) for power in (-0.5, 0.5))
+    return Whitened(Positions(seen.neurons @ whiten, seen.residual, seen.written), whiten, unwhiten)
+
+
+def kindred(seen: Positions, tail: Tail, ids: Tensor, apart: Tensor) -> Tensor:
+    """Tokens that no word names but that are predicted where the concept is: int64, ascending.
+
+    A fit would take care to keep them there. ids: the concept's tokens; apart: token ids that are not of it. A token's
+    lift is its mean probability, positions weighted by the concept's, over its mean at all positions. A token is
+    kindred when its lift is at least half the median lift of the concept's own tokens, each by the others. Where more
+    than twice as many pass as the concept has, predictions are too unsure to tell and none is kindred; nor is any
+    to a single token.
+    """
+    parts = []
+    with torch.no_grad():
+        for residual in seen.residual.split(AT_ONCE):
+            chances = tail.log_probabilities(residual).exp()
+            own = chances[:, ids.to(chances.device)]
+            parts.append((own.T @ chances, chances.sum(0)))
+    # The products of the concept's tokens with all tokens, [n, V], and how often each token is expected, [V].
+    together, often = (torch.stack(column).sum(0).cpu().double() for column in zip(*parts))
+    among = together[:, ids]
+    of_others = often[ids].sum() - often[ids]
+    own_lift = (among.sum(0) - among.diagonal()) / (often[ids] * of_others)
+    lift = together.sum(0) / (often * often[ids].sum())
+    lift[torch.cat((ids, apart))] = 0
+    found = (lift >= own_lift.median() / 2).nonzero()[:, 0]
+    return found if len(found) <= MOST_KINDRED * len(ids) else ids[:0]
+
+
+@dataclass(frozen=True)
+class _Drawn:
+    """Positions of one step: the base's log-probabilities there and what each counts, for a mean over all positions
+    and for the concept's and the neighbours' mass."""
+
+    positions: Positions
+    base: Tensor
+    everywhere: Tensor
+    concept: Tensor
+    near: Tensor
+
+
+def fit_change(
+    seen: Whitened,
+    tail: Tail,
+    start: tuple[Tensor, Tensor],
+    wanted: Wanted,
+    *,
+    rank: int,
+    leash: float,
+    seed: int,
+    rounds: int = 1,
+) -> list[tuple[Tensor, Tensor]]:
+    """Factors [neurons, rank] and [rank, d_model] of what is added to the `out` vectors, float32 on the CPU, as they
+    are after each round of steps.
+
+    seen: the positions to fit on, in the coordinates that the steps are taken in; start: a keyed change, coefficients
+    [neurons] and direction [d_model]; rank: the change is cut to so many directions; leash: what it costs to move as
+    far from the start as the start is from nothing (few positions tell of the concept, and a fit that goes wherever
+    they lead does more damage elsewhere and says less of words that are not told); rounds: each goes on from the one
+    before with smaller steps. A strength means what it means for the start: the change was fitted for the strength at
+    which the start leaves the target.
+
+    Minimises `mean KL(base || edited) + price * (mass left + what neighbours moved + leash * |moved|^2 / |start|^2)` by
+    Adam. Mass left is `sum p p' / sum p^2`, the concept's probability p where it is the next token, after and before;
+    the price is the one at which the start would stop at the target (damage growing with the square of the strength,
+    log mass falling with it); |.| is the Frobenius norm in whitened coordinates, of what is added to the start and of
+    the start at its strength.
+    """
+    draw = _draws(seen.positions, tail, wanted, torch.Generator().manual_seed(seed))
+    coefficients, write = (part.float().to(seen.positions.residual.device) for part in start)
+    begin = torch.outer(seen.unwhiten @ coefficients, write)
+    strength, price = _start(draw(DRAWN), tail, begin, wanted)
+    outside = _outside(wanted.keep, write)
+    entry = strength * float(begin.norm()) / begin.numel() ** 0.5
+    moved = torch.zeros_like(begin).requires_grad_()
+    found = []
+    for number in range(rounds):
+        optimiser = torch.optim.Adam([moved], lr=LEARNING_RATE * entry / 2**number)
+        scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, STEPS)
+        with torch.enable_grad():
+            for _ in range(STEPS):
+                drawn = draw(DRAWN_LATER if number else DRAWN)
+                change = -strength * begin + moved @ outside
+                divergence, left, shifted = _effects(drawn, tail, change, wanted)
+                held = moved.square().sum() / (strength * begin.norm()).square()
+                loss = divergence + price * (left + shifted + leash * held)
+                optimiser.zero_grad()
+                loss.backward()
+                optimiser.step()
+                scheduler.step()
+        change = -strength * begin + moved.detach() @ outside
+        outer, sizes, inner = torch.linalg.svd(change, full_matrices=False)
+        found.append(((seen.whiten @ (outer[:, :rank] * sizes[:rank]) / strength).cpu(), inner[:rank].cpu()))
+    return found
+
+
+def _draws(positions: Positions, tail: Tail, wanted: Wanted, generator: torch.Generator) -> Callable[[int], _Drawn]:
+    """What draws so many of the positions, each as often as what it tells of the concept and the neighbours asks."""
+    groups = [wanted.ids, wanted.near] if len(wanted.near) else [wanted.ids]
+    weights = [mass.square() for mass in _masses(positions, tail, groups)]
+    shares, device = _shares(weights), positions.residual.device
+
+    def draw(number: int) -> _Drawn:
+        # Few positions tell of the concept, so that many are drawn again and again: each is predicted once.
+        places, times = torch.multinomial(shares, number, replacement=True, generator=generator).unique(
+            return_counts=True
+        )
+        factor = times * (len(places) / number) / (shares[places] * len(shares))
+        chosen = positions.at(places.to(device))
+        with torch.no_grad():
+            base = tail.log_probabilities(chosen.residual)
+        own, near = (factor * weight[places] / weight.mean() for weight in (weights[0], weights[-1]))
+        # Where the concept is about to be said its loss is the aim: what counts is a text that goes on without it.
+        without = factor * (1 - weights[0][places].sqrt())
+        return _Drawn(chosen, base, *(part.float().to(device) for part in (without, own, near)))
+
+    return draw
+
+
+def _effects(drawn: _Drawn, tail: Tail, change: Tensor, wanted: Wanted) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean divergence in nats, the share of the concept's mass that is left, and how far neighbours moved (squared)."""
+    residual = tail.moved(drawn.positions, drawn.positions.neurons @ change)
+    after = tail.log_probabilities(residual)
+    divergence = (drawn.everywhere * (drawn.base.exp() * (drawn.base - after)).sum(1)).mean()
+    ratio = after[:, wanted.ids].logsumexp(1) - drawn.base[:, wanted.ids].logsumexp(1)
+    left = (drawn.concept * ratio.exp()).mean()
+    if not len(wanted.near):
+        return divergence, left, torch.zeros_like(left)
+    shift = after[:, wanted.near].logsumexp(1) - drawn.base[:, wanted.near].logsumexp(1)
+    return divergence, left, (drawn.near * shift.square()).mean()
+
+
+def _start(drawn: _Drawn, tail: Tail, begin: Tensor, wanted: Wanted) -> tuple[float, float]:
+    """The strength at which the start leaves the target, and the price that makes this strength the cheapest.
+
+    With damage `a s^2` and mass `exp(-b s)` the sum `a s^2 + price * exp(-b s)` is least at s where the price is
+    `2 damage / (left log(1 / left))`.
+    """
+
+    def at(strength: float) -> tuple[float, float]:
+        with torch.no_grad():
+            damage, left, _ = _effects(drawn, tail, -strength * begin, wanted)
+        return float(damage), float(left)
+
+    low, high = 0.0, 1.0
+    while high < STRONGEST and at(high)[1] > wanted.target:
+        low, high = high, 2 * high
+    for _ in range(6):
+        middle = (low + high) / 2
+        low, high = (middle, high) if at(middle)[1] > wanted.target else (low, middle)
+    return high, 2 * at(high)[0] / (wanted.target * math.log(1 / wanted.target))
+
+
+def _masses(positions: Positions, tail: Tail, groups: Sequence[Tensor]) -> list[Tensor]:
+    """The probability of each group of tokens at every position, float64 [n] each on the CPU."""
+    found: list[list[Tensor]] = [[] for _ in groups]
+    with torch.no_grad():
+        for residual in positions.residual.split(AT_ONCE):
+            chances = tail.log_probabilities(residual).exp()
+            for parts, ids in zip(found, groups):
+                parts.append(chances[:, ids.to(chances.device)].sum(1).cpu().double())
+    return [torch.cat(parts) for parts in found]
+
+
+def _shares(weights: Sequence[Tensor]) -> Tensor:
+    """How often each position is drawn, float64 [n]: every group by its probability, by its square, and all alike."""
+    by_mass, by_square, alike = SHARES
+    drawn = torch.full_like(weights[0], alike / len(weights[0]))
+    for weight in weights:
+        mass = weight.sqrt()
+        drawn += (by_mass * mass / mass.sum() + by_square * weight / weight.sum()) / len(weights)
+    return drawn
+
+
+def _outside(keep: Tensor | None, like: Tensor) -> Tensor:
+    """The projection [d_model, d_model] off the rows that nothing written may move along."""
+    whole = torch.eye(len(like), device=like.device)
+    if keep is None or not len(keep):
+        return whole
+    rows = keep.cpu().double()
+    return whole - (torch.linalg.pinv(rows) @ rows).float().to(like.device)

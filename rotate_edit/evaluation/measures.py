@@ -1,0 +1,305 @@
+"""Measures on a live model: texts and tensors in, measures with intervals out.
+
+Nothing here switches an edit on: the caller measures the base first (`reference`), and then each variant inside
+`with applied(model, edit, strength)`. The base model's answers are kept, so that a variant costs one forward pass.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rotate_edit.errors import BadInput
+from rotate_edit.evaluation import statistics
+from rotate_edit.evaluation.statistics import Measure
+from rotate_edit.models.batches import Passages, log_probabilities, next_logits, real_positions, tokenise
+
+CELLS_IN_CACHE = 2**19
+# The base model's log-probabilities that are kept hold at most this many numbers (1 GiB of float32).
+CELLS_KEPT = 2**28
+CURVE_DRAWS = 1000
+
+
+def _by_text(passages: Passages, pieces: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Add up one number a position: of each batch the positions counted, bool [rows, length'], and their values [n]."""
+    sums, counts = torch.zeros(passages.texts).double(), torch.zeros(passages.texts).double()
+    for order, (counted, values) in zip(passages.order, pieces, strict=True):
+        text = order[counted.nonzero()[:, 0]]
+        sums.index_add_(0, text, values.cpu().double())
+        counts.index_add_(0, text, torch.ones(len(text)).double())
+    return sums, counts
+
+
+def _chances_by_text(passages: Passages, predicted: Iterable[Tensor], concept_ids: Tensor) -> Tensor:
+    """The probability of the concept's tokens summed over all positions of each text, float64 [texts].
+
+    predicted: log-probabilities of each batch, [rows, length, V] or at its real positions [positions, V].
+    """
+
+    def pieces() -> Iterator[tuple[Tensor, Tensor]]:
+        for batch, lengths, values in zip(passages.batches, passages.lengths, predicted, strict=True):
+            real = real_positions(batch, lengths)
+            rows = values[real.to(values.device)] if values.dim() == 3 else values
+            yield real, rows[:, concept_ids.to(rows.device)].exp().sum(dim=-1)
+
+    return _by_text(passages, pieces())[0]
+
+
+# KL divergence over all positions, and of the first generated token.
+
+
+def every_position(model: Any, passages: Passages) -> tuple[Tensor, ...]:
+    """What `kl_by_text` compares with: log-probabilities at all real positions, float32 [positions, V] a batch."""
+    kept = []
+    for index, values in enumerate(log_probabilities(model, passages)):
+        kept.append(values[real_positions(passages.batches[index], passages.lengths[index]).to(values.device)])
+    return tuple(kept)
+
+
+def kl_by_text(model: Any, passages: Passages, base: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """KL(base || model) in nats, summed over each text's positions, and the number of positions.
+
+    base: from `every_position` of the base model on the same passages. Both results are float64 [texts].
+    """
+    return damage_by_text(model, passages, base)[:2]
+
+
+def damage_by_text(model: Any, passages: Passages, base: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`kl_by_text` and `log_likelihood_by_text` in one forward pass: the sums and counts of both, float64 [texts]."""
+    likelihoods: list[tuple[Tensor, Tensor]] = []
+
+    def pieces() -> Iterator[tuple[Tensor, Tensor]]:
+        for index, logits in enumerate(next_logits(model, passages)):
+            batch = passages.batches[index]
+            real = real_positions(batch, passages.lengths[index])
+            following = torch.nn.functional.pad(batch[:, 1:], (0, 1))[real].to(logits.device)
+            rows = logits[real.to(logits.device)]
+            divergence, likelihood = [], []
+            # A few rows at a time: what fits in a processor's cache is read once and not five times.
+            for first in range(0, len(rows), step := max(1, CELLS_IN_CACHE // rows.shape[1])):
+                part = slice(first, first + step)
+                values = torch.log_softmax(rows[part].float(), dim=-1)
+                divergence.append(kl_divergence(base[index][part], values))
+                likelihood.append(values.gather(1, following[part, None])[:, 0])
+            predicted = torch.nn.functional.pad(real[:, 1:], (0, 1))
+            likelihoods.append((predicted, torch.cat(likelihood)[predicted[real].to(logits.device)]))
+            yield real, torch.cat(divergence)
+
+    divergence = _by_text(passages, pieces())
+    return *divergence, *_by_text(passages, likelihoods)
+
+
+def kl_divergence(base: Tensor, other: Tensor) -> Tensor:
+    """KL(base || other) of log-probabilities [n, V] in nats, float32 [n]: `sum exp(base) (base - other)`."""
+    return (base.exp() * (base - other)).sum(dim=-1)
+
+
+def collateral_kl(model: Any, passages: Passages, base: Sequence[Tensor], *, draws: int = statistics.DRAWS) -> Measure:
+    """Mean KL(base || model) over all positions of texts, in nats; the interval resamples whole texts."""
+    sums, counts = kl_by_text(model, passages, base)
+    return statistics.ratio_of_sums(sums.numpy(), counts.numpy(), draws=draws).against(0)
+
+
+def last_position(model: Any, prompts: Passages) -> Tensor:
+    """Log-probabilities of the first token generated after each prompt: float32 [prompts, V], in the order given."""
+    result: Tensor | None = None
+    for index, values in enumerate(log_probabilities(model, prompts)):
+        last = values[torch.arange(len(values)), prompts.lengths[index].to(values.device) - 1]
+        if result is None:
+            result = torch.empty(prompts.texts, last.shape[1], device=last.device)
+        result[prompts.order[index].to(last.device)] = last
+    assert result is not None  # passages are never empty
+    return result
+
+
+def first_token_kl(model: Any, prompts: Passages, base: Tensor, *, draws: int = statistics.DRAWS) -> Measure:
+    """KL(base || model) of the first generated token from raw logits, mean over prompts, in nats.
+
+    base: from `last_position` of the base model, float32 [prompts, V]. The measure of heretic's evaluator.
+    """
+    divergence = kl_divergence(base, last_position(model, prompts)).cpu().double().numpy()
+    return statistics.mean(divergence, draws=draws).against(0)
+
+
+# The concept's probability mass.
+
+
+def mass_by_text(model: Any, passages: Passages, concept_ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Probability of the concept's tokens at the positions where the text goes on with one of them.
+
+    concept_ids: int64 [k]. Summed over each text's such positions, and their number; both float64 [texts].
+    """
+
+    def pieces() -> Iterator[tuple[Tensor, Tensor]]:
+        for index, logits in enumerate(next_logits(model, passages)):
+            batch = passages.batches[index]
+            # Padding is no token of the text, also where a concept's token has the padding's number.
+            wanted = torch.isin(batch, concept_ids.cpu())[:, 1:] & real_positions(batch, passages.lengths[index])[:, 1:]
+            chosen = torch.log_softmax(logits[:, :-1][wanted.to(logits.device)].float(), dim=-1)
+            yield wanted, chosen[:, concept_ids.to(logits.device)].exp().sum(dim=-1)
+
+    return _by_text(passages, pieces())
+
+
+def concept_mass(model: Any, passages: Passages, concept_ids: Tensor, base: tuple[Tensor, Tensor]) -> Measure:
+    """Mean probability mass on the concept where the text has one, with the base model's mean beside it.
+
+    base: from `mass_by_text` of the base model on the same passages.
+    """
+    sums, counts = mass_by_text(model, passages, concept_ids)
+    return statistics.ratio_of_sums(sums.numpy(), counts.numpy()).against(float(base[0].sum() / base[1].sum()))
+
+
+def concept_probability(model: Any, prompts: Passages, concept_ids: Tensor, base: Tensor) -> Measure:
+    """Mean probability of the concept's tokens as the first token after neutral prompts.
+
+    base: from `last_position` of the base model, whose mean stands beside it.
+    """
+    now = last_position(model, prompts)[:, concept_ids.to(base.device)].exp().sum(dim=-1)
+    before = base[:, concept_ids.to(base.device)].exp().sum(dim=-1)
+    return statistics.mean(now.cpu().double().numpy()).against(float(before.cpu().double().mean()))
+
+
+def log_likelihood_by_text(model: Any, passages: Passages) -> tuple[Tensor, Tensor]:
+    """Summed log-likelihood in nats of each text's tokens after its first, and their number; float64 [texts]."""
+
+    def pieces() -> Iterator[tuple[Tensor, Tensor]]:
+        for index, values in enumerate(log_probabilities(model, passages)):
+            batch = passages.batches[index].to(values.device)
+            real = real_positions(passages.batches[index], passages.lengths[index])[:, 1:]
+            yield real, values[:, :-1].gather(2, batch[:, 1:, None])[:, :, 0][real.to(values.device)]
+
+    return _by_text(passages, pieces())
+
+
+def perplexity(model: Any, passages: Passages) -> Measure:
+    """`exp(- mean log-likelihood)` per token; the interval resamples whole texts."""
+    sums, counts = log_likelihood_by_text(model, passages)
+    columns = torch.stack([sums, counts], dim=1).numpy()
+    return statistics.measure(statistics.bootstrap(columns, lambda means: np.exp(-means[:, 0] / means[:, 1])))
+
+
+# Many variants against one base.
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The base model's answers on fixed texts.
+
+    concept_ids: int64 [k]; concept: texts that hold the concept, with concept_mass from `mass_by_text`; others:
+    texts without it, with their log-probabilities from `every_position`; prompts: neutral prompts, with theirs
+    from `last_position` (None when none were given).
+    """
+
+    concept_ids: Tensor
+    concept: Passages
+    concept_mass: tuple[Tensor, Tensor]
+    others: Passages
+    others_base: tuple[Tensor, ...]
+    prompts: Passages | None = None
+    prompts_base: Tensor | None = None
+
+
+def reference(
+    model: Any,
+    tokenizer: Any,
+    concept_ids: Tensor,
+    *,
+    concept_texts: Sequence[str],
+    other_texts: Sequence[str],
+    prompts: Sequence[str] = (),
+    longest: int | None = None,
+    token_limit: int = 4096,
+) -> Reference:
+    """Measure the base model (nothing switched on) on fixed texts, once for all variants.
+
+    token_limit: how many tokens of other_texts are used, and half as many of concept_texts; a large vocabulary
+    lowers it so that what is kept stays below 1 GiB. Raises BadInput when the concept texts hold none of the
+    concept's tokens.
+    """
+    vocabulary = model.config.get_text_config().vocab_size
+    sizes: dict[str, Any] = {"vocabulary_size": vocabulary, "longest": longest}
+    limit = max(256, min(token_limit, CELLS_KEPT // vocabulary))
+    concept = tokenise(tokenizer, concept_texts, token_limit=limit // 2, **sizes)
+    mass = mass_by_text(model, concept, concept_ids)
+    if not float(mass[1].sum()):
+        raise BadInput(
+            "the concept's texts hold none of its tokens, so its probability cannot be measured; give other texts."
+        )
+    others = tokenise(tokenizer, other_texts, token_limit=limit, **sizes)
+    asked = tokenise(tokenizer, prompts, **sizes) if prompts else None
+    return Reference(
+        concept_ids=concept_ids,
+        concept=concept,
+        concept_mass=mass,
+        others=others,
+        others_base=every_position(model, others),
+        prompts=asked,
+        prompts_base=last_position(model, asked) if asked else None,
+    )
+
+
+@dataclass(frozen=True)
+class CurvePoint:
+    """One strength of one method: what is left of the concept, and the damage.
+
+    mass: the concept's probability mass as a multiple of the base's, where texts have it, or, where the edit amplifies,
+    over all positions of texts without it; collateral_kl and first_token_kl (None without prompts): in nats.
+    """
+
+    strength: float
+    mass: Measure
+    collateral_kl: Measure
+    first_token_kl: Measure | None
+
+
+def curve_point(model: Any, known: Reference, strength: float, *, draws: int = CURVE_DRAWS) -> CurvePoint:
+    """Compare the model as it stands now with the base's answers. A strength below 0 amplifies."""
+    if strength < 0:
+        # Where texts have the concept it is likely already and can hardly rise.
+        now = _chances_by_text(known.others, log_probabilities(model, known.others), known.concept_ids)
+        before = _chances_by_text(known.others, known.others_base, known.concept_ids)
+    else:
+        now, before = mass_by_text(model, known.concept, known.concept_ids)[0], known.concept_mass[0]
+    mass = statistics.ratio_of_sums(now.numpy(), before.numpy(), draws=draws)
+    first = None
+    if known.prompts is not None and known.prompts_base is not None:
+        first = first_token_kl(model, known.prompts, known.prompts_base, draws=draws)
+    return CurvePoint(
+        strength=strength,
+        mass=mass,
+        collateral_kl=collateral_kl(model, known.others, known.others_base, draws=draws),
+        first_token_kl=first,
+    )
+
+
+def removal_curve(
+    model: Any,
+    known: Reference,
+    strengths: Sequence[float],
+    switched_on: Callable[[float], AbstractContextManager[Any]],
+) -> list[CurvePoint]:
+    """Removal against damage of one method over its strengths.
+
+    switched_on: for instance `lambda strength: applied(model, edit, strength)`.
+    """
+    points = []
+    for strength in strengths:
+        with switched_on(strength):
+            points.append(curve_point(model, known, strength))
+    return points
+
+
+def at_matched_removal(points: Sequence[CurvePoint], *, target: float = 0.1) -> statistics.Crossing | None:
+    """The damage of a method where it has removed all but `target` of the concept's mass, None if it never does."""
+    ordered = sorted(points, key=lambda point: point.strength)
+    return statistics.matched_removal(
+        [point.strength for point in ordered],
+        [point.mass.value for point in ordered],
+        [point.collateral_kl.value for point in ordered],
+        target=target,
+    )

@@ -1,0 +1,304 @@
+"""Evaluation items from any text: a concept's cloze items, its neighbours', neutral text, prompts.
+
+The documents are divided into two splits: `choose` for picking a strength, `report` for everything that is
+reported. Passages of one document never stand in both.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from rotate_edit.errors import BadInput
+from rotate_edit.evaluation.tasks import Items, Row, Task, read_rows
+from rotate_edit.files import whole_folder
+from rotate_edit.vocabulary.concept import plural
+
+PASSAGE_CHARACTERS = 360
+MOST_CHARACTERS = 8_000_000
+WORDS_BEFORE = 5
+TEXTS_A_CONCEPT = 200
+CLOZE_ITEMS = 200
+NEUTRAL_TEXTS = 200
+PROMPTS = 200
+GENERATIONS = 5
+SPLITS = ("validation", "test")
+SUFFIXES = (".txt", ".json", ".jsonl")
+SENTENCE_END = re.compile(r"(?<=[.!?])\s+|(?<=[.!?][\"'”’)])\s+")
+
+CLOZE = {
+    "output_type": "loglikelihood",
+    "doc_to_text": "context",
+    "doc_to_target": "word",
+    "metric_list": [
+        {"metric": "perplexity", "aggregation": "perplexity", "higher_is_better": False},
+        {"metric": "acc", "aggregation": "mean", "higher_is_better": True},
+    ],
+}
+PERPLEXITY = {
+    "output_type": "loglikelihood_rolling",
+    "doc_to_text": "",
+    "doc_to_target": "text",
+    "metric_list": [{"metric": "word_perplexity", "aggregation": "weighted_perplexity", "higher_is_better": False}],
+}
+DEFINITIONS = {"text_cloze": (CLOZE, "cloze.jsonl"), "text_neutral": (PERPLEXITY, "neutral.jsonl")}
+
+
+@dataclass(frozen=True)
+class Finder:
+    """Finds the words of one concept, and of its neighbours, in a text (None where there are none to find)."""
+
+    concept: str
+    own: re.Pattern[str]
+    near: re.Pattern[str] | None
+
+
+def items_from_text(
+    source: str | Path,
+    words: Mapping[str, Sequence[str]],
+    neighbour_words: Mapping[str, Sequence[str]],
+    tokenizer: Any,
+    *,
+    plurals: bool = False,
+) -> Items:
+    """Make items from a text file, a folder of them, JSON (lines), or a `datasets` name.
+
+    words, neighbour_words: by concept; tokenizer: of the model that will be asked, because a cloze item is usable
+    only when its context ends where a token ends. Deterministic. Raises BadInput when the text cannot be read, or
+    holds a concept too rarely to measure anything.
+    """
+    finders = [
+        Finder(name, _pattern(own, plurals), _pattern(near, plurals) if (near := neighbour_words.get(name)) else None)
+        for name, own in words.items()
+    ]
+    divided = passages(read_documents(source))
+    texts: dict[str, list[Row]] = {split: [] for split in SPLITS}
+    cloze: list[Row] = []
+    for finder in finders:
+        for split in SPLITS:
+            found = [text for text in divided[split] if finder.own.search(text)][:TEXTS_A_CONCEPT]
+            if not found:
+                raise BadInput(
+                    f"the text {Path(str(source)).name} holds no passage about {finder.concept} in one of its two "
+                    f"halves; give more text."
+                )
+            texts[split] += [_text_row(text, finder.concept, finders) for text in found]
+        cloze += _cloze_items(divided["test"], finder.concept, finder.own, "concept", tokenizer)
+        if finder.near is not None:
+            cloze += _cloze_items(divided["test"], finder.concept, finder.near, "neighbour", tokenizer)
+    neutral = {
+        split: [text for text in divided[split] if not any(_touches(finder, text) for finder in finders)]
+        for split in SPLITS
+    }
+    for split in SPLITS:
+        if not neutral[split]:
+            raise BadInput(f"every passage of {Path(str(source)).name} is about a concept; give neutral text as well.")
+        texts[split] += [{"text": text, "concept": None, "contains": []} for text in neutral[split][:TEXTS_A_CONCEPT]]
+    # The neutral texts of the perplexity task are others than those of the collateral KL, where there are enough.
+    rest = neutral["test"][TEXTS_A_CONCEPT:] or neutral["test"]
+    return _as_items(texts, cloze, [{"text": text} for text in rest[:NEUTRAL_TEXTS]], neutral["test"])
+
+
+def _as_items(texts: dict[str, list[Row]], cloze: list[Row], neutral: list[Row], prompts_from: list[str]) -> Items:
+    rows = {"text_cloze": cloze, "text_neutral": neutral}
+    tasks = tuple(
+        Task(name, {"task": name, **settings, "test_split": "test", "metadata": {"version": 1}},
+             {"test": tuple(rows[name])}, version="1")
+        for name, (settings, _) in DEFINITIONS.items()
+        if rows[name]
+    )  # fmt: skip
+    openings = list(dict.fromkeys(" ".join(text.split()[:6]) for text in prompts_from))
+    unused = openings[PROMPTS:] or openings
+    neutral_prompts = [{"prompt": prompt, "concept": None} for prompt in unused[:GENERATIONS]]
+    by_concept: dict[str, list[Row]] = {}
+    for row in cloze:
+        if row["role"] == "concept":
+            prompt = {"prompt": row["context"], "concept": row["concept"]}
+            by_concept.setdefault(row["concept"], []).append(prompt)
+    about = [row for rows in by_concept.values() for row in rows[:GENERATIONS]]
+    return Items(
+        name="text",
+        tasks=tasks,
+        texts={split: tuple(found) for split, found in texts.items()},
+        prompts=tuple(openings[:PROMPTS]),
+        generation=(*about, *neutral_prompts),
+        relearning={},
+    )
+
+
+def save_items(items: Items, folder: Path) -> None:
+    """Write items made from text as a folder that `tasks.open_items` reads: JSON lines and lm-eval definitions."""
+    with whole_folder(folder) as written:
+        for task in items.tasks:
+            settings, file = DEFINITIONS[task.name]
+            definition = {
+                "task": task.name,
+                "dataset_path": "json",
+                "dataset_kwargs": {"data_files": {"test": file}},
+                "test_split": "test",
+                **settings,
+                "metadata": {"version": 1},
+            }
+            _write_lines(written / file, task.rows)
+            text = yaml.safe_dump(definition, sort_keys=False)
+            (written / f"{task.name}.yaml").write_text(text, encoding="utf-8")
+        for split, rows in items.texts.items():
+            _write_lines(written / f"texts-{split}.jsonl", rows)
+        _write_lines(written / "prompts.jsonl", [{"prompt": prompt} for prompt in items.prompts])
+        _write_lines(written / "generation.jsonl", items.generation)
+
+
+def _write_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+
+
+# Reading text.
+
+
+def read_documents(source: str | Path) -> list[str]:
+    """The documents of a text source.
+
+    A folder: each `.txt` file is one (its `.json` and `.jsonl` files hold theirs); a `.txt` file: each paragraph
+    (separated by empty lines, or lines when there are none); `.json`: a list of strings; `.jsonl`: the `text` of each
+    line; anything else is a dataset of the Hub, `name`, `name:configuration` or `name:configuration:split` (`train`
+    when it names none), whose `text` column is read. At most eight million characters are taken. Raises BadInput.
+    """
+    path = Path(source)
+    if path.is_dir():
+        files = sorted(
+            file for file in path.rglob("*") if file.suffix in (".txt", ".json", ".jsonl") and file.is_file()
+        )
+        if not files:
+            raise BadInput(f"the folder {path.name} holds no .txt, .json or .jsonl file.")
+        share = MOST_CHARACTERS // len(files) + 1
+        found = []
+        for file in files:
+            found += [_read_text(file)[:share]] if file.suffix == ".txt" else list(_limited(_from_file(file), share))
+        return found
+    if path.is_file():
+        return list(_limited(_from_file(path), MOST_CHARACTERS))
+    if path.suffix in SUFFIXES or path.is_absolute() or str(source).startswith("."):
+        raise BadInput(f"there is no text file or folder {source}.")
+    return list(_limited(_from_hub(str(source)), MOST_CHARACTERS))
+
+
+def _limited(documents: Iterable[str], characters: int) -> Iterable[str]:
+    for text in documents:
+        if characters <= 0:
+            return
+        characters -= len(text)
+        yield text
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadInput(f"the text {path.name} cannot be read as UTF-8: {error}.") from error
+
+
+def _from_file(path: Path) -> list[str]:
+    if path.suffix == ".jsonl":
+        return [row["text"] for row in read_rows(path, ("text",))]
+    text = _read_text(path)
+    if path.suffix == ".json":
+        try:
+            content = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise BadInput(f"{path.name} is not valid JSON: {error}.") from error
+        if not isinstance(content, list) or not all(isinstance(entry, str) for entry in content):
+            raise BadInput(f"{path.name} must hold a list of texts.")
+        return content
+    paragraphs = re.split(r"\n\s*\n", text)
+    return paragraphs if len(paragraphs) > 1 else text.splitlines()
+
+
+def _from_hub(name: str) -> Iterable[str]:
+    import datasets
+
+    place, _, rest = name.partition(":")
+    configuration, _, split = rest.partition(":")
+    try:
+        dataset = datasets.load_dataset(place, configuration or None, split=split or "train", streaming=True)
+        columns = dataset.column_names or list(next(iter(dataset)))
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise BadInput(f"there is no text file or folder {name}, and no such dataset can be read: {reason}.") from error
+    if "text" not in columns:
+        raise BadInput(f"the dataset {name} has no column `text`, only {', '.join(columns)}.")
+    return (str(row["text"]) for row in islice(dataset, 100_000))
+
+
+def passages(documents: Sequence[str]) -> dict[str, list[str]]:
+    """Passages of whole sentences by split, in an order that depends on their text alone."""
+    splits: dict[str, list[str]] = {split: [] for split in SPLITS}
+    for document in sorted(set(documents), key=_digest):
+        split = SPLITS[_digest(document)[0] % 2]
+        splits[split] += sentences_together(document)
+    if documents and not all(splits.values()):
+        raise BadInput("the text has too few documents to be divided into two halves; give more text.")
+    # By digest again: otherwise the first document alone would fill every list.
+    return {split: sorted(set(found), key=_digest) for split, found in splits.items()}
+
+
+def _digest(text: str) -> bytes:
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
+
+
+def sentences_together(document: str) -> list[str]:
+    """Passages of whole sentences of one paragraph (line) each, of about 360 characters, in the text's order."""
+    found: list[str] = []
+    for paragraph in document.splitlines():
+        passage = ""
+        for sentence in SENTENCE_END.split(paragraph.strip()):
+            if passage and len(passage) + len(sentence) > PASSAGE_CHARACTERS:
+                found.append(passage)
+                passage = ""
+            passage = f"{passage} {sentence}".strip()
+        found.append(passage)
+    return [passage for passage in found if len(passage.split()) > WORDS_BEFORE]
+
+
+# Finding words.
+
+
+def _pattern(words: Sequence[str], plurals: bool) -> re.Pattern[str]:
+    forms = {word.strip() for word in words} | ({plural(word.strip()) for word in words} if plurals else set())
+    ordered = sorted(forms, key=lambda form: (-len(form), form))
+    return re.compile(r"(?<![\w'-])(?:" + "|".join(map(re.escape, ordered)) + r")(?![\w'-])", re.IGNORECASE)
+
+
+def _touches(finder: Finder, text: str) -> bool:
+    return bool(finder.own.search(text) or (finder.near and finder.near.search(text)))
+
+
+def _text_row(text: str, concept: str, finders: Sequence[Finder]) -> Row:
+    contains = [finder.concept for finder in finders if finder.own.search(text)]
+    return {"text": text, "concept": concept, "contains": contains}
+
+
+def _cloze_items(
+    passages: Sequence[str], concept: str, pattern: re.Pattern[str], role: str, tokenizer: Any
+) -> list[Row]:
+    rows: list[Row] = []
+    for text in passages:
+        if len(rows) == CLOZE_ITEMS:
+            break
+        match = pattern.search(text)
+        if match is None or text[: match.start()][-1:] != " " or len(text[: match.start()].split()) < WORDS_BEFORE:
+            continue
+        context, word = text[: match.start() - 1], " " + match.group()
+        if _ends_between_tokens(tokenizer, context, word):
+            rows.append({"context": context, "word": word, "concept": concept, "role": role})
+    return rows
+
+
+def _ends_between_tokens(tokenizer: Any, context: str, word: str) -> bool:
+    whole, start = (tokenizer(text, add_special_tokens=True)["input_ids"] for text in (context + word, context))
+    return len(whole) > len(start) and list(whole[: len(start)]) == list(start)

@@ -1,0 +1,496 @@
+"""Open a checkpoint folder or Hub model and read single tensors, matrices and rows, without building a model."""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from rotate_edit.errors import BadInput, quoted
+from rotate_edit.files import file_inside, read_json
+from rotate_edit.models import hub
+from rotate_edit.models.architectures import (
+    NEURON_MATRICES,
+    PUBLISHED_SWITCHES,
+    Architecture,
+    Place,
+    architecture_of,
+    locate,
+)
+from rotate_edit.models.companions import EDIT_RECORD, INDEX, TOKENIZER_FILES, WEIGHTS, may_be_copied
+from rotate_edit.models.hub import HubModel
+from rotate_edit.models.layout import expert_slice, matrix_shape, neuron_rows
+from rotate_edit.models.safetensors_file import (
+    EDITABLE,
+    Header,
+    Stored,
+    parse_header,
+    read_bytes,
+    read_header,
+    read_stored,
+    read_stored_rows,
+)
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+MOST_LAYERS = 10_000
+SMALL = 1 << 30
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint on disk, opened: every header read and checked, no weight read.
+
+    folder: where its files are; source: a name safe to print ("demo", the Hub id, or the folder's own name);
+    config: config.json; architecture: its row of the table; stored: where every tensor lies; headers: for each
+    shard, the SHA-256 of its header; revision: the Hub commit or None; hub: the Hub model or None; record: what an
+    earlier edit by this package left in the folder (see `patch`), or None.
+    """
+
+    folder: Path
+    source: str
+    config: dict
+    architecture: Architecture
+    stored: dict[str, Stored]
+    headers: dict[str, str]
+    revision: str | None = None
+    hub: HubModel | None = None
+    record: dict | None = None
+
+    @property
+    def text_config(self) -> dict:
+        """The language model's part of the config (all of it, unless the model is multimodal)."""
+        key = self.architecture.text_config
+        return self.config if key is None else self.config[key]
+
+    @property
+    def size(self) -> int:
+        """Bytes of all its tensors."""
+        return sum(stored.end - stored.start for stored in self.stored.values())
+
+    @property
+    def layers(self) -> int:
+        """How many transformer blocks the model has."""
+        return int(self.text_config[self.architecture.layers_key])
+
+    @property
+    def hidden_size(self) -> int:
+        """d_model: the width of the residual stream."""
+        projection = self._projection(self.architecture.embedding_projection)
+        if projection is not None:
+            return self.stored[projection].shape[0]
+        return self.stored[self.place("embedding").name].shape[1]
+
+    @property
+    def vocabulary_size(self) -> int:
+        """Rows of the embedding table (often a few more than the tokenizer has tokens)."""
+        return self.stored[self.place("embedding").name].shape[0]
+
+    @cached_property
+    def tied(self) -> bool:
+        """Whether the head is the embedding table itself."""
+        says = self.config.get("tie_word_embeddings", self.text_config.get("tie_word_embeddings"))
+        tied = self.architecture.tied_by_default if says is None else bool(says)
+        head = locate(self.architecture, self.stored, "unembedding")
+        if head is None:
+            return True
+        # transformers ties only tables that are equal when a file holds both.
+        return tied and read_equal(self, head.name, self.place("embedding").name)
+
+    @property
+    def published_switch(self) -> int | None:
+        """The first layer that a study of this very model projects with the unembedding; None when there is no study.
+
+        0 for a tied head, whose two tables are one.
+        """
+        if self.tied:
+            return 0
+        return next((row.layer for row in PUBLISHED_SWITCHES if row.describes(self.text_config)), None)
+
+    @property
+    def matrices(self) -> tuple[str, ...]:
+        """Which of "gate", "in", "out" its neurons have."""
+        expert = None if self.experts_in(0) is None else 0
+        return tuple(name for name in NEURON_MATRICES if self._find(name, 0, expert) is not None)
+
+    @property
+    def experts(self) -> int | None:
+        """How many experts a mixture-of-experts layer has, None in a dense model."""
+        counts = [count for count in map(self.experts_in, range(self.layers)) if count is not None]
+        return max(counts, default=None)
+
+    @property
+    def neurons(self) -> int:
+        """Neurons of one layer, or of one expert (the largest number, when layers differ)."""
+        return max(self.neurons_in(layer) for layer in range(self.layers))
+
+    def experts_in(self, layer: int) -> int | None:
+        """How many experts this layer has; None when it is dense."""
+        if not self.architecture.experts or self._find("out", layer, None) is not None:
+            return None
+        return next(int(self.text_config[key]) for key in self.architecture.experts_keys if key in self.text_config)
+
+    def neurons_in(self, layer: int) -> int:
+        """How many neurons this layer, or each of its experts, has."""
+        place = self.place("out", layer, None if self.experts_in(layer) is None else 0)
+        return matrix_shape(self.stored[place.name], place)[0]
+
+    def has(self, matrix: str, layer: int | None = None, expert: int | None = None) -> bool:
+        """Whether the files hold a matrix; a tied head is not one of its own."""
+        return self._find(matrix, layer, expert) is not None
+
+    def has_file(self, file: str) -> bool:
+        """Whether the folder or the Hub model has a file of this name."""
+        return file in self.hub.files if self.hub else (self.folder / file).is_file()
+
+    def place(self, matrix: str, layer: int | None = None, expert: int | None = None) -> Place:
+        """Where a matrix lies in the files. Raises BadInput when the model has no such matrix, layer or expert."""
+        if layer is not None and not 0 <= layer < self.layers:
+            raise BadInput(f"{self.source} has no layer {layer}; its layers are 0 to {self.layers - 1}.")
+        experts = None if layer is None or matrix not in NEURON_MATRICES else self.experts_in(layer)
+        if experts is not None and (expert is None or not 0 <= expert < experts):
+            raise BadInput(
+                f"layer {layer} of {self.source} has experts 0 to {experts - 1}, so expert {expert} is none."
+            )
+        if experts is None and expert is not None:
+            raise BadInput(f"layer {layer} of {self.source} is dense, so it has no expert {expert}.")
+        place = self._find(matrix, layer, expert)
+        if place is None and matrix == "unembedding":
+            return self.place("embedding")
+        if place is None:
+            where = "" if layer is None else f" in layer {layer}"
+            raise BadInput(f'{self.source} ({self.architecture.family}) has no matrix "{matrix}"{where}.')
+        return place
+
+    @property
+    def edits(self) -> list[dict]:
+        """What is recorded of the edits that this package has already written into it, oldest first."""
+        edits = [] if self.record is None else self.record.get("edits")
+        if not isinstance(edits, list) or not all(
+            isinstance(edit, dict) and isinstance(edit.get("edit"), str) and isinstance(edit.get("tensors"), dict)
+            for edit in edits
+        ):
+            raise BadInput(f"{EDIT_RECORD} of {self.source} is not a record of edits; remove it to take it as a base.")
+        return edits
+
+    def path(self, file: str) -> Path:
+        """The path of one of its files, fetched from the Hub when it is not there yet. Raises BadInput."""
+        if self.hub is not None:
+            hub.fetch(self.hub, file)
+        return file_inside(self.folder, file)
+
+    def _find(self, matrix: str, layer: int | None, expert: int | None) -> Place | None:
+        return locate(self.architecture, self.stored, matrix, layer, expert)
+
+    def _projection(self, name: str | None) -> str | None:
+        full = None if name is None else self.place("embedding").name.replace(self.architecture.embedding, name)
+        return full if full in self.stored else None
+
+
+def open_checkpoint(model: str | Path, revision: str | None = None) -> Checkpoint:
+    """Open "demo" (the bundled model), a folder, or a Hub id (with an optional revision).
+
+    Only config, index and headers are read; from the Hub only they are fetched. Raises BadInput, in one sentence,
+    for a missing folder, pickled weights, unsupported or quantised models and damaged files.
+    """
+    found: HubModel | None = None
+    model = os.path.expanduser(model)
+    if model == "demo":
+        from rotate_edit.models.demo import demo_model_folder
+
+        folder, source = Path(demo_model_folder()), "demo"
+    elif model and Path(model).is_dir():
+        folder, source = Path(model), Path(model).resolve().name
+        if not (folder / "config.json").exists() and (folder / "model" / "config.json").is_file():
+            raise BadInput(f'"{model}" is a run folder; its checkpoint is "{folder / "model"}".')
+    elif hub.looks_like_hub_id(model):
+        found = hub.find_model(model, revision)
+        folder, source = found.folder, found.name
+    else:
+        raise BadInput(f'the model "{model}" is neither a folder nor a Hub id such as openai-community/gpt2.')
+    if revision is not None and found is None:
+        raise BadInput(f'a revision was given, but "{source}" is a folder and not a Hub id.')
+    names = set(found.files) if found else {entry.name for entry in folder.iterdir() if entry.is_file()}
+    _refuse_without_weights(names, source)
+    config = _read_json(folder, "config.json", found)
+    architecture = architecture_of(config)
+    stored, headers = _read_headers(folder, names, found)
+    record = _read_json(folder, EDIT_RECORD, found) if EDIT_RECORD in names else None
+    revision = found.revision if found else None
+    checkpoint = Checkpoint(folder, source, config, architecture, stored, headers, revision, found, record)
+    _check(checkpoint)
+    return checkpoint
+
+
+def _refuse_without_weights(names: set[str], source: str) -> None:
+    if "adapter_config.json" in names:
+        raise BadInput(f"{source} holds a PEFT adapter; merge it into its base model first.")
+    if "config.json" not in names:
+        raise BadInput(f"{source} has no config.json, so it is not a checkpoint in the Hugging Face layout.")
+    if WEIGHTS in names or INDEX in names:
+        return
+    pickled = sorted(name for name in names if name.endswith((".bin", ".pt", ".pth", ".pkl", ".ckpt")))
+    if pickled:
+        raise BadInput(
+            f"{source} has only pickled weights ({pickled[0]}), which are never opened; save it again with "
+            "save_pretrained, which writes safetensors."
+        )
+    raise BadInput(f"{source} has neither {WEIGHTS} nor {INDEX}.")
+
+
+def _read_json(folder: Path, file: str, found: HubModel | None) -> dict:
+    if found is not None:
+        hub.fetch(found, file)
+    return read_json(folder, file)
+
+
+def _read_headers(folder: Path, names: set[str], found: HubModel | None) -> tuple[dict[str, Stored], dict[str, str]]:
+    """Where every tensor lies, and the SHA-256 of each shard's header."""
+    # transformers takes the single file when there are both, so the index counts only without it.
+    index = {} if WEIGHTS in names else _read_json(folder, INDEX, found).get("weight_map")
+    if not isinstance(index, dict) or not all(isinstance(file, str) for file in index.values()):
+        raise BadInput(f"{INDEX} has no weight_map that names a shard for each tensor.")
+    stored: dict[str, Stored] = {}
+    headers: dict[str, str] = {}
+    for file in [WEIGHTS] if WEIGHTS in names else sorted(set(index.values())):
+        if not file.endswith(".safetensors"):
+            raise BadInput(f"{INDEX} names {quoted(file)}, which is not a safetensors file.")
+        header = _header(folder, file, found)
+        headers[file] = hashlib.sha256(header.raw).hexdigest()
+        for name, tensor in header.tensors.items():
+            if name in stored:
+                raise BadInput(f'the tensor "{name}" stands in {stored[name].file} and in {file}; one must go.')
+            stored[name] = tensor
+    for name, file in index.items():
+        if name not in stored or stored[name].file != file:
+            raise BadInput(f"{INDEX} says that {quoted(name)} is in {quoted(file)}, but it is not there.")
+    return stored, headers
+
+
+def _header(folder: Path, file: str, found: HubModel | None) -> Header:
+    if found is not None and not hub.is_here(found, file):
+        raw, size = hub.fetch_header(found, file)
+        return parse_header(raw, size, file)
+    path = file_inside(folder, file)
+    if not path.is_file():
+        raise BadInput(f"the shard {file} is missing from {folder.name}.")
+    return read_header(path, file)
+
+
+def _check(checkpoint: Checkpoint) -> None:
+    """Refuse a checkpoint whose matrices are not where or what its family's row says. Raises BadInput."""
+    architecture = checkpoint.architecture
+    key = architecture.text_config
+    if key is not None and not isinstance(checkpoint.config.get(key), dict):
+        raise BadInput(f'config.json has no "{key}", which a {architecture.model_type} model has.')
+    config = checkpoint.text_config
+    for keys in ((architecture.layers_key,), architecture.experts_keys):
+        key = next((key for key in keys if key in config), keys[0] if keys else "")
+        number = config.get(key) if keys else 1
+        if type(number) is not int or not 0 < number <= MOST_LAYERS:
+            raise BadInput(f"config.json has {key} = {json.dumps(number)[:40]}, which is not a possible number.")
+    width = checkpoint.hidden_size
+    for layer in range(checkpoint.layers):
+        experts = checkpoint.experts_in(layer)
+        for expert in [None] if experts is None else range(experts):
+            neurons = set()
+            for matrix in {*NEURON_MATRICES} & {*_matrices_of(architecture, expert)}:
+                place = checkpoint.place(matrix, layer, expert)
+                stored = checkpoint.stored[place.name]
+                if stored.dtype not in EDITABLE:
+                    raise BadInput(
+                        f"{place.name} is stored as {stored.dtype}; only {', '.join(EDITABLE)} can be edited."
+                    )
+                if place.stacked and (len(stored.shape) != 3 or stored.shape[0] != experts):
+                    raise BadInput(f"{place.name} has shape {list(stored.shape)}, which is not one matrix an expert.")
+                count, columns = matrix_shape(stored, place)
+                neurons.add(count)
+                if columns != width:
+                    raise BadInput(f"{place.name} has vectors of length {columns}, but the model's width is {width}.")
+            if len(neurons) != 1:
+                raise BadInput(
+                    f"the MLP matrices of layer {layer} of {checkpoint.source} differ in their number of neurons."
+                )
+
+
+def _matrices_of(architecture: Architecture, expert: int | None) -> Iterable[str]:
+    return architecture.dense if expert is None else architecture.experts[0]
+
+
+def read_tensor(checkpoint: Checkpoint, name: str) -> Tensor:
+    """A whole tensor in its stored dtype and shape. Raises BadInput when there is none of this name."""
+    stored = _named(checkpoint, name)
+    return read_stored(checkpoint.path(stored.file), stored)
+
+
+def read_rows(checkpoint: Checkpoint, name: str, rows: Tensor) -> Tensor:
+    """The named rows (int64 [n]) of a tensor, in its stored dtype; the others are not read. Raises BadInput."""
+    stored = _named(checkpoint, name)
+    return read_stored_rows(checkpoint.path(stored.file), stored, rows)
+
+
+def _named(checkpoint: Checkpoint, name: str) -> Stored:
+    if name not in checkpoint.stored:
+        raise BadInput(f'{checkpoint.source} has no tensor "{name}".')
+    return checkpoint.stored[name]
+
+
+def read_matrix(
+    checkpoint: Checkpoint, layer: int, matrix: str, expert: int | None = None, neurons: Tensor | None = None
+) -> Tensor:
+    """Neuron vectors as rows: float32 [n, d_model], all of them or the named ones (int64 [n]).
+
+    matrix: "gate", "in", "out", or "attention_out" (a row is what one channel of the heads writes). Raises BadInput
+    for a layer, expert, matrix or neuron that the model does not have.
+    """
+    return read_place(checkpoint, checkpoint.place(matrix, layer, expert), expert, neurons).float().contiguous()
+
+
+def read_place(checkpoint: Checkpoint, place: Place, expert: int | None, neurons: Tensor | None = None) -> Tensor:
+    """Like read_matrix, for a matrix whose place is known, in the stored dtype. Raises BadInput."""
+    whole = _named(checkpoint, place.name)
+    count, width = matrix_shape(whole, place)
+    if neurons is not None and len(neurons) and not (int(neurons.min()) >= 0 and int(neurons.max()) < count):
+        raise BadInput(f"{place.name} of {checkpoint.source} has neurons 0 to {count - 1} only.")
+    stored = expert_slice(whole, place, expert)
+    path = checkpoint.path(stored.file)
+    if neurons is not None and place.neurons == "rows":
+        matrix = replace(stored, shape=(count * place.parts, width))
+        return read_stored_rows(path, matrix, neurons + place.part * count)
+    rows = neuron_rows(read_stored(path, stored), replace(place, stacked=False))
+    return rows if neurons is None else rows[neurons]
+
+
+def read_embedding(checkpoint: Checkpoint) -> Tensor:
+    """The input embedding as it enters the residual stream (scale aside): float32 [vocabulary, d_model]."""
+    table = read_tensor(checkpoint, checkpoint.place("embedding").name).float()
+    projection = checkpoint._projection(checkpoint.architecture.embedding_projection)
+    return table if projection is None else table @ read_tensor(checkpoint, projection).float().T
+
+
+def read_unembedding(checkpoint: Checkpoint) -> Tensor:
+    """The unembedding, float32 [vocabulary, d_model] (rows are tokens); the embedding when the head is tied."""
+    table = read_tensor(checkpoint, checkpoint.place("unembedding").name).float()
+    projection = checkpoint._projection(checkpoint.architecture.head_projection)
+    return table if projection is None else table @ read_tensor(checkpoint, projection).float()
+
+
+def read_norm(checkpoint: Checkpoint, which: str | tuple[str, int]) -> Tensor | None:
+    """The gain of a norm, float32 [d_model], Gemma's 1 added: "final", ("mlp", layer) or ("after mlp", layer).
+
+    None when the model has no such norm.
+    """
+    architecture = checkpoint.architecture
+    kind, layer = (which, None) if isinstance(which, str) else which
+    names = {
+        "final": (architecture.final_norm,),
+        "mlp": architecture.pre_mlp_norms,
+        "after mlp": (architecture.post_mlp_norm,),
+    }[kind]
+    for name in names:
+        full = checkpoint._projection(name and name.format(layer=layer))
+        if full is not None:
+            return read_tensor(checkpoint, full).float() + architecture.norm_offset
+    return None
+
+
+def read_equal(checkpoint: Checkpoint, first: str, second: str) -> bool:
+    """Whether two tensors hold the same bytes."""
+    left, right = checkpoint.stored[first], checkpoint.stored[second]
+    if (left.dtype, left.shape) != (right.dtype, right.shape):
+        return False
+    return tensor_hash(checkpoint, first) == tensor_hash(checkpoint, second)
+
+
+def tensor_hash(checkpoint: Checkpoint, name: str) -> str:
+    """SHA-256 of a tensor's stored bytes."""
+    stored = _named(checkpoint, name)
+    path = checkpoint.path(stored.file)
+    digest = hashlib.sha256()
+    for start in range(stored.start, stored.end, 1 << 24):
+        digest.update(read_bytes(path, start, min(start + (1 << 24), stored.end)).numpy().data)
+    return digest.hexdigest()
+
+
+def identity(checkpoint: Checkpoint, tensors: Iterable[str] = (), full: bool | None = None) -> dict:
+    """What tells this checkpoint from any other, as plain JSON without paths or user names.
+
+    source, revision (Hub commit), hub (the Hub's own file hashes), files (SHA-256 of config.json and the tokenizer
+    files), headers (of each shard's header), tensors (of the named tensors' bytes; of every tensor when `full`, and
+    by default when they fill less than a gigabyte), edits (the ids of the edits that this package has already
+    written into it, oldest first).
+    """
+    files = {}
+    for file in ("config.json", *TOKENIZER_FILES):
+        if checkpoint.has_file(file):
+            files[file] = hashlib.sha256(checkpoint.path(file).read_bytes()).hexdigest()
+    if full is None:
+        full = checkpoint.hub is None and checkpoint.size <= SMALL
+    names = sorted(checkpoint.stored) if full else sorted(set(tensors))
+    return {
+        "source": checkpoint.source,
+        "revision": checkpoint.revision,
+        "hub": {name: entry.sha256 for name, entry in sorted(checkpoint.hub.files.items()) if entry.sha256}
+        if checkpoint.hub
+        else {},
+        "files": files,
+        "headers": dict(checkpoint.headers),
+        "tensors": {name: tensor_hash(checkpoint, name) for name in names},
+        "edits": [entry["edit"] for entry in checkpoint.edits],
+    }
+
+
+def companions(checkpoint: Checkpoint) -> dict[str, bool]:
+    """The files beside the shards by name, and whether each may go into a patched checkpoint (an allow-list)."""
+    names = set(checkpoint.hub.files) if checkpoint.hub else {entry.name for entry in checkpoint.folder.iterdir()}
+    return {name: may_be_copied(name) for name in sorted(names - set(checkpoint.headers) - {EDIT_RECORD})}
+
+
+def complete(checkpoint: Checkpoint) -> Path:
+    """The folder, with everything in it that loading needs (fetched from the Hub where it is missing)."""
+    if checkpoint.hub is not None:
+        allowed = [name for name, may in companions(checkpoint).items() if may]
+        hub.fetch_all(checkpoint.hub, [*checkpoint.headers, *allowed])
+    return checkpoint.folder
+
+
+def load_model(
+    model: Checkpoint | str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+) -> "PreTrainedModel":
+    """The live transformers model of a checkpoint or folder, in evaluation mode; only safetensors, no remote code."""
+    from transformers import AutoModelForCausalLM
+
+    from rotate_edit.console import without_foreign_bars
+
+    checkpoint = model if isinstance(model, Checkpoint) else open_checkpoint(model)
+    with without_foreign_bars():
+        loaded = AutoModelForCausalLM.from_pretrained(
+            complete(checkpoint), dtype=dtype, use_safetensors=True, trust_remote_code=False, local_files_only=True
+        )
+    torch.nn.Module.to(loaded, device)
+    return loaded.eval()
+
+
+def load_tokenizer(model: Checkpoint | str | Path) -> "PreTrainedTokenizerBase":
+    """The tokenizer of a checkpoint or folder, without remote code. Raises BadInput when it has none that works."""
+    from transformers import AutoTokenizer
+
+    checkpoint = model if isinstance(model, Checkpoint) else open_checkpoint(model)
+    for file in (*TOKENIZER_FILES, "chat_template.jinja"):
+        if checkpoint.hub is not None and file in checkpoint.hub.files:
+            hub.fetch(checkpoint.hub, file)
+    try:
+        return AutoTokenizer.from_pretrained(checkpoint.folder, trust_remote_code=False, local_files_only=True)
+    except (ValueError, OSError, KeyError, TypeError, AttributeError) as error:
+        found = any(checkpoint.has_file(file) for file in TOKENIZER_FILES)
+        state = "a tokenizer that cannot be read" if found else "no tokenizer files"
+        raise BadInput(
+            f"{checkpoint.source} has {state}; put tokenizer.json and tokenizer_config.json of its model into it."
+        ) from error

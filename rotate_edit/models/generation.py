@@ -1,0 +1,71 @@
+"""What a loaded model writes."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+
+def generate(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[str],
+    *,
+    new_tokens: int = 40,
+    samples: int = 1,
+    seed: int | None = None,
+    temperature: float = 1.0,
+    rows_at_once: int = 64,
+) -> list[list[str]]:
+    """Continue each prompt: `samples` texts a prompt, without the prompt.
+
+    Greedy when seed is None, else drawn from the whole vocabulary at `temperature`. The same seed draws the same
+    random numbers for base and edited model; torch's own generator is left as it was.
+    """
+    device = next(model.parameters()).device
+    encoded = [list(ids) for ids in tokenizer(list(prompts), add_special_tokens=True)["input_ids"]]
+    encoded = [ids or [first_token(tokenizer)] for ids in encoded]
+    rows = [index for index in range(len(encoded)) for _ in range(samples)]
+    texts: list[list[str]] = [[] for _ in prompts]
+    # Every setting is given, because a checkpoint's generation_config.json may hold other ones.
+    choice: dict[str, Any] = {"do_sample": False, "temperature": None, "top_k": None, "top_p": None}
+    if seed is not None:
+        choice = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        for start in range(0, len(rows), rows_at_once):
+            chosen = rows[start : start + rows_at_once]
+            width = max(len(encoded[index]) for index in chosen)
+            ids = torch.zeros(len(chosen), width, dtype=torch.int64)
+            mask = torch.zeros_like(ids)
+            for row, index in enumerate(chosen):
+                ids[row, width - len(encoded[index]) :] = torch.tensor(encoded[index])
+                mask[row, width - len(encoded[index]) :] = 1
+            if seed is not None:
+                torch.manual_seed(seed + start)
+            with torch.no_grad():
+                written = model.generate(
+                    input_ids=ids.to(device),
+                    attention_mask=mask.to(device),
+                    max_new_tokens=new_tokens,
+                    num_beams=1,
+                    repetition_penalty=1.0,
+                    pad_token_id=padding_token(tokenizer),
+                    **choice,
+                )
+            for index, row_ids in zip(chosen, written[:, width:], strict=True):
+                texts[index].append(tokenizer.decode(row_ids, skip_special_tokens=True))
+    return texts
+
+
+def padding_token(tokenizer: Any) -> int:
+    """A token to fill rows up with."""
+    for index in (tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.bos_token_id):
+        if index is not None:
+            return int(index)
+    return 0
+
+
+def first_token(tokenizer: Any) -> int:
+    """The token that a text from nothing starts with."""
+    return int(tokenizer.bos_token_id if tokenizer.bos_token_id is not None else padding_token(tokenizer))

@@ -1,0 +1,88 @@
+"""What the layers of a loaded model compute, kept while it reads texts."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rotate_edit.errors import BadInput
+from rotate_edit.models.batches import Passages, log_probabilities, real_positions
+from rotate_edit.models.parameters import live_parameter
+
+
+@dataclass(frozen=True)
+class Seen:
+    """One layer at the wanted positions of a text: neurons' activations float32 [positions, neurons] (the input of
+    the MLP's last matrix) and the residual stream after the layer float32 [positions, d_model]."""
+
+    neurons: Tensor
+    residual: Tensor
+
+
+@contextmanager
+def recorded(model: Any, layers: Sequence[int]) -> Iterator[dict[int, dict[str, Tensor]]]:
+    """Keeps what layers compute in the last forward pass: by layer `neurons` and `residual`, [rows, length, ...]."""
+    kept: dict[int, dict[str, Tensor]] = {layer: {} for layer in layers}
+    handles = []
+
+    def keep_input(layer: int) -> Any:
+        def hook(_module: Any, inputs: tuple[Tensor, ...]) -> None:
+            kept[layer]["neurons"] = inputs[0].detach()
+
+        return hook
+
+    def keep_output(layer: int) -> Any:
+        def hook(_module: Any, _inputs: Any, output: Any) -> None:
+            kept[layer]["residual"] = (output[0] if isinstance(output, tuple) else output).detach()
+
+        return hook
+
+    try:
+        for layer in layers:
+            last, block = layer_modules(model, layer)
+            handles += [
+                last.register_forward_pre_hook(keep_input(layer)),
+                block.register_forward_hook(keep_output(layer)),
+            ]
+        yield kept
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def layer_modules(model: Any, layer: int) -> tuple[torch.nn.Module, torch.nn.Module]:
+    """The module that holds a layer's `out` matrix, and the whole block. Raises BadInput for a mixture of experts."""
+    try:
+        _, place = live_parameter(model, "out", layer)
+    except BadInput as error:
+        raise BadInput(
+            "activations are read from dense layers only, and this model's layers are mixtures of experts; choose a "
+            "method that needs no text."
+        ) from error
+    name = place.name.rsplit(".", 1)[0]
+    return model.get_submodule(name), model.get_submodule(name.split(f".{layer}.")[0] + f".{layer}")
+
+
+def record(model: Any, passages: Passages, layers: Sequence[int], next_ids: Tensor | None) -> dict[int, Seen]:
+    """What every layer computes on texts, at the positions before one of `next_ids` (at all positions without)."""
+    found: dict[int, list[tuple[Tensor, Tensor]]] = {layer: [] for layer in layers}
+    with recorded(model, layers) as kept:
+        for index, _ in enumerate(log_probabilities(model, passages)):
+            batch = passages.batches[index]
+            wanted = real_positions(batch, passages.lengths[index])
+            if next_ids is not None:
+                wanted = wanted[:, 1:] & torch.isin(batch, next_ids.cpu())[:, 1:]
+                wanted = torch.nn.functional.pad(wanted, (0, 1))
+            for layer in layers:
+                values = kept[layer]
+                # Some implementations flatten rows and positions before the MLP.
+                neurons = values["neurons"].reshape(*batch.shape, -1)
+                chosen = wanted.to(neurons.device)
+                found[layer].append((neurons[chosen].float().cpu(), values["residual"][chosen].float().cpu()))
+    return {
+        layer: Seen(torch.cat([one for one, _ in pieces]), torch.cat([other for _, other in pieces]))
+        for layer, pieces in found.items()
+    }

@@ -1,0 +1,209 @@
+"""What a report says, as plain data: an evaluation.json in, the parts of a page out; no files, no markup."""
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rotate_edit.errors import BadInput
+from rotate_edit.models.architectures import parse_neuron
+from rotate_edit.reporting.figures import EditedNeuron, ForestRow
+
+CLEAR = 0.05
+CHIP_SIZES = 5
+UNITS = {
+    "accuracy": ("accuracy, points", 100.0),
+    "probability": ("probability of the right word, points", 100.0),
+    "perplexity": ("perplexity (lower is better)", 1.0),
+}
+# Measures in the order of the page: name, title, what it is.
+TILES = (
+    ("efficacy", "removed", "of what the base knew of it above chance"),
+    ("specificity", "kept elsewhere", "of everything else that was asked"),
+    ("harmonic", "both together", "harmonic mean of the two"),
+    ("amplification", "times likelier", "the concept's words on neutral prompts"),
+    ("concept_mass_fraction", "of its probability left", "on the concept's words where texts have one"),
+    ("collateral_kl", "nats of collateral KL", "over texts without the concept"),
+    ("first_token_kl", "nats of first-token KL", "on neutral prompts"),
+    ("leak_rate_asked", "leak rate when asked", "sampled answers to prompts about it that name it"),
+    ("leak_rate_neutral", "leak rate when not asked", "sampled answers to neutral prompts that name it"),
+    ("repetition_4", "repetition", "4-grams of words that a text repeats"),
+    ("distinct_2", "variety", "different pairs of words over all pairs"),
+)
+SHARES = {name for name, *_ in TILES} - {"amplification", "collateral_kl", "first_token_kl"}
+
+
+def variant_of(result: Mapping[str, Any]) -> dict[str, Any]:
+    """The run's own edit among the variants, empty when nothing was measured."""
+    return next(iter((result.get("variants") or {}).values()), {})
+
+
+def headline(result: Mapping[str, Any]) -> str:
+    """What happened, in a sentence or two."""
+    if result.get("failure"):
+        return str(result["failure"])
+    names = ", ".join(concept["name"] for concept in result["concepts"])
+    return " ".join([f"Edited: {names}.", *variant_of(result).get("words", [])])
+
+
+def title(result: Mapping[str, Any]) -> str:
+    """What was done, in a few words."""
+    if result.get("failure"):
+        return "Nothing was edited"
+    parts = []
+    for concept in result["concepts"]:
+        strength = concept["strength"]
+        verb = "amplified" if isinstance(strength, int | float) and strength < 0 else "suppressed"
+        parts.append(f"{concept['name']} {verb}")
+    return ", ".join(parts)
+
+
+def tiles(result: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The measures that exist, in the page's order: name, title, note and the measure itself."""
+    measures = {**variant_of(result).get("measures", {}), **(result.get("summary") or {})}
+    return [
+        {"name": name, "title": heading, "note": note, "measure": measures[name], "share": name in SHARES}
+        for name, heading, note in TILES
+        if (measures.get(name) or {}).get("value") is not None
+    ]
+
+
+def forest_rows(result: Mapping[str, Any]) -> list[ForestRow]:
+    """The tasks' differences for the forest plot: those that were used, the concept's own on a scale of their own."""
+    rows = []
+    for row in variant_of(result).get("rows") or []:
+        change = row["difference"]
+        unit, factor = UNITS.get(row.get("scale", "accuracy"), UNITS["accuracy"])
+        bounds = [change.get(key) for key in ("value", "low", "high")]
+        if row.get("used", True) and all(isinstance(bound, int | float) and math.isfinite(bound) for bound in bounds):
+            group = row.get("group", "general")
+            value, low, high = (bound * factor for bound in bounds)
+            rows.append(
+                ForestRow(
+                    label=str(row["title"]),
+                    group=group,
+                    panel=f"{'the concept' if group == 'concept' else 'the rest'}: {unit}",
+                    value=value,
+                    low=low,
+                    high=high,
+                    values=f"{row['base']['value']:.3g} → {row['edited']['value']:.3g}, n {row['n']}",
+                    clear=(row.get("p_holm") if row.get("p_holm") is not None else 1.0) < CLEAR,
+                )
+            )
+    return sorted(rows, key=lambda row: (row.group != "concept", row.panel))
+
+
+def edited_neurons(result: Mapping[str, Any], concept: str) -> list[EditedNeuron]:
+    """Where the vectors edited for a concept stand; what is no neuron (a token's row) is left out."""
+    width = int((result.get("model") or {}).get("neurons") or 0)
+    found = []
+    for vector in result.get("neurons") or []:
+        if vector.get("concept") == concept:
+            try:
+                neuron = parse_neuron(str(vector.get("address")))
+            except BadInput:
+                continue
+            place = (neuron.expert or 0) * width + neuron.neuron
+            found.append(EditedNeuron(neuron.layer, place, str(vector.get("matrix"))))
+    return found
+
+
+def layer_counts(neurons: Sequence[EditedNeuron]) -> dict[int, int]:
+    """How many vectors were edited in each layer that has one."""
+    layers = sorted({neuron.layer for neuron in neurons})
+    return {layer: sum(neuron.layer == layer for neuron in neurons) for layer in layers}
+
+
+def channel_rows(result: Mapping[str, Any], concept: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The channels that located a concept, the best supported first, each with its tokens as sized chips."""
+    own = {str(token) for token in concept.get("tokens") or []}
+    rows: dict[Any, dict[str, Any]] = {}
+    for channel in result.get("selected_channels") or []:
+        if channel.get("concept", concept["name"]) == concept["name"]:
+            tokens = [str(token) for token in channel.get("tokens") or []]
+            scores = [abs(float(score)) for score in channel.get("z_scores") or []]
+            scores += [0.0] * (len(tokens) - len(scores))
+            largest = max([1e-9, *scores])
+            chips = [
+                {"text": token, "z": score, "own": token in own, "size": max(1, round(CHIP_SIZES * score / largest))}
+                for token, score in zip(tokens, scores)
+            ]
+            found = {**channel, "chips": chips}
+            place = (str(channel.get("name")).split("#")[0], tuple(tokens))
+            # Two starts of the search may end in the same channel: it is shown once, under both names.
+            if place in rows:
+                found["name"] = f"{rows[place]['name']}, #{str(channel.get('name')).split('#')[-1]}"
+            rows[place] = found
+    return sorted(rows.values(), key=lambda row: -float(row.get("support") or 0))
+
+
+def pieces(text: str, pattern: re.Pattern[str] | None) -> list[tuple[str, bool]]:
+    """A text cut where a word of the concept stands: (piece, whether it is such a word)."""
+    if pattern is None:
+        return [(text, False)]
+    found, start = [], 0
+    for match in pattern.finditer(text):
+        found += [(text[start : match.start()], False), (match.group(), True)]
+        start = match.end()
+    return [piece for piece in [*found, (text[start:], False)] if piece[0]]
+
+
+def concept_words(result: Mapping[str, Any]) -> list[str]:
+    """All words of all concepts, as a recipe gave them and in the plural when it asked for that."""
+    return [str(word) for concept in result["concepts"] for word in concept.get("words") or [] if str(word).strip()]
+
+
+def cost(result: Mapping[str, Any]) -> dict[str, Any]:
+    """Seconds of every step with their share of the whole, all together, and the peak memory in megabytes."""
+    seconds = {str(name): float(value) for name, value in (result.get("cost") or {}).get("seconds", {}).items()}
+    whole = sum(seconds.values())
+    return {
+        "steps": [(name, value, value / whole if whole else 0.0) for name, value in seconds.items()],
+        "seconds": whole,
+        "memory": (result.get("cost") or {}).get("peak_memory_mb"),
+        "models": {str(name): float(value) for name, value in (result.get("seconds") or {}).items()},
+    }
+
+
+def provenance(result: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Where the numbers come from, as (name, value) pairs that are all text."""
+    known = result.get("provenance") or {}
+    base, model = known.get("base") or {}, result.get("model") or {}
+    tensors = base.get("tensors") or {}
+    rows = [
+        ("base model", base.get("source") or model.get("source")),
+        ("revision", base.get("revision")),
+        ("family", model.get("family")),
+        ("shape", _shape(model)),
+        (f"weights, SHA-256 of the hashes of {len(tensors)} tensors", _digest(tensors) if tensors else None),
+        *((f"{name}, SHA-256", value) for name, value in (base.get("files") or {}).items()),
+        *((f"{name}, SHA-256 of the header", value) for name, value in (base.get("headers") or {}).items()),
+        ("rotate_edit", known.get("rotate_edit")),
+        ("Python", known.get("python")),
+        *(known.get("versions") or {}).items(),
+        ("seed", known.get("seed")),
+        ("device", known.get("device")),
+        ("threads", known.get("threads")),
+        ("made", known.get("created")),
+        *(
+            (f"items {name}, version {task.get('version')}, SHA-256", task.get("content"))
+            for name, task in (result.get("definitions") or {}).items()
+        ),
+    ]
+    return [(str(name), str(value)) for name, value in rows if value is not None and value != ""]
+
+
+def _shape(model: Mapping[str, Any]) -> str | None:
+    if not model.get("layers"):
+        return None
+    tied = "tied" if model.get("tied") else "untied"
+    return (
+        f"{model['layers']} layers of {model['neurons']} neurons, width {model['hidden_size']}, "
+        f"{model['vocabulary_size']} tokens, {tied} embeddings"
+    )
+
+
+def _digest(tensors: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(dict(tensors), sort_keys=True).encode()).hexdigest()

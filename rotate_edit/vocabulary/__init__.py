@@ -1,0 +1,1 @@
+"""Tokens, words and what vectors are projected on."""

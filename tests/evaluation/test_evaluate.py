@@ -1,0 +1,248 @@
+"""Base against edited end to end on a tiny model, through lm-eval, and its parts alone."""
+
+import json
+import random
+
+import numpy as np
+import pytest
+import torch
+from tiny_edits import silencing
+from tiny_items import most_frequent_answer, write_items
+from tiny_words import WORDS, ids, tiny_model, tiny_tokenizer
+
+from rotate_edit.errors import BadInput
+from rotate_edit.evaluation import measures
+from rotate_edit.evaluation.compare import Plan
+from rotate_edit.evaluation.evaluate import Variant, divide, evaluate, evaluate_checkpoints, texts_about
+from rotate_edit.evaluation.harness import Settings
+from rotate_edit.evaluation.tasks import Task, open_items
+
+CONCEPT = "cat"
+PLAN = Plan(concepts=("cat",), neighbours=("mat", "tree"), new_tokens=5)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    assert most_frequent_answer() == CONCEPT
+    return write_items(tmp_path_factory.mktemp("items"))
+
+
+@pytest.fixture(scope="module")
+def items(folder):
+    return open_items(folder)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_model(0)
+
+
+@pytest.fixture(scope="module")
+def found(model, items):
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    variants = [Variant("removed", silencing(model, "cat")), Variant("nothing", silencing(model, "cat"), 0.0)]
+    result = evaluate(model, tiny_tokenizer(), variants, PLAN, items, concept_ids=ids("cat"))
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    return result
+
+
+def row(found, variant, title):
+    (one,) = [row for row in found.result["variants"][variant]["rows"] if row["title"] == title]
+    return one
+
+
+def test_removal_is_seen_and_the_rest_is_kept(found):
+    summary = found.result["summary"]
+    assert summary["efficacy"]["value"] == 1
+    assert summary["efficacy"]["n"] == 43
+    assert summary["specificity"]["value"] > 0.75
+    expected = 2 / (1 / summary["efficacy"]["value"] + 1 / summary["specificity"]["value"])
+    assert summary["harmonic"]["value"] == pytest.approx(expected)
+    assert summary["first_token_kl"]["value"] > 0.1
+    assert summary["first_token_kl"]["n"] == 12
+    choice = row(found, "removed", "cat: words (type A)")
+    assert (choice["base"]["value"], choice["edited"]["value"]) == (1, 0)
+    assert choice["p"] == 2 * 0.5**43
+    assert "chance does not explain" in choice["sentence"]
+    json.dumps(found.result, allow_nan=False)
+
+
+def test_an_edit_of_strength_nothing_changes_no_number(found):
+    nothing = found.result["variants"]["nothing"]
+    assert nothing["summary"]["efficacy"]["value"] == 0
+    assert nothing["summary"]["specificity"]["value"] == 1
+    assert nothing["summary"]["harmonic"]["value"] == 0
+    assert nothing["summary"]["first_token_kl"]["value"] == 0
+    assert nothing["measures"]["collateral_kl"]["value"] == 0
+    assert nothing["measures"]["concept_mass_fraction"]["value"] == pytest.approx(1)
+    assert all(one["difference"]["value"] == 0 and one["p_holm"] == 1 for one in nothing["rows"])
+    assert found.items["nothing"] == found.items["base"]
+    everything = nothing["summary"] | nothing["measures"]
+    assert {"efficacy", "first_token_kl", "concept_mass", "repetition_4"} <= set(everything)
+    assert all(one["value"] == pytest.approx(one["baseline"]) for one in everything.values())
+
+
+def test_cloze_probability_and_perplexity_are_the_models_own(found, model, items):
+    tokenizer = tiny_tokenizer()
+    (task,) = [task for task in divide(items.tasks, PLAN)[0] if task.name == "tiny_cloze"]
+    for place in (0, 20, 50):
+        item = task.rows[place]
+        with torch.no_grad():
+            logits = model(torch.tensor([tokenizer(item["context"])["input_ids"]])).logits[0, -1]
+        expected = torch.softmax(logits, -1)[WORDS.index(item["word"].strip())].item()
+        assert found.items["base"]["tiny_cloze"][place] == pytest.approx(expected, rel=1e-4)
+    text = row(found, "removed", "tiny_neutral")
+    aggregate = found.result["lm_eval"]["base"]["tiny_neutral"]["tiny_neutral/word_perplexity,none"]
+    assert text["base"]["value"] == pytest.approx(aggregate)
+
+
+def test_concept_mass_is_the_measures_own(found, model, items):
+    own, others = texts_about(items, ["cat"])
+    assert len(own) == 43
+    assert not any("cat" in text for text in others)
+    known = measures.reference(model, tiny_tokenizer(), ids("cat"), concept_texts=own, other_texts=others, longest=64)
+    base = found.result["variants"]["removed"]["measures"]["concept_mass"]["baseline"]
+    assert base == pytest.approx(float(known.concept_mass[0].sum() / known.concept_mass[1].sum()))
+
+
+def test_generations_stand_side_by_side(found):
+    first, second = found.result["generations"]
+    assert first["about"] != second["about"]
+    assert set(first["variants"]) == {"removed", "nothing"}
+    assert second["variants"]["nothing"] == second["base"]
+    assert second["edited"] == second["variants"]["removed"]
+
+
+def test_items_are_divided_by_concept_and_taken_in_turn(items):
+    chosen, parts = divide(items.tasks, Plan(concepts=("CAT",), neighbours=("mat", "tree"), items=6))
+    titles = {part.title: part for part in parts}
+    (choice,) = [task for task in chosen if task.name == "tiny_choice"]
+    assert len(titles["cat: words (type A)"].rows) == 6
+    near = [choice.rows[place]["concept"] for place in titles["neighbours: words (type A)"].rows]
+    assert near == ["mat", "tree"] * 3 or near == ["tree", "mat"] * 3
+    assert {choice.rows[place]["concept"] for place in titles["everything else: words (type A)"].rows} == {"dog"}
+    assert sum(len(part.rows) for part in parts if part.task == "tiny_choice") == len(choice.rows)
+    assert divide(items.tasks, PLAN) == divide(items.tasks, PLAN)
+
+
+def test_embers_similar_domain_is_the_concepts_neighbourhood():
+    rows = [
+        {"concept": "Golf", "type": "QA", "role": "concept"},
+        {"concept": "Golf", "type": "SimdomQA", "role": "neighbour"},
+        {"concept": "Uranium", "type": "QA", "role": "concept"},
+    ]
+    task = Task("ember", {"output_type": "multiple_choice"}, {"test": tuple(rows)})
+    _, parts = divide([task], Plan(concepts=("golf",)))
+    assert [(part.role, part.title) for part in parts] == [
+        ("concept", "Golf: QA (ember)"),
+        ("neighbour", "neighbours: SimdomQA (ember)"),
+        ("general", "everything else: QA (ember)"),
+    ]
+
+
+def test_a_task_at_chance_is_not_used_and_says_so(folder, tmp_path, model):
+    for path in folder.iterdir():
+        (tmp_path / path.name).write_text(path.read_text())
+    rows = [json.loads(line) for line in (tmp_path / "choice-all.jsonl").read_text().splitlines()]
+    for place, one in enumerate(rows):
+        one["gold"] = (one["gold"] + place) % 4
+    (tmp_path / "choice-all.jsonl").write_text("".join(json.dumps(one) + "\n" for one in rows))
+    variant = Variant("removed", silencing(model, "cat"))
+    result = evaluate(model, tiny_tokenizer(), [variant], PLAN, open_items(tmp_path)).result
+    unused = row(type("Found", (), {"result": result}), "removed", "cat: words (type A)")
+    assert not unused["used"]
+    assert unused["p_holm"] is None
+    assert "does not lie above chance" in unused["sentence"]
+    # With no choice items left, removal is read from the cloze items.
+    assert result["summary"]["efficacy"]["n"] == 43
+    assert any("Not used" in words for words in result["variants"]["removed"]["words"])
+
+
+def test_the_baseline_is_cached_and_read_back_the_same(items, model, tmp_path):
+    variants = [Variant("removed", silencing(model, "cat"))]
+    first = evaluate(model, tiny_tokenizer(), variants, PLAN, items, cache=tmp_path)
+    assert not first.result["cached_baseline"]
+    second = evaluate(model, tiny_tokenizer(), variants, PLAN, items, cache=tmp_path)
+    assert second.result["cached_baseline"]
+    assert second.items == first.items
+    assert second.result["variants"] == first.result["variants"]
+    other = evaluate(model, tiny_tokenizer(), [], PLAN, items, weights_hash="another model's", cache=tmp_path)
+    assert not other.result["cached_baseline"]
+    for path in tmp_path.glob("*.json"):
+        path.write_text(path.read_text()[:-40])
+    broken = evaluate(model, tiny_tokenizer(), [], PLAN, items, cache=tmp_path)
+    assert not broken.result["cached_baseline"]
+    assert broken.items["base"] == first.items["base"]
+
+
+def test_lm_eval_leaves_no_trace(items, model, capfd, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path))
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    random.seed(5), np.random.seed(5), torch.manual_seed(5)
+    expected = random.random(), np.random.random(), torch.rand(1)
+    random.seed(5), np.random.seed(5), torch.manual_seed(5)
+    seen = []
+    evaluate(model, tiny_tokenizer(), [], PLAN, items, report=lambda *step: seen.append(step))
+    assert (random.random(), np.random.random(), torch.rand(1)) == expected
+    written = capfd.readouterr()
+    assert written.out == ""
+    assert "it/s" not in written.err
+    assert list(tmp_path.iterdir()) == []
+    assert seen[-1] == ("evaluate base", seen[-1][2], seen[-1][2])
+
+
+def test_leaks_are_counted_in_seeded_samples(items, model):
+    plan = Plan(concepts=("cat",), words=("cat",), samples=6, new_tokens=6)
+    variants = [Variant("removed", silencing(model, "cat")), Variant("nothing", silencing(model, "cat"), 0.0)]
+    found = evaluate(model, tiny_tokenizer(), variants, plan, items).result["variants"]
+    asked = found["removed"]["measures"]["leak_rate_asked"]
+    assert asked["n"] == 6
+    assert asked["baseline"] > 0.5
+    assert asked["value"] < asked["baseline"]
+    assert found["nothing"]["measures"]["leak_rate_asked"]["value"] == asked["baseline"]
+    assert found["removed"]["measures"]["leak_rate_neutral"]["n"] == 6
+
+
+def test_other_backends_score_whole_checkpoints(items, model, tmp_path):
+    model.save_pretrained(tmp_path / "base")
+    tiny_tokenizer().save_pretrained(tmp_path / "base")
+    folders = {"edited": tmp_path / "base"}
+    plain = evaluate_checkpoints(
+        tmp_path / "base", folders, PLAN, items, backend="hf", options={"device": "cpu", "dtype": "float32"}
+    )
+    assert plain.items["edited"] == plain.items["base"]
+    assert plain.items["base"] == evaluate(model, tiny_tokenizer(), [], PLAN, items).items["base"]
+    with pytest.raises(BadInput, match="backend no-such-backend"):
+        evaluate_checkpoints(tmp_path / "base", folders, PLAN, items, backend="no-such-backend")
+    (tmp_path / "pickled").mkdir()
+    with pytest.raises(BadInput, match="no safetensors"):
+        evaluate_checkpoints(tmp_path / "pickled", {}, PLAN, items, backend="hf")
+
+
+def test_amplification_is_measured_instead_of_removal(items, model):
+    plan = Plan(concepts=("cat",), neighbours=("mat",), raised=("cat",))
+    variant = Variant("more", silencing(model, "cat"), -0.5)
+    summary = evaluate(model, tiny_tokenizer(), [variant], plan, items, concept_ids=ids("cat")).result["summary"]
+    assert summary["efficacy"]["value"] is None
+    assert summary["amplification"]["value"] > 1
+
+
+def test_unknown_tasks_and_missing_chat_templates_are_named(items, model):
+    with pytest.raises(BadInput, match="no_such_task"):
+        evaluate(model, tiny_tokenizer(), [], Plan(concepts=("cat",), tasks=("no_such_task",)), items)
+    plan = Plan(concepts=("cat",), settings=Settings(chat_template=True))
+    with pytest.raises(BadInput, match="chat template"):
+        evaluate(model, tiny_tokenizer(), [], plan, items)
+
+
+def test_what_is_raised_is_measured_beside_what_is_lowered(items, model):
+    plan = Plan(concepts=("cat", "dog"), neighbours=("mat",), raised=("dog",), words=("cat",), samples=2)
+    variant = Variant("both", silencing(model, "cat"), 1.0)
+    cat, dog = ids("cat"), ids("dog")
+    found = evaluate(model, tiny_tokenizer(), [variant], plan, items, concept_ids=cat, raised_ids=dog).result
+    raising = Plan(concepts=("dog",), raised=("dog",))
+    alone = evaluate(model, tiny_tokenizer(), [variant], raising, items, concept_ids=dog).result
+    lowered = evaluate(model, tiny_tokenizer(), [variant], Plan(concepts=("cat",)), items, concept_ids=cat).result
+    assert found["summary"]["amplification"] == alone["summary"]["amplification"]
+    assert found["summary"]["efficacy"] == lowered["summary"]["efficacy"]
+    assert found["plan"]["amplified"] is False

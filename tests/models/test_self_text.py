@@ -1,0 +1,63 @@
+"""Text that a model wrote is read again and never another's; a damaged cache costs time and nothing else."""
+
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from tiny_words import tiny_model, tiny_tokenizer
+
+from rotate_edit.models import self_text as own_text
+from rotate_edit.models.batches import Passages
+
+
+def text(model: Any, tokens: int = 640, seed: int = 0) -> Passages:
+    return own_text.own_text(model, tiny_tokenizer(), tokens=tokens, seed=seed)
+
+
+def same(one: Passages, other: Passages) -> bool:
+    pairs = zip((*one.batches, *one.lengths, *one.order), (*other.batches, *other.lengths, *other.order), strict=True)
+    return all(torch.equal(first, second) for first, second in pairs) and one.texts == other.texts
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    return tmp_path / "rotate-edit"
+
+
+def test_it_is_written_once_and_read_as_it_was(cache: Path) -> None:
+    model = tiny_model(0)
+    first = text(model)
+    with mock.patch.object(own_text, "own_samples") as write:
+        assert same(text(model), first)
+    assert not write.called
+    assert len(list(cache.iterdir())) == 1
+
+
+def test_another_model_amount_or_seed_writes_its_own(cache: Path) -> None:
+    model = tiny_model(0)
+    first = text(model)
+    assert not same(text(model, seed=1), first)
+    assert text(model, tokens=1280).texts == 2 * first.texts
+    with torch.no_grad():
+        next(model.parameters())[0, 0] += 1
+    text(model)
+    assert len(list(cache.iterdir())) == 4
+
+
+@pytest.mark.parametrize("content", ["", "[]", "[[1, 2], []]", "[[1, 9000000]]", '[["1"]]', "[[true]]", '{"a": 1}'])
+def test_a_damaged_cache_is_written_anew(cache: Path, content: str) -> None:
+    model = tiny_model(0)
+    first = text(model)
+    (file,) = cache.iterdir()
+    file.write_text(content)
+    assert same(text(model), first)
+    assert file.read_text() != content
+
+
+def test_a_cache_that_cannot_be_written_costs_nothing_else(cache: Path) -> None:
+    cache.parent.mkdir(exist_ok=True)
+    cache.write_text("a file in the folder's place")
+    assert text(tiny_model(0)).texts == 10

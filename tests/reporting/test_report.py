@@ -1,0 +1,385 @@
+"""The report: hostile text stays text, the files are self-contained, everything that was measured is in them."""
+
+import html
+import itertools
+import json
+import random
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from browser import Page, browser, chromium
+
+from rotate_edit.errors import BadInput
+from rotate_edit.reporting import content as report_content
+from rotate_edit.reporting.report import fence, markdown, without_home, write_report
+
+HOSTILE = "<script>alert(1)</script>|`*[x](javascript:1)\x1b[31m ```` &amp; {{ 7*7 }}"
+
+
+def measure(value: float) -> dict[str, Any]:
+    return {"value": value, "low": value / 2, "high": value * 2, "n": 40, "standard_error": value / 4}
+
+
+def run_folder(folder: Path, name: str = HOSTILE, **changes: Any) -> Path:
+    points = [
+        {"strength": s, "mass": measure(1 / (1 + s)), "collateral_kl": measure(0.001 * s), "first_token_kl": None}
+        for s in (1.0, 2.0, 4.0)
+    ]
+    rows = [
+        {
+            "title": f"{group} {name}",
+            "group": group,
+            "scale": scale,
+            "n": 40,
+            "p_holm": p,
+            "used": True,
+            "sentence": f"{name}: no difference was shown.",
+            **{k: measure(0.5) for k in ("base", "edited", "difference")},
+        }
+        for group, scale, p in (
+            ("concept", "accuracy", 0.01),
+            ("neighbour", "probability", 0.4),
+            ("general", "perplexity", None),
+        )
+    ]
+    result = {
+        "concepts": [
+            {
+                "name": name,
+                "strength": 2.0,
+                "words": [name, "dog"],
+                "tokens": [" dog", name],
+                "warnings": [name],
+                "candidates": 3,
+                "channels": 5,
+                "supported_channels": 4,
+                "located_channels": 2,
+                "located_neurons": 2,
+            }
+        ],
+        "model": {
+            "source": name,
+            "layers": 3,
+            "neurons": 10,
+            "hidden_size": 4,
+            "vocabulary_size": 9,
+            "tied": True,
+            "family": name,
+        },
+        "neurons": [
+            {
+                "address": address,
+                "matrix": matrix,
+                "concept": name,
+                "cosine": 0.5,
+                "norm_before": 1.0,
+                "norm_after": 1.5,
+            }
+            for address, matrix in (("L0.N3", "out"), ("L2.N9", "gate"), ("unembedding.T4", "unembedding"))
+        ],
+        "chosen_method": "channel-located",
+        "curves": {name: {"channel-located": points, "direction-everywhere": points, name: points}},
+        "matched": {
+            name: {
+                "target": 0.1,
+                "rows": [
+                    {"method": "channel-located", "strength": 2.0, "collateral_kl": 0.01, "ratio": 1.0},
+                    {"method": name, "strength": None, "collateral_kl": None, "ratio": None},
+                ],
+            }
+        },
+        "summary": {"efficacy": measure(0.9), "specificity": measure(0.8), "harmonic": {"value": None, "n": 0}},
+        "variants": {"edited": {"rows": rows, "words": [name], "measures": {"leak_rate_asked": measure(0.25)}}},
+        "selected_channels": [
+            {
+                "name": f"L1.N2.out#{place}",
+                "concept": name,
+                "support": 3.0 + place,
+                "cosine": 0.8,
+                "kurtosis": 9.0,
+                "tokens": [" dog", name, "\u202e", f" x{place}"],
+                "z_scores": [-9.0, -7.0, -3.0, -1.0],
+            }
+            for place in range(10)
+        ],
+        "generations": [{"prompt": name, "about": name, "base": f"a DOG, two dogs\n{name}", "edited": "a hotdog"}],
+        "cost": {"seconds": {"locate": 3.0, "evaluate": 1.0}, "peak_memory_mb": 512.0},
+        "provenance": {"base": {"source": name, "tensors": {"a": "0" * 64}}, "seed": 7, "device": "cpu", "threads": 2},
+        "definitions": {"demo_choice": {"version": "1", "content": "c" * 64}},
+    }
+    folder.mkdir()
+    (folder / "evaluation.json").write_text(json.dumps(result | changes))
+    (folder / "recipe.yaml").write_text(f"model: {Path.home()}/models/demo # {name}\n")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    written = run_folder(tmp_path_factory.mktemp("runs") / "run")
+    write_report(written)
+    return written
+
+
+@pytest.fixture
+def page(folder: Path) -> str:
+    return (folder / "report.html").read_text()
+
+
+@pytest.fixture
+def text(folder: Path) -> str:
+    return (folder / "report.md").read_text()
+
+
+def test_hostile_text_stays_text_in_html(page: str) -> None:
+    assert "<script" not in page
+    assert "&lt;script&gt;alert(1)" in page
+    assert "\x1b" not in page
+    assert "\u202e" not in page
+    assert "{{ 7*7 }}" in html.unescape(page)
+
+
+def test_hostile_text_stays_text_in_markdown(text: str) -> None:
+    opening = re.search(r"^(`{3,})yaml$", text, flags=re.MULTILINE)
+    assert opening is not None
+    # The recipe stands in a block that no run of backticks inside it can end; nothing else is left unescaped.
+    before, block = text[: opening.start()], text[opening.end() :]
+    assert block.count(opening.group(1)) == 1
+    assert "\x1b" not in text
+    assert "<script" not in before.replace("\\<", "")
+    assert not re.search(r"(?<!\\)\]\(", before)
+    tables = [line for line in before.splitlines() if line.startswith("|")]
+    cells = [len(re.findall(r"(?<!\\)\|", line)) for line in tables]
+    separators = [number for number, line in enumerate(tables) if set(line) <= set("|-")]
+    for start, end in zip(separators, [*separators[1:], len(tables) + 1]):
+        assert len(set(cells[start - 1 : end - 1])) == 1
+
+
+def test_a_fence_is_longer_than_any_run_in_the_text() -> None:
+    assert fence("no ticks") == "```"
+    assert fence("a ``` b ````` c") == "``````"
+
+
+def test_the_page_needs_nothing_from_outside(page: str) -> None:
+    assert "default-src 'none'" in page
+    assert page.count("<svg") == 6
+    assert "<title>" in page
+    assert 'src="http' not in page
+    assert "<link" not in page
+    assert "url(http" not in page
+
+
+def test_both_reports_hold_what_was_measured(page: str, text: str) -> None:
+    seen = html.unescape(page).replace("\u00a0", " ")
+    for value in ("90 %", "80 %", "25 %", "never removes that much", "512 MB", "4 seconds", "seed", "How to undo it"):
+        assert value in seen
+    assert "0.9 (0.45 to 1.8)" in text
+    assert "| locate | 3.0 |" in text
+    assert "| 0 | 1 |" in text
+    assert "no difference was shown" in text
+
+
+def test_words_of_the_concept_are_marked_as_whole_words(page: str, text: str) -> None:
+    assert "a <mark>DOG</mark>, two <mark>dogs</mark>" in page
+    assert "a hotdog" in page
+    assert "a **DOG**, two **dogs**" in text
+
+
+def test_chips_are_sized_by_strength_and_the_concept_is_told_apart() -> None:
+    result = json.loads((run_json()).replace("HOSTILE", "dogs"))
+    rows = report_content.channel_rows(result, result["concepts"][0])
+    assert [row["name"] for row in rows] == ["L1.N2.out#1", "L1.N2.out#0"]
+    assert [chip["size"] for chip in rows[0]["chips"]] == [5, 3, 1]
+    assert [chip["own"] for chip in rows[0]["chips"]] == [True, False, False]
+
+
+def run_json() -> str:
+    channel = {"concept": "HOSTILE", "z_scores": [-10.0, -6.0, -1.0]}
+    return json.dumps(
+        {
+            "concepts": [{"name": "HOSTILE", "tokens": [" dog"]}],
+            "selected_channels": [
+                {**channel, "name": "L1.N2.out#0", "support": 2.0, "tokens": [" dog", " cat", " a"]},
+                {**channel, "name": "L1.N2.out#1", "support": 4.0, "tokens": [" dog", " cow", " a"]},
+            ],
+        }
+    )
+
+
+def test_the_same_channel_found_twice_is_shown_once() -> None:
+    result = json.loads(run_json().replace(" cow", " cat"))
+    rows = report_content.channel_rows(result, result["concepts"][0])
+    assert [row["name"] for row in rows] == ["L1.N2.out#0, #1"]
+
+
+def test_rows_that_were_not_used_are_not_drawn(tmp_path: Path) -> None:
+    folder = run_folder(tmp_path / "run", "dogs")
+    result = json.loads((folder / "evaluation.json").read_text())
+    result["variants"]["edited"]["rows"][0]["used"] = False
+    rows = report_content.forest_rows(result)
+    assert [(row.group, row.panel) for row in rows] == [
+        ("general", "the rest: perplexity (lower is better)"),
+        ("neighbour", "the rest: probability of the right word, points"),
+    ]
+    assert [row.value for row in rows] == [0.5, 50.0]
+    assert not any(row.clear for row in rows)
+
+
+def test_what_is_no_neuron_is_left_out_of_the_strip(tmp_path: Path) -> None:
+    result = json.loads((run_folder(tmp_path / "run", "dogs") / "evaluation.json").read_text())
+    found = report_content.edited_neurons(result, "dogs")
+    assert [(neuron.layer, neuron.place, neuron.matrix) for neuron in found] == [(0, 3, "out"), (2, 9, "gate")]
+    assert report_content.layer_counts(found) == {0: 1, 2: 1}
+
+
+def test_no_home_folder_in_a_report(tmp_path: Path) -> None:
+    folder = run_folder(tmp_path / "run", "dogs")
+    write_report(folder)
+    for name in ("report.html", "report.md"):
+        written = (folder / name).read_text()
+        assert f"{Path.home()}/" not in written
+        assert "~/models/demo" in written
+    assert without_home(f"{Path.home()}less") == f"{Path.home()}less"
+
+
+def test_a_failed_run_says_why(tmp_path: Path) -> None:
+    folder = run_folder(tmp_path / "run", failure="No channel carries it.", curves={}, matched={}, summary={})
+    write_report(folder)
+    assert "No channel carries it." in (folder / "report.html").read_text()
+    assert markdown("No channel carries it.") in (folder / "report.md").read_text()
+
+
+def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match="not a run folder"):
+        write_report(tmp_path)
+
+
+def leaves(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    """The paths of everything in a JSON value."""
+    inside = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    return [path, *(found for key, entry in inside for found in leaves(entry, (*path, key)))]
+
+
+WRONG = [HOSTILE, None, [], {}, -1, 1e308]
+
+
+@pytest.mark.parametrize(
+    "share", [0.02, pytest.param(0.2, marks=pytest.mark.slow)], ids=["a few places", "many places"]
+)
+def test_whatever_stands_in_an_evaluation_is_refused_or_harmless(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, share: float
+) -> None:
+    monkeypatch.setattr("rotate_edit.reporting.report._figures", lambda _: {"curves": {}, "strips": {}, "forest": None})
+    folder = run_folder(tmp_path / "run", "dogs")
+    write_report(folder)
+    good = (folder / "evaluation.json").read_text()
+    cases = [(path, wrong) for path in leaves(json.loads(good))[1:] for wrong in WRONG]
+    chosen = random.Random(0).sample(cases, int(share * len(cases)))
+    refused: list[str] = []
+    for path, wrong in chosen:
+        result = json.loads(good)
+        place = result
+        for key in path[:-1]:
+            place = place[key]
+        place[path[-1]] = wrong
+        (folder / "evaluation.json").write_text(json.dumps(result))
+        try:
+            write_report(folder)
+        except BadInput as error:
+            refused.append(str(error))
+        assert "<script" not in (folder / "report.html").read_text()
+        text = (folder / "report.md").read_text()
+        assert "<script" not in text.replace("\\<", "")
+        assert "\x1b" not in text
+    assert all("evaluation.json" in sentence for sentence in refused)
+    assert len(refused) < len(chosen)
+
+
+# In a browser.
+
+CONTRAST = """(() => {
+  const linear = v => v <= .03928 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4;
+  const luminance = c => { const [r, g, b] = c.map(v => linear(v / 255));
+    return .2126 * r + .7152 * g + .0722 * b; };
+  const numbers = text => (text.match(/[\\d.]+/g) || []).map(Number);
+  const behind = element => { for (let e = element; e; e = e.parentElement) {
+      const c = numbers(getComputedStyle(e).backgroundColor);
+      if (c.length === 3 || c[3] === 1) return c.slice(0, 3); } return [255, 255, 255]; };
+  const poor = [];
+  for (const element of document.querySelectorAll('body *')) {
+    const own = [...element.childNodes].some(n => n.nodeType === 3 && n.textContent.trim());
+    if (!own || !element.getClientRects().length) continue;
+    const style = getComputedStyle(element);
+    const front = numbers(element instanceof SVGElement ? style.fill : style.color).slice(0, 3);
+    const [a, b] = [luminance(front), luminance(behind(element))].sort((x, y) => y - x);
+    const ratio = (a + .05) / (b + .05);
+    if (ratio < 4.5) poor.push([element.tagName, element.textContent.slice(0, 30), ratio]);
+  }
+  return poor; })()"""
+SHOWN_FIGURES = """[...document.querySelectorAll('svg[role=img]')].filter(s => s.getClientRects().length).map(s => ({
+  title: s.querySelector('title').textContent, described: s.querySelector('desc').textContent.length,
+  labelled: s.getAttribute('aria-labelledby').split(' ').every(id => document.getElementById(id)),
+  width: s.getBoundingClientRect().width,
+  shapes: s.querySelectorAll('path').length, texts: s.querySelectorAll('text').length }))"""
+
+
+@pytest.fixture(scope="module")
+def opened(folder: Path) -> Any:
+    if chromium() is None:
+        pytest.skip("there is no Chromium here")
+    with browser() as page:
+        yield page, folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+@pytest.mark.parametrize("width", [1280, 390])
+def test_the_page_in_a_browser(opened: tuple[Page, Path], width: int, dark: bool) -> None:
+    page, folder = opened
+    page.messages.clear()
+    page.open(folder / "report.html", width=width, dark=dark)
+    page.screenshot(folder / f"report-{width}-{'dark' if dark else 'light'}.png")
+    assert page.messages == []
+    assert page.ask("document.title").endswith("rotate_edit report")
+    assert page.ask("document.documentElement.lang") == "en"
+    assert page.ask("document.documentElement.scrollWidth") <= width
+    assert page.ask("document.querySelectorAll('script, img:not([alt])').length") == 0
+    # The first table, damage at equal removal, is read without scrolling on a phone as well.
+    assert page.ask("(table => table.scrollWidth <= table.clientWidth)(document.querySelector('.scroll'))")
+    figures = page.ask(SHOWN_FIGURES)
+    assert len(figures) == 3
+    for figure in figures:
+        assert figure["title"]
+        assert figure["described"] > 10
+        assert figure["labelled"]
+        assert 300 <= figure["width"] <= width
+        assert figure["shapes"] > 5
+        assert figure["texts"] >= 3
+    page.ask("document.querySelectorAll('details').forEach(d => d.open = true)")
+    assert page.ask(CONTRAST) == []
+    assert page.ask("document.documentElement.scrollWidth") <= width
+    assert (page.ask("getComputedStyle(document.body).backgroundColor") != "rgb(255, 255, 255)") == dark
+    assert (folder / f"report-{width}-{'dark' if dark else 'light'}.png").read_bytes()[:4] == b"\x89PNG"
+
+
+@pytest.mark.slow
+def test_every_link_leads_somewhere_and_headings_go_down_in_steps(opened: tuple[Page, Path]) -> None:
+    page, folder = opened
+    page.open(folder / "report.html", width=1280, dark=False)
+    targets = page.ask("[...document.querySelectorAll('a')].map(a => !!document.querySelector(a.getAttribute('href')))")
+    assert targets
+    assert all(targets)
+    levels = page.ask("[...document.querySelectorAll('h1,h2,h3,h4')].map(h => Number(h.tagName[1]))")
+    assert levels.count(1) == 1
+    assert all(after - before <= 1 for before, after in itertools.pairwise(levels))
+
+
+@pytest.mark.slow
+def test_a_page_prints_on_white_in_full(opened: tuple[Page, Path]) -> None:
+    page, folder = opened
+    page.open(folder / "report.html", width=1280, dark=True)
+    page.call("Emulation.setEmulatedMedia", media="print")
+    assert page.ask("getComputedStyle(document.querySelector('nav')).display") == "none"
+    assert page.ask("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
+    assert page.call("Page.printToPDF")["data"]
