@@ -194,16 +194,17 @@ def shared_files(trained_on: frozenset[str]) -> dict[str, list[Line]]:
         return text not in trained_on and is_neutral(text)
 
     files: dict[str, list[Line]] = {}
-    for split in ("validation", "test"):
+    # The seeds' names are those under which the bundled files were first written.
+    for split, seed in (("validation", "choose"), ("test", "report")):
         lines = []
         for concept in concepts().values():
 
             def topic(writer: Writer, concept: Concept = concept) -> str:
                 return writer.topic_paragraph(concept)
 
-            found = paragraphs(f"{split} {concept.name}", topic, lambda t: t not in trained_on)
+            found = paragraphs(f"{seed} {concept.name}", topic, lambda t: t not in trained_on)
             lines += [marked_text(text, concept) for text in islice(found, TEXTS)]
-        found = paragraphs(f"{split} neutral", Writer.neutral_paragraph, is_new_and_neutral)
+        found = paragraphs(f"{seed} neutral", Writer.neutral_paragraph, is_new_and_neutral)
         lines += [marked_text(text, None) for text in islice(found, TEXTS)]
         files[f"texts-{split}.jsonl"] = lines
     neutral = paragraphs("perplexity", Writer.neutral_paragraph, is_new_and_neutral)
