@@ -23,8 +23,8 @@ from rotate_edit.edits.edit import key_coefficients
 from rotate_edit.edits.low_rank import Wanted, fit_change, whitened
 from rotate_edit.models.batches import Passages, log_probabilities, real_positions
 from rotate_edit.models.hooks import recorded
-from rotate_edit.models.output_head import Positions, Tail, tail_of
-from rotate_edit.models.self_text import own_samples
+from rotate_edit.models.output_head import Positions, OutputHead, output_head_of
+from rotate_edit.models.self_text import write_samples
 from rotate_edit.recipe import EditRecipe, parse_recipe
 from rotate_edit.session import open_recipe
 
@@ -34,7 +34,7 @@ KEYED, LONGER = "one key, one direction (keyed)", "the key from twice the text"
 
 
 @dataclass(frozen=True)
-class Seen:
+class LayerActivations:
     """Positions of texts: neurons float32 [n, neurons], residual float32 [n, d_model] before the final norm, following
     int64 [n] (-1 at a text's end)."""
 
@@ -42,9 +42,9 @@ class Seen:
     residual: Tensor
     following: Tensor
 
-    def only(self, mask: Tensor) -> "Seen":
+    def only(self, mask: Tensor) -> "LayerActivations":
         """The positions of a mask."""
-        return Seen(self.neurons[mask], self.residual[mask], self.following[mask])
+        return LayerActivations(self.neurons[mask], self.residual[mask], self.following[mask])
 
 
 @dataclass(frozen=True)
@@ -65,10 +65,10 @@ class Head:
 
 
 RANK = EditRecipe().fit_rank
-Variant = Callable[[Seen, float], Tensor]
+Variant = Callable[[LayerActivations, float], Tensor]
 
 
-def seen(model: Any, passages: Passages) -> Seen:
+def seen(model: Any, passages: Passages) -> LayerActivations:
     """What the last layer holds on texts."""
     last, parts = model.config.num_hidden_layers - 1, []
     with recorded(model, [last]) as kept:
@@ -79,11 +79,11 @@ def seen(model: Any, passages: Passages) -> Seen:
             following[:, :-1] = torch.where(real[:, 1:], batch[:, 1:], -1)
             held = [kept[last][name].reshape(*batch.shape, -1)[real].float() for name in ("neurons", "residual")]
             parts.append((*held, following[real]))
-    return Seen(*(torch.cat(column) for column in zip(*parts)))
+    return LayerActivations(*(torch.cat(column) for column in zip(*parts)))
 
 
 def variants(
-    head: Head, tail: Tail, own: Seen, more: Seen, wanted: Wanted, direction: Tensor, metric: Tensor
+    head: Head, tail: OutputHead, own: LayerActivations, more: LayerActivations, wanted: Wanted, direction: Tensor, metric: Tensor
 ) -> dict[str, Variant]:
     """Every edit by name: from positions and a strength to log-probabilities.
 
@@ -95,7 +95,7 @@ def variants(
     rows = (head.unembedding * head.gain).double()
     rows = rows - rows.mean(0)
 
-    def moments(where: Seen) -> tuple[Tensor, Tensor]:
+    def moments(where: LayerActivations) -> tuple[Tensor, Tensor]:
         felt = (where.neurons / head.size(where.residual)[:, None]).double()
         return felt, head(where.residual).exp()
 
@@ -134,12 +134,12 @@ def variants(
     def linear(change: Tensor) -> Variant:
         return lambda where, strength: head(where.residual - strength * (where.neurons @ change.float()))
 
-    def told(where: Seen, strength: float) -> Tensor:
+    def told(where: LayerActivations, strength: float) -> Tensor:
         known = head(where.residual)[:, ids].exp().sum(1)
         pushed = strength * known / (known + 0.1) * head.size(where.residual)
         return head(where.residual - pushed[:, None] * direction.float())
 
-    def lowered(where: Seen, strength: float) -> Tensor:
+    def lowered(where: LayerActivations, strength: float) -> Tensor:
         logits = head(where.residual).clone()
         logits[:, ids] -= strength
         return logits.log_softmax(1)
@@ -148,7 +148,7 @@ def variants(
     return named | {"our direction, a key that is told the concept's probability": told, FLOOR: lowered}
 
 
-def at_target(variant: Variant, head: Head, texts: dict[str, Seen], ids: Tensor, near_ids: Tensor) -> dict[str, Any]:
+def at_target(variant: Variant, head: Head, texts: dict[str, LayerActivations], ids: Tensor, near_ids: Tensor) -> dict[str, Any]:
     """Collateral KL, perplexity rise and neighbours' mass at the strength that leaves the target; None out of reach."""
     concept = texts["concept"].only(torch.isin(texts["concept"].following, ids))
     base = float(head(concept.residual)[:, ids].exp().sum())
@@ -177,14 +177,14 @@ def at_target(variant: Variant, head: Head, texts: dict[str, Seen], ids: Tensor,
     }
 
 
-def measure(model: Any, material: Material, name: str, samples: dict[int, Seen], head: Head) -> dict[str, Any]:
+def measure(model: Any, material: Material, name: str, samples: dict[int, LayerActivations], head: Head) -> dict[str, Any]:
     """One concept: every variant at the target."""
     concept = {"name": material.name, "words": material.words, "strength": 1.0, "neighbour_words": material.near_words}
     recipe = parse_recipe({"model": name, "concepts": [concept | {"plurals": material.plurals}]})
     opened = replace(open_recipe(recipe), items=material.items)
     for size in (TOKENS, 2 * TOKENS):
         if size not in samples:
-            samples[size] = seen(model, own_samples(model, opened.tokenizer, tokens=size, seed=0))
+            samples[size] = seen(model, write_samples(model, opened.tokenizer, tokens=size, seed=0))
     proof, ids = proof_of(model, opened, material), opened.tokens[0].ids
     assert proof.near is not None
     assert proof.near_ids is not None
@@ -204,7 +204,7 @@ def measure(model: Any, material: Material, name: str, samples: dict[int, Seen],
     close = torch.cat(near).unique() if near else ids[:0]
     wanted = Wanted(ids, TARGET, close[~torch.isin(close, ids)], rows)
     found = variants(
-        head, tail_of(model), samples[TOKENS], samples[2 * TOKENS], wanted, direction.write.double(),
+        head, output_head_of(model), samples[TOKENS], samples[2 * TOKENS], wanted, direction.write.double(),
         _inverse(covariance.double(), recipe.edit.ridge, rows),
     )  # fmt: skip
     return {
@@ -250,7 +250,7 @@ def main() -> None:
     head = Head(norm.weight.float(), model.get_output_embeddings().weight.float(), norm.variance_epsilon)
     about = provenance("limits.py", parser, arguments)
     results: list[dict[str, Any]] = []
-    samples: dict[int, Seen] = {}
+    samples: dict[int, LayerActivations] = {}
     for material in materials(arguments):
         results.append(measure(model, material, arguments.model, samples, head))
         print(material.name, {name: row["kl"] for name, row in results[-1]["rows"].items()}, flush=True)

@@ -23,7 +23,7 @@ from rotate_edit.edits.edit import TOKEN_METHOD
 from rotate_edit.evaluation import matched, measures
 from rotate_edit.models import batches
 from rotate_edit.models.checkpoint import load_tokenizer, open_checkpoint
-from rotate_edit.models.self_text import own_samples
+from rotate_edit.models.self_text import write_samples
 from rotate_edit.pipeline import locate
 from rotate_edit.recipe import Recipe, parse_recipe
 from rotate_edit.session import open_recipe
@@ -97,7 +97,7 @@ def main() -> None:
     about = provenance("unseen_words.py", parser, arguments)
     model, rows = load(arguments.model), []
     tokenizer = load_tokenizer(open_checkpoint(arguments.model))
-    samples = own_samples(model, tokenizer, tokens=KEY_TOKENS, seed=0)
+    samples = write_samples(model, tokenizer, tokens=KEY_TOKENS, seed=0)
     for material in materials(arguments):
         rows += [row for half in (0, 1) for row in measure_half(model, arguments.model, material, half, samples)]
         print(material.name, {row["method"]: row["left"] for row in rows[-len(METHODS) :]}, flush=True)

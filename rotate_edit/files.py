@@ -27,7 +27,11 @@ REPLACED_PREFIX = ".rotate-edit-replaced-"
 
 
 def sync_folder(folder: Path) -> None:
-    """Ask the kernel to put a folder's own entries on disk, so that a rename inside it survives a crash."""
+    """Ask the kernel to put a folder's own entries on disk, so that a rename inside it survives a crash.
+
+    Args:
+        folder: The folder.
+    """
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -36,7 +40,11 @@ def sync_folder(folder: Path) -> None:
 
 
 def sync_file(path: Path) -> None:
-    """Ask the kernel to put a file's bytes on disk, and wait until they are there."""
+    """Ask the kernel to put a file's bytes on disk, and wait until they are there.
+
+    Args:
+        path: The file.
+    """
     with open(path, "rb") as stream:
         os.fsync(stream.fileno())
 
@@ -57,7 +65,13 @@ def _clear_errors(output: Path) -> Iterator[None]:
 def write_atomically(path: Path, content: str | bytes) -> None:
     """Write a small file so that readers see the old content or the new one, never a part.
 
-    Raises BadInput when it may not be written, Failure when the disk is full or fails.
+    Args:
+        path: The file.
+        content: The new content. Text is written as UTF-8.
+
+    Raises:
+        BadInput: When the file may not be written.
+        Failure: When the disk is full or fails.
     """
     temporary = path.with_name(_partial_name())
     data = content.encode() if isinstance(content, str) else content
@@ -75,10 +89,20 @@ def write_atomically(path: Path, content: str | bytes) -> None:
 
 @contextmanager
 def whole_file(output: Path, *, overwrite: bool = False) -> Iterator[Path]:
-    """Yield a temporary sibling of `output` to write a large file to; flush and rename it when the block ends well.
+    """Write a large file that appears whole or not at all.
 
-    Raises BadInput when `output` exists and is not to be overwritten, or when its folder may not be written; Failure
-    when the disk is full or fails.
+    The temporary file is flushed and renamed when the block ends without an error.
+
+    Args:
+        output: The file.
+        overwrite: Replace a file that exists.
+
+    Yields:
+        A temporary sibling of `output` to write to.
+
+    Raises:
+        BadInput: When `output` exists (without `overwrite`) or its folder may not be written.
+        Failure: When the disk is full or fails.
     """
     check_output_free(output, overwrite=overwrite)
     temporary = output.with_name(_partial_name())
@@ -101,11 +125,23 @@ def whole_file(output: Path, *, overwrite: bool = False) -> Iterator[Path]:
 
 @contextmanager
 def whole_folder(output: Path, *, overwrite: bool = False) -> Iterator[Path]:
-    """Yield a temporary sibling of `output`; rename it to `output` when the block ends without an error.
+    """Write a folder that appears whole or not at all.
 
-    Every file in it is flushed to disk before the rename. An existing `output` is refused unless `overwrite`,
-    in which case it is moved aside first and removed only after the new one stands in its place.
-    Raises BadInput when `output` exists or may not be written, Failure when the disk is full or fails.
+    The temporary folder is renamed to `output` when the block ends without an error. Every file in it is flushed to
+    disk before the rename. With `overwrite`, an existing `output` is moved aside first. It is removed only after the
+    new one stands in its place.
+
+    Args:
+        output: The folder.
+        overwrite: Replace a folder that exists.
+
+    Yields:
+        A temporary sibling of `output` to write into.
+
+    Raises:
+        BadInput: When `output` exists (without `overwrite`) or may not be written. With `overwrite`, also when it is
+            not a folder or contains the working directory.
+        Failure: When the disk is full or fails.
     """
     check_output_free(output, overwrite=overwrite)
     parent = output.absolute().parent
@@ -149,7 +185,10 @@ def _cannot_write(output: Path, error: OSError) -> BadInput:
 
 @contextmanager
 def _held(path: Path) -> Iterator[None]:
-    """Hold a lock on a temporary file or folder, so that a run in another container does not take it for a leftover."""
+    """Hold a lock on a temporary file or folder.
+
+    So a run in another container does not take it for a leftover.
+    """
     descriptor = os.open(path, os.O_RDONLY)
     try:
         _lock(descriptor)
@@ -167,17 +206,23 @@ def _lock(descriptor: int) -> bool:
     except BlockingIOError:
         return False
     except OSError as error:
-        # A filesystem without locks: the process number alone has to tell.
+        # A filesystem without locks: only the process number can show whether the owner lives.
         if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL):
             raise
     return True
 
 
 def remove_leftovers(parent: Path) -> list[Path]:
-    """Clear away what killed runs left in `parent`; return the paths removed or put back.
+    """Clear away what killed runs left in a folder.
 
     Temporary files and folders whose process is gone are removed. A folder that was moved aside to be overwritten is
-    put back when the kill came before the new one stood in its place.
+    put back when the new one did not yet stand in its place.
+
+    Args:
+        parent: The folder.
+
+    Returns:
+        The paths removed or put back.
     """
     cleared = []
     for entry in [*parent.glob(f"{PARTIAL_PREFIX}*-*"), *parent.glob(f"{REPLACED_PREFIX}*-*-*")]:
@@ -199,7 +244,7 @@ def _is_held(entry: Path) -> bool:
     try:
         descriptor = os.open(entry, os.O_RDONLY)
     except OSError:
-        # Gone already, or not ours to open and so not ours to remove.
+        # Gone already, or not permitted to be opened and so not to be removed.
         return True
     try:
         return not _lock(descriptor)
@@ -218,16 +263,31 @@ def _process_is_alive(process: int) -> bool:
 
 
 def check_output_free(output: Path, *, overwrite: bool = False) -> None:
-    """Refuse an output path that something already occupies, before any work is done. Raises BadInput."""
-    # These two answer no, and do not fail, for a path that may not be looked at; writing there is refused later.
+    """Refuse an output path that something already occupies, before any work is done.
+
+    Args:
+        output: The path.
+        overwrite: Allow a path that exists, unless it is a link.
+
+    Raises:
+        BadInput: When the path is occupied.
+    """
+    # Both calls return False, without an error, for a path that may not be read; writing there is refused later.
     if os.path.islink(output) or (os.path.exists(output) and not overwrite):
         raise BadInput(f"the output {output} exists already; name another one or pass --overwrite.")
 
 
 def check_output_outside(output: Path, folder: Path, what: str = "the base's folder", *, inside: bool = False) -> None:
-    """Refuse an output that is a folder which is only to be read, or contains it: --overwrite would take it away.
+    """Refuse an output that is or contains a folder that is only to be read. `overwrite` would remove that folder.
 
-    what: the folder in words. `inside`: an output inside it is allowed. Raises BadInput.
+    Args:
+        output: The output path.
+        folder: The folder that is only to be read.
+        what: The folder in words, for the message.
+        inside: Allow an output inside the folder.
+
+    Raises:
+        BadInput: When the two lie one inside the other.
     """
     kept, target = folder.resolve(), output.absolute().resolve()
     if target == kept or target in kept.parents or (kept in target.parents and not inside):
@@ -235,7 +295,14 @@ def check_output_outside(output: Path, folder: Path, what: str = "the base's fol
 
 
 def free_space(output: Path) -> int:
-    """Bytes that are free on the disk on which `output` would lie."""
+    """Find how much space is free on the disk on which `output` would lie.
+
+    Args:
+        output: The output path. It need not exist.
+
+    Returns:
+        The free bytes.
+    """
     parent = output.absolute().parent
     while not os.path.exists(parent):
         parent = parent.parent
@@ -243,7 +310,15 @@ def free_space(output: Path) -> int:
 
 
 def check_free_space(output: Path, needed: int) -> None:
-    """Refuse to begin when the disk of `output` has fewer than `needed` bytes free. Raises BadInput."""
+    """Refuse to begin when the disk of `output` has too little free space.
+
+    Args:
+        output: The output path. It need not exist.
+        needed: The bytes needed.
+
+    Raises:
+        BadInput: When fewer bytes are free.
+    """
     free = free_space(output)
     if free < needed:
         raise BadInput(
@@ -252,17 +327,36 @@ def check_free_space(output: Path, needed: int) -> None:
 
 
 def data_folder(name: str) -> Path:
-    """Where `evals` or `recipes` lie: inside the installed package, or beside it in a source tree."""
+    """Find the package's folder of evaluation items or recipes.
+
+    It lies inside the installed package, or beside it in a source tree.
+
+    Args:
+        name: "evals" or "recipes".
+
+    Returns:
+        The folder. It is not checked that it exists.
+    """
     package = Path(__file__).resolve().parent
     installed = package / f"_{name}"
     return installed if installed.is_dir() else package.parent / name
 
 
 def file_inside(folder: Path, name: str) -> Path:
-    """The real path of a file that an index or archive names. Raises BadInput when it would leave the folder.
+    """Find the real path of a file that an index or archive names.
 
-    Links are followed inside the folder, and from a Hub snapshot into the same cache entry's `blobs`, of which every
-    snapshot is made; nowhere else.
+    Links are followed inside the folder. From a Hub snapshot they are also followed into the same cache entry's
+    `blobs`, of which every snapshot is made. They are followed nowhere else.
+
+    Args:
+        folder: The folder.
+        name: The plain name of a file in it, as untrusted text.
+
+    Returns:
+        The resolved path.
+
+    Raises:
+        BadInput: When the name is not a plain one, or the path would leave the folder.
     """
     if not name or name in (".", "..") or "/" in name or "\\" in name or "\0" in name:
         raise BadInput(f"{quoted(name)} is not the plain name of a file, so it is not opened.")
@@ -278,9 +372,16 @@ def file_inside(folder: Path, name: str) -> Path:
 
 
 def copy_file(source: Path, target: Path) -> None:
-    """Copy a file's bytes into a new regular file, by the kernel: a shared copy where the filesystem can make one.
+    """Copy a file's bytes into a new regular file, by the kernel.
 
-    Raises OSError as the system does, for instance when the disk is full.
+    It is a shared copy where the filesystem can make one.
+
+    Args:
+        source: The file to copy.
+        target: The new file.
+
+    Raises:
+        OSError: As the system raises it, for instance when the disk is full or, on Linux, `target` exists.
     """
     if not sys.platform.startswith("linux"):
         shutil.copyfile(source, target)
@@ -309,9 +410,18 @@ def copy_file(source: Path, target: Path) -> None:
 
 
 def read_json(folder: Path, name: str, *, strict: bool = False) -> dict:
-    """A JSON object out of a folder, as hostile input; `strict` refuses NaN and Infinity, which JSON does not have.
+    """Read a JSON object out of a folder, as untrusted input.
 
-    Raises BadInput when the file is missing, too large, not JSON or not an object.
+    Args:
+        folder: The folder.
+        name: The file's plain name.
+        strict: Refuse NaN and Infinity, which JSON does not have.
+
+    Returns:
+        The object.
+
+    Raises:
+        BadInput: When the file is missing, too large, not JSON or not an object.
     """
     path = file_inside(folder, name)
     try:
@@ -339,13 +449,24 @@ def _integer(text: str) -> int:
 
 
 def cache_folder() -> Path:
-    """Where baselines and text that models wrote are kept between runs: the user's cache folder."""
+    """Find where baselines and model-written text are kept between runs: the user's cache folder.
+
+    Returns:
+        The folder. It is not checked that it exists.
+    """
     root = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
     return Path(root) / "rotate-edit"
 
 
 def plain(value: Any) -> Any:
-    """JSON values with not-a-number and infinity as null."""
+    """Replace not-a-number and infinity by null in JSON values.
+
+    Args:
+        value: A JSON value, with lists and dictionaries of any depth.
+
+    Returns:
+        A copy with None in their place. Keys become text, and tuples become lists.
+    """
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if isinstance(value, dict):

@@ -1,4 +1,7 @@
-"""What a job will take on this machine: time, memory, GPU memory and disk; refused early when it cannot fit."""
+"""What a job will take on this machine: time, memory, GPU memory and disk.
+
+A job that cannot fit is refused early.
+"""
 
 import os
 import resource
@@ -27,9 +30,14 @@ PROBE_SECONDS = 0.3
 class Cost:
     """What a job takes.
 
-    operations: floating-point operations, with what surrounds the products counted in; start: seconds before work
-    begins; read, disk: bytes read and bytes that are new on the disk; memory, gpu_memory: bytes at most; download:
-    bytes that the Hub's cache does not hold yet, at most.
+    Attributes:
+        operations: Floating-point operations, with what surrounds the matrix products counted in.
+        start: Seconds before work begins.
+        read: Bytes read.
+        memory: Bytes of memory, at most.
+        gpu_memory: Bytes of GPU memory, at most.
+        disk: Bytes that are new on the disk.
+        download: Bytes that the Hub's cache does not hold yet, at most.
     """
 
     operations: float = 0.0
@@ -41,9 +49,9 @@ class Cost:
     download: int = 0
 
     def __add__(self, other: "Cost") -> "Cost":
-        """One job after the other in one process: work and disk add up, the larger memory counts.
+        """Add the cost of another job that follows in the same process.
 
-        What the first has downloaded the second need not download.
+        Work and disk add up, and the larger memory counts. What the first has downloaded the second need not download.
         """
         return Cost(
             self.operations + other.operations,
@@ -57,14 +65,35 @@ class Cost:
 
 
 def seconds(cost: Cost, output: Path, device: str = "cpu") -> float:
-    """How long a job takes at the speeds that this machine shows now: a product of matrices and a file, measured."""
+    """Estimate how long a job takes at the speeds that this machine shows now.
+
+    The speeds of a matrix product and of writing a file are measured.
+
+    Args:
+        cost: What the job takes.
+        output: The output path, for the speed of its disk.
+        device: Device of the computation.
+
+    Returns:
+        The time in seconds.
+
+    Raises:
+        BadInput: When the output's disk cannot be written.
+    """
     calculated = cost.operations / product_speed(device) if cost.operations else 0.0
     written = cost.disk / disk_speed(output) if cost.disk else 0.0
     return cost.start + calculated + cost.read / READING + written
 
 
 def product_speed(device: str = "cpu") -> float:
-    """Floating-point operations a second of float32 products on a device, the best of a third of a second."""
+    """Measure the speed of float32 matrix products on a device, the best of a third of a second.
+
+    Args:
+        device: The device, for instance "cpu".
+
+    Returns:
+        Floating-point operations per second.
+    """
     import torch
 
     left, right = torch.ones(192, 1024, device=device), torch.ones(1024, 2048, device=device)
@@ -77,7 +106,17 @@ def product_speed(device: str = "cpu") -> float:
 
 
 def disk_speed(output: Path) -> float:
-    """Bytes a second that the disk of `output` takes, measured with a small file that is flushed and removed."""
+    """Measure the writing speed of the disk of `output`, with a small file that is flushed and removed.
+
+    Args:
+        output: The output path. It need not exist.
+
+    Returns:
+        Bytes per second.
+
+    Raises:
+        BadInput: When the disk cannot be written.
+    """
     parent = output.absolute().parent
     while not parent.is_dir():
         parent = parent.parent
@@ -94,7 +133,11 @@ def disk_speed(output: Path) -> float:
 
 
 def available_memory() -> int:
-    """Bytes of memory that a new job may take, the limit of a container included."""
+    """Find how much memory a new job may take, the limit of a container included.
+
+    Returns:
+        The memory in bytes.
+    """
     names = getattr(os, "sysconf_names", {})
     # macOS says only how much there is in all.
     pages = next((os.sysconf(name) for name in ("SC_AVPHYS_PAGES", "SC_PHYS_PAGES") if name in names), 1 << 50)
@@ -110,20 +153,36 @@ def available_memory() -> int:
 
 
 def held_memory() -> int:
-    """Bytes of memory that this process has used at most so far."""
+    """Find how much memory this process has used at most so far.
+
+    Returns:
+        The memory in bytes.
+    """
     used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return used * (1024 if sys.platform != "darwin" else 1)
 
 
 def available_gpu_memory() -> int | None:
-    """Bytes that the GPU has free; None where there is no GPU that says so."""
+    """Find how much memory the GPU has free.
+
+    Returns:
+        The memory in bytes. None where there is no CUDA GPU.
+    """
     import torch
 
     return int(torch.cuda.mem_get_info()[0]) if torch.cuda.is_available() else None
 
 
 def check_cost(cost: Cost, output: Path) -> None:
-    """Refuse a job that does not fit the disk of `output`, the memory or the GPU. Raises BadInput."""
+    """Refuse a job that does not fit the disk of `output`, the memory or the GPU.
+
+    Args:
+        cost: What the job takes.
+        output: The output path.
+
+    Raises:
+        BadInput: When the job does not fit.
+    """
     check_free_space(output, cost.disk)
     available = available_memory()
     # What this process holds already is not free any more, and is part of what the job needs.
@@ -143,7 +202,16 @@ def check_cost(cost: Cost, output: Path) -> None:
 
 
 def described(cost: Cost, output: Path, device: str = "cpu") -> list[list[str]]:
-    """The estimate as rows of a table: what, how much of it the job takes, how much this machine has free."""
+    """Write the estimate as rows of a table.
+
+    Args:
+        cost: What the job takes.
+        output: The output path.
+        device: Device of the computation.
+
+    Returns:
+        One row per resource: what it is, how much the job takes, how much this machine has free.
+    """
     rows = [
         ["time", f"about {_duration(seconds(cost, output, device))}", f"at this machine's speed now, on {device}"],
         ["memory", f"{cost.memory / 1e9:.2f} GB at most", f"{available_memory() / 1e9:.1f} GB free"],
@@ -169,7 +237,17 @@ def _duration(length: float) -> str:
 
 
 def pick_device(device: str) -> str:
-    """ "auto" as what this machine has best: cuda, mps or cpu. Raises BadInput for a device that is not there."""
+    """Pick the device to compute on.
+
+    Args:
+        device: "auto", "cuda", "mps" or "cpu".
+
+    Returns:
+        The device. For "auto" it is the best this machine has: cuda, then mps, then cpu.
+
+    Raises:
+        BadInput: When this machine does not have the device.
+    """
     there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if device == "auto":
         return next(name for name in ("cuda", "mps", "cpu") if there[name])

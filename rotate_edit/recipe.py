@@ -6,21 +6,14 @@ errors of a recipe are reported together.
 
 import difflib
 import math
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from rotate_edit.edits.edit import (
-    KEYED,
-    LIVE_METHODS,
-    LOGIT_METHOD,
-    METHODS,
-    TOKEN_METHOD,
-    TOKEN_METHODS,
-    WHOLE_CONCEPT,
-)
+from rotate_edit.edits.strength import Goal
 from rotate_edit.errors import BadInput
 from rotate_edit.files import data_folder
 
@@ -28,6 +21,25 @@ Matrix = Literal["gate", "in", "out"]
 Positive = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
+GOALS = ("remaining", "budget", "odds", "strength")
+DEFAULT_REMAINING = 0.1
+# What settings and methods of earlier versions are called now.
+RENAMED = {
+    "edit.target": "concepts.remaining",
+    "edit.key_tokens": "edit.self_text",
+    "edit.key_ridge": "edit.settings.key_ridge",
+    "edit.fit_rank": "edit.settings.rank",
+    "edit.fit_leash": "edit.settings.proximal_weight",
+    "edit.fit_rounds": "edit.settings.rounds",
+    "decompose.level_rarity": "decompose.remove_frequency",
+}
+RENAMED_METHODS = {
+    "fitted": "silence-words",
+    "keyed": "rank-one",
+    "channel-keyed": "rank-one-channels",
+    "lm-head-keyed": "rank-one-lm-head",
+    "random-keyed": "rank-one-random",
+}
 
 
 class _Section(BaseModel):
@@ -42,11 +54,21 @@ class ConceptRecipe(_Section):
     name: str = Field(min_length=1, max_length=80, pattern=r"^[\w][\w .-]*$", description="A short name.")
     words: list[str] = Field(min_length=1, description="The words of the concept.")
     plurals: bool = Field(False, description="Also follow the plural of every word.")
-    strength: Finite | Literal["auto"] = Field(
-        "auto",
-        description="1 removes the concept's direction from the located neurons, more pushes against it, below 0 "
-        "amplifies (by token-logits and fitted in nats: -1.6 makes its odds five times as large); auto takes the "
-        "smallest strength that leaves `target` of the concept.",
+    remaining: Annotated[float, Field(gt=0, lt=1)] | None = Field(
+        None,
+        description="The smallest strength that leaves this share of the concept's probability mass. 0.1 when none of "
+        "`remaining`, `budget`, `odds` and `strength` is given.",
+    )
+    budget: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = Field(
+        None, description="The largest strength with at most so many nats of KL divergence on texts without the concept."
+    )
+    odds: Annotated[float, Field(gt=1, allow_inf_nan=False)] | None = Field(
+        None, description="Amplify: make the concept's odds so many times as large on texts without it."
+    )
+    strength: Finite | None = Field(
+        None,
+        description="The strength itself, in the method's unit: 1 removes a projection, more pushes against it, below "
+        "0 amplifies.",
     )
     neighbours: list[str] = Field(
         [], description="Names of concepts of the evaluation items that lie close and must be kept."
@@ -59,9 +81,13 @@ class ConceptRecipe(_Section):
     keep: list[str] = Field([], description="Words whose mean logit the edit must not move (first order).")
 
     @property
-    def amplified(self) -> bool:
-        """Whether the edit is to raise the concept."""
-        return self.strength != "auto" and self.strength < 0
+    def goal(self) -> Goal:
+        """What the strength of the concept's edit is chosen by."""
+        for kind in GOALS:
+            value = getattr(self, kind)
+            if value is not None:
+                return Goal(kind, value)
+        return Goal("remaining", DEFAULT_REMAINING)
 
     @field_validator("words", "neighbour_words", "keep")
     @classmethod
@@ -70,12 +96,21 @@ class ConceptRecipe(_Section):
             raise ValueError("a word is empty")
         return [word.strip() for word in words]
 
-    @field_validator("strength")
+    @field_validator("strength", mode="before")
     @classmethod
-    def _strength_does_something(cls, strength: float | str) -> float | str:
+    def _strength_does_something(cls, strength: Any) -> Any:
+        if strength == "auto":
+            raise ValueError("auto is written as `remaining: 0.1` now, which is also the default")
         if strength == 0:
             raise ValueError("0 changes nothing; use a positive number to suppress or a negative one to amplify")
         return strength
+
+    @model_validator(mode="after")
+    def _one_goal(self) -> "ConceptRecipe":
+        given = [kind for kind in GOALS if getattr(self, kind) is not None]
+        if len(given) > 1:
+            raise ValueError(f"{' and '.join(given)} are given, and each of them decides the strength; leave one")
+        return self
 
 
 class LocateRecipe(_Section):
@@ -111,7 +146,9 @@ class DecomposeRecipe(_Section):
     moments: Literal["weighted", "zeroed"] = Field("weighted", description="How masked tokens enter the kurtosis.")
     words_only: bool = Field(True, description="Only tokens that begin a word and are made of letters count.")
     ignore_undertrained: bool = Field(True, description="Under-trained tokens get weight 0.")
-    level_rarity: bool = Field(True, description="Take out the axis on which rare tokens differ from the rest.")
+    remove_frequency: bool = Field(
+        True, description="Take out the token-frequency direction, on which rare tokens differ from the rest."
+    )
     tilted_start: bool = Field(
         True, description="Also search each candidate from the concept's own direction: is this concept in it?"
     )
@@ -138,59 +175,46 @@ class EditRecipe(_Section):
 
     method: str = Field(
         "auto",
-        description="fitted; keyed beside `embeddings` (unless a concept is amplified) or where `locate.layers` names "
-        "layers; channel-located where no "
-        "`out` matrix is looked at; token-logits where every concept is amplified. Or one of: "
-        + ", ".join((*METHODS, *TOKEN_METHODS))
-        + ".",
+        description="An edit method by its name ([methods](methods.md)). auto takes `silence-words`; `rank-one` beside "
+        "`embeddings` or where `locate.layers` names layers; `channel-located` where no `out` matrix is looked at; "
+        "`token-logits` where every concept is amplified.",
     )
-    direction: Literal["least-collateral", "least-divergence", "plain"] = Field(
+    settings: dict[str, Any] = Field(
+        {}, description="The method's own settings. Controls take those that they have too."
+    )
+    direction: Literal["least-collateral", "least-divergence", "mean"] = Field(
         "least-collateral",
-        description="The concept's direction: plain, chosen to move other logits least, or chosen to change the "
-        "model's own predictions least (KL divergence on the text that a keyed method reads).",
+        description="The concept's direction: its mean, chosen to move other logits least, or chosen to change the "
+        "model's own predictions least (KL divergence on self-generated text).",
     )
     ridge: Annotated[float, Field(gt=0, allow_inf_nan=False)] = Field(
         0.3, description="Ridge of the least-collateral direction, as a multiple of the median eigenvalue."
     )
     fold_norm: bool = Field(True, description="Fold the gain of the norm before the vocabulary into the direction.")
-    key_tokens: Annotated[int, Field(ge=100)] = Field(
-        48000, description="How many tokens of its own text the model writes for fitted and keyed methods."
-    )
-    key_ridge: Annotated[float, Field(gt=0, allow_inf_nan=False)] = Field(
-        0.03, description="Ridge of the keyed methods, as a multiple of the neurons' mean square."
-    )
-    fit_rank: Positive = Field(32, description="The method `fitted` writes along so many directions at most.")
-    fit_leash: Annotated[float, Field(ge=0, allow_inf_nan=False)] = Field(
-        0.3,
-        description="How firmly `fitted` is held at the keyed edit that it starts from; 0, not at all, fits the words "
-        "told more closely and says less of others.",
-    )
-    fit_rounds: Annotated[int, Field(ge=1, le=8)] = Field(
-        1,
-        description="How many rounds of ever smaller steps `fitted` takes; each after the first costs half its time. "
-        "Three, with a `fit_rank` of 128, do about four fifths of the damage of one with 32 on the demo.",
+    self_text: Annotated[int, Field(ge=100)] = Field(
+        48000, description="How many tokens of text the model writes itself, for methods that read it."
     )
     embeddings: bool = Field(
         False,
-        description="Also take three quarters of the concept out of its own tokens' embeddings and head rows (the "
+        description="Also take three quarters of the concept out of its own embedding rows and output head rows (the "
         "control `token-embeddings` shows what these rows do alone). A concept that is amplified keeps its rows.",
     )
     layer_strengths: dict[Annotated[int, Field(ge=0)], Finite] = Field(
         {}, description="What the strength is multiplied by in single layers, such as `{0: 0, 3: 1.5}`; 1 elsewhere."
     )
-    target: Annotated[float, Field(gt=0, lt=1)] = Field(
-        0.1, description="The share of the concept's probability mass that `strength: auto` leaves."
-    )
 
     @field_validator("method")
     @classmethod
     def _known_method(cls, method: str) -> str:
-        if method in LIVE_METHODS:
+        from rotate_edit.edits.methods import declaration
+
+        if method == "auto":
+            return method
+        _check_methods([method])
+        if declaration(method).live:
             raise ValueError(
                 f"{method} works while the model runs and cannot be written; name it under evaluate.controls"
             )
-        if method not in ("auto", *METHODS, *TOKEN_METHODS):
-            raise ValueError(f"unknown method {method!r}; choose one of {', '.join((*METHODS, *TOKEN_METHODS))}")
         return method
 
 
@@ -217,18 +241,8 @@ class EvaluateRecipe(_Section):
     )
     limit: Positive | None = Field(None, description="At most this many items of each task.")
     tokens: Positive = Field(4000, description="At most this many tokens of text for each point of a curve.")
-    controls: list[str] = Field(
-        [
-            "keyed",
-            "channel-located",
-            "channel-keyed",
-            "lm-head-located",
-            "direction-everywhere",
-            "project-channel",
-            "zero-neurons",
-            "random-neurons",
-        ],
-        description="The edit methods drawn beside the chosen one.",
+    controls: list[str] | None = Field(
+        None, description="The edit methods drawn beside the chosen one. All that are made for it when left out."
     )
     strengths: list[Finite] = Field(
         [1.0, 2.0, 4.0, 8.0, 16.0], min_length=2, description="The strengths of a suppression curve."
@@ -242,12 +256,20 @@ class EvaluateRecipe(_Section):
 
     @field_validator("controls")
     @classmethod
-    def _known_controls(cls, controls: list[str]) -> list[str]:
-        known = (*METHODS, *TOKEN_METHODS, *LIVE_METHODS)
-        unknown = [name for name in controls if name not in known]
-        if unknown:
-            raise ValueError(f"unknown method {', '.join(unknown)}; choose from {', '.join(known)}")
+    def _known_controls(cls, controls: list[str] | None) -> list[str] | None:
+        _check_methods(controls or ())
         return controls
+
+
+def _check_methods(names: Iterable[str]) -> None:
+    """Raises ValueError for a name that no method has."""
+    from rotate_edit.edits.methods import method_names
+
+    for name in names:
+        if name in RENAMED_METHODS:
+            raise ValueError(f"the method {name} is called {RENAMED_METHODS[name]} now")
+        if name not in method_names():
+            raise ValueError(f"unknown method {name!r}; choose one of {', '.join(method_names())}")
 
 
 class Recipe(_Section):
@@ -278,32 +300,61 @@ class Recipe(_Section):
         names = [concept.name for concept in self.concepts]
         if len(set(names)) != len(names):
             raise ValueError("two concepts have the same name")
-        if self.edit.method in (*WHOLE_CONCEPT, TOKEN_METHOD) and (
-            self.protect or any(concept.keep for concept in self.concepts)
-        ):
-            raise ValueError(
-                f"the method {self.edit.method} takes one direction as it is and can keep or protect nothing"
-            )
-        if self.edit.method in KEYED and "out" not in self.locate.matrices:
-            raise ValueError(
-                f"edit.method: {self.edit.method} rewrites out matrices only; add out to locate.matrices, or set "
-                "edit.method to channel-located"
-            )
-        if self.edit.embeddings and all(concept.amplified for concept in self.concepts):
-            raise ValueError(
-                "edit.embeddings takes a concept out of its tokens' rows, and every concept here is amplified; leave "
-                "it out, or give a positive strength"
-            )
-        if self.edit.direction == "least-divergence" and _method(self) not in KEYED:
-            raise ValueError(
-                "edit.direction: least-divergence is fitted on text that only the keyed methods read, and the method "
-                f"here is {_method(self)}; take least-collateral, or set edit.method to keyed"
-            )
-        if any(concept.strength == "auto" for concept in self.concepts) and not (
-            self.evaluate.items or self.evaluate.text
-        ):
-            raise ValueError("strength: auto needs evaluate.items or evaluate.text to measure the concept on")
+        for problem in (self._method_problem(), self._goal_problem()):
+            if problem:
+                raise ValueError(problem)
         return self
+
+    def _method_problem(self) -> str | None:
+        """Why the edit method cannot do what the rest of the recipe asks."""
+        from rotate_edit.edits.methods import declaration, make_method
+
+        about = declaration(self.method)
+        if not about.keeps_words and (self.protect or any(concept.keep for concept in self.concepts)):
+            return f"the method {about.name} takes one direction as it is and can keep or protect nothing"
+        kinds = about.writes & {"gate", "in", "out"}
+        if kinds and not kinds & set(self.locate.matrices):
+            return (
+                f"edit.method: {about.name} rewrites {' and '.join(sorted(kinds))} matrices only; add "
+                f"{sorted(kinds)[0]} to locate.matrices, or set edit.method to channel-located"
+            )
+        if self.edit.direction == "least-divergence" and "activations" not in about.reads:
+            return (
+                "edit.direction: least-divergence is fitted on activations that only some methods read, and the method "
+                f"here is {about.name}; take least-collateral, or set edit.method to rank-one"
+            )
+        try:
+            make_method(about.name, self.edit.settings)
+        except BadInput as error:
+            return f"edit.settings: {str(error).rstrip('.')}"
+        return None
+
+    def _goal_problem(self) -> str | None:
+        """Why no strength can be found."""
+        goals = [concept.goal for concept in self.concepts]
+        if self.edit.embeddings and all(goal.amplifies for goal in goals):
+            return (
+                "edit.embeddings takes a concept out of its tokens' rows, and every concept here is amplified; leave "
+                "it out, or suppress a concept"
+            )
+        solved = [goal.kind for goal in goals if goal.kind != "strength"]
+        if solved and not (self.evaluate.items or self.evaluate.text):
+            return f"{solved[0]} needs evaluate.items or evaluate.text to measure the concept on; or give a strength"
+        return None
+
+    @property
+    def method(self) -> str:
+        """The name of the edit method, with `auto` settled."""
+        from rotate_edit.edits.methods.defaults import default_method
+
+        if self.edit.method != "auto":
+            return self.edit.method
+        return default_method(
+            self.locate.matrices,
+            layers_named=self.locate.layers is not None,
+            embeddings=self.edit.embeddings,
+            amplified=[concept.goal.amplifies for concept in self.concepts],
+        )
 
 
 def read_recipe(path: str | Path) -> Recipe:
@@ -351,23 +402,15 @@ def parse_recipe(content: dict[str, Any], name: str = "recipe") -> Recipe:
 
 
 def _settled(recipe: Recipe) -> Recipe:
-    """The recipe with the edit method that `auto` stands for.
+    """The recipe with what `auto` and the left-out controls stand for."""
+    from rotate_edit.edits.methods import default_controls
 
-    A fit needs the last layer, and beside embedding rows it comes back sooner than the key when it is relearned. What
-    neurons do raises a concept where it is likely anyway; its tokens' logits raise it everywhere.
-    """
-    return recipe.model_copy(update={"edit": recipe.edit.model_copy(update={"method": _method(recipe)})})
-
-
-def _method(recipe: Recipe) -> str:
-    if recipe.edit.method != "auto":
-        return recipe.edit.method
-    if "out" not in recipe.locate.matrices:
-        return "channel-located"
-    raised = [concept for concept in recipe.concepts if concept.amplified]
-    if recipe.locate.layers is not None or (recipe.edit.embeddings and not raised):
-        return "keyed"
-    return LOGIT_METHOD if len(raised) == len(recipe.concepts) else "fitted"
+    edit = recipe.edit.model_copy(update={"method": recipe.method})
+    controls = recipe.evaluate.controls
+    if controls is None:
+        controls = [name for name in default_controls() if name != recipe.method]
+    evaluation = recipe.evaluate.model_copy(update={"controls": controls})
+    return recipe.model_copy(update={"edit": edit, "evaluate": evaluation})
 
 
 def recipe_text(recipe: Recipe) -> str:
@@ -419,6 +462,8 @@ def _explain(error: Any) -> tuple[str, str]:
     if error["type"] == "extra_forbidden":
         guess = _closest_key(error["loc"])
         message = "unknown key" + (f", did you mean {guess!r}" if guess else "")
+        if key in RENAMED:
+            message = f"it is called {RENAMED[key]} now"
     elif isinstance(error.get("input"), float) and not math.isfinite(error["input"]):
         message = f"{error['input']} is not a finite number"
     return key or "recipe", message[:1].lower() + message[1:]

@@ -137,7 +137,7 @@ def test_what_limits_an_edit_is_measured_at_the_target(monkeypatch: pytest.Monke
     generator = torch.Generator().manual_seed(0)
     positions, neurons, width, vocabulary = 400, 24, 12, 60
     head = limits.Head(torch.ones(width), torch.randn(vocabulary, width, generator=generator), 1e-6)
-    places = limits.Seen(
+    places = limits.LayerActivations(
         torch.randn(positions, neurons, generator=generator),
         torch.randn(positions, width, generator=generator),
         torch.randint(vocabulary, (positions,), generator=generator),
@@ -147,7 +147,7 @@ def test_what_limits_an_edit_is_measured_at_the_target(monkeypatch: pytest.Monke
     metric = limits._inverse(rows.T @ rows / vocabulary, 0.3, None)
     mean = rows[ids].mean(0)
     direction = metric @ mean / (mean @ metric @ mean)
-    tail = limits.Tail(
+    tail = limits.OutputHead(
         None, lambda residual: residual / head.size(residual)[:, None], lambda normed: normed @ head.unembedding.T, 1.0
     )
     wanted = limits.Wanted(ids, limits.TARGET, near, None)

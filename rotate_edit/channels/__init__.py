@@ -1,1 +1,1 @@
-"""Vocabulary channels: the solver, channel sets, and where a concept is found."""
+"""Vocabulary channels: the solver, channel sets, and the search for a concept's neurons."""

@@ -1,4 +1,7 @@
-"""The published ROTATE optimiser, kept so that its results can be reproduced (method.md §2). Maths only."""
+"""The published ROTATE optimiser, kept so that its results can be reproduced (method.md §2).
+
+This is maths only.
+"""
 
 from collections.abc import Sequence
 
@@ -17,19 +20,39 @@ CONVERGENCE_SPREAD = 1e-4
 
 
 def reflect(normals: Tensor, vectors: Tensor) -> Tensor:
-    """Householder reflections `H(u) w = w − 2 u (u·w) / |u|²` of rows w [n, d] by rows u [n, d]."""
+    """Apply Householder reflections `H(u) w = w − 2 u (u·w) / |u|²`.
+
+    Args:
+        normals: Rows u, float [n, d].
+        vectors: Rows w, float [n, d].
+
+    Returns:
+        The reflected rows, float [n, d].
+    """
     return vectors - 2 * normals * ((normals * vectors).sum(1, keepdim=True) / (normals * normals).sum(1, keepdim=True))
 
 
 def search_adamw(
     neurons: Tensor, objective: Objective, claims: Sequence[Tensor], seeds: Sequence[int], steps: int
 ) -> tuple[Tensor, int]:
-    """One channel of each unit neuron [n, d] by the published procedure: (unit vectors [n, d], steps made).
+    """Search one channel of each neuron by the published procedure.
 
-    `v = H(u) w`, `u ~ N(0, 1)` from each neuron's own seed; AdamW on u, learning rate 8e-4 after 100 warm-up steps,
-    weight decay 0.01. Every 100 steps the candidate of largest |kurtosis| of the unweighted projection is kept. The
-    batch stops when every neuron's loss has a standard deviation below 1e-4 over 100 steps, looked at from step 2,000
-    on, every ten steps.
+    The candidate is `v = H(u) w` with `u ~ N(0, 1)` drawn from each neuron's own seed. AdamW changes u, with weight
+    decay 0.01 and learning rate 8e-4 after 100 warm-up steps. Every 100 steps the kurtosis of the unweighted projection
+    is compared. The candidate with the largest absolute value is kept.
+
+    The batch stops early when every neuron's loss has a standard deviation below 1e-4 over 100 steps. This is checked
+    every ten steps, from step 2,000 on.
+
+    Args:
+        neurons: Unit neuron vectors, float [n, d].
+        objective: The objective.
+        claims: Masked places of each neuron, int64 each. Their tokens get a small weight.
+        seeds: Seed of each neuron.
+        steps: Most steps.
+
+    Returns:
+        Unit channel vectors, float [n, d], and the number of steps made.
     """
     draws = [torch.randn(neurons.shape[1], generator=torch.Generator().manual_seed(seed)) for seed in seeds]
     normals = torch.stack(draws).to(neurons).requires_grad_(True)

@@ -1,9 +1,9 @@
-"""The batch of great-circle searches: rows enter, step together and leave one by one. Maths only.
+"""The batch of great-circle searches: rows enter, step together and leave one by one.
 
-Directions come from Riemannian conjugate gradients (Polak–Ribière+, restarted where it does not descend),
-preconditioned with the inverse covariance of the token rows. One step is two products with the vocabulary matrix:
-the projection of the direction and the back-projection of the gradient; `circle.py` says how far to go along the
-direction.
+This is maths only. Directions come from Riemannian conjugate gradients (Polak–Ribière+, restarted where it does not
+descend). They are preconditioned with the inverse covariance of the token rows. One step is two products with the
+vocabulary matrix: the projection of the direction and the back-projection of the gradient. `great_circle.py` computes
+how far to go along the direction.
 """
 
 from collections.abc import Sequence
@@ -23,23 +23,38 @@ from rotate_edit.channels.great_circle import (
 from rotate_edit.channels.objective import Objective
 
 CPU_CHUNK, DEVICE_CHUNK = 1 << 18, 1 << 26
-"""Elements of a projection worked on at once: on the CPU the temporaries stay in the cache."""
+"""Elements of a projection worked on at once. On the CPU the temporaries then stay in the cache."""
 PRODUCT_ROWS = 8
-"""Rows that are projected together at least: a product of fewer takes as long as reading the vocabulary matrix."""
+"""Least number of rows that are projected together.
+
+A smaller product takes as long as reading the vocabulary matrix.
+"""
 HOPELESS, HOPELESS_FROM, MARGIN = 30.0, 5, 1e-3
-"""A start gives up, from its fifth iteration on, when it lies 30 times its last gain and 1e-3 behind another start."""
+"""When a start gives up because another start of its neuron leads.
+
+From its fifth iteration on, it gives up when it lies 30 times its last gain and 1e-3 behind the other start.
+"""
 SAME, SAME_FROM = 0.998, 3
-"""It gives up as well, from its third on, when its cosine with the best start of its neuron says they have met."""
+"""When a start gives up because it has met the best start of its neuron.
+
+From its third iteration on, it gives up when its cosine with that start is above this value.
+"""
 REPROJECT_EVERY = 64
 
 
 @dataclass(frozen=True)
 class ClaimedPlaces:
-    """The claimed places of the rows of a batch as padded lists; nothing of this is as wide as the vocabulary.
+    """The masked places of the rows of a batch, as padded lists.
 
-    places: int64 [n, c]; ratio: [n, c], lowered over original weight; weights: [n, c], lowered weight, 0 for
-    padding; real: [n, c], 1 for a claimed place and 0 for padding, which repeats the row's first place so that
-    writing it twice is harmless; total: float [n, 1], Σω of each row.
+    The tokens of earlier channels are masked: they get a small weight in later searches. No tensor here is as wide as
+    the vocabulary. Padding repeats the row's first place, so that writing it twice is harmless.
+
+    Attributes:
+        places: Masked places, int64 [n, c].
+        ratio: Lowered weight over original weight, float [n, c].
+        weights: Lowered weight, float [n, c]; 0 for padding.
+        real: 1 for a masked place and 0 for padding, float [n, c].
+        total: Sum Σω of the weights of each row, float [n, 1].
     """
 
     places: Tensor
@@ -50,9 +65,16 @@ class ClaimedPlaces:
 
 
 def pad_claims(claims: Sequence[Tensor], objective: Objective) -> ClaimedPlaces | None:
-    """Pad lists of claimed places (int64, one a row) to a batch; None when no row has any.
+    """Pad lists of masked places to a batch.
 
-    A place whose own weight is no higher than the claimed weight keeps it: the smallest weight counts.
+    The smallest weight counts. So a place keeps its own weight when that is no higher than the masked weight.
+
+    Args:
+        claims: Masked places of each row, int64 each.
+        objective: The objective.
+
+    Returns:
+        The padded lists; None if no row has a masked place.
     """
     if not any(len(places) for places in claims):
         return None
@@ -64,7 +86,7 @@ def pad_claims(claims: Sequence[Tensor], objective: Objective) -> ClaimedPlaces 
     some = real[:, :1]
     ratio = torch.where(some & (original > lowered), lowered / original, 1.0)
     weights = torch.where(real, lowered, 0.0)
-    # A row without claims pads with place 0, which must then count once with its own weight.
+    # A row without masked places pads with place 0, which must then count once with its own weight.
     weights[:, :1] = torch.where(some, weights[:, :1], original[:, :1])
     total = torch.full((len(claims), 1), objective.total, dtype=objective.exact, device=places.device)
     if objective.moments == "weighted":
@@ -74,15 +96,28 @@ def pad_claims(claims: Sequence[Tensor], objective: Objective) -> ClaimedPlaces 
 
 @dataclass
 class Search:
-    """The rows being searched, in the first `count` rows of each tensor; `step` changes them in place.
+    """The rows being searched, in the first `count` rows of each tensor. `step` changes them in place.
 
-    neuron: ŵ [n, d], unit; point: v [n, d], unit (0 for a row that has just entered); direction: p [n, d], unit
-    (the start itself for a row that has just entered); gradient: Riemannian, at v [n, d]; energy: gradient times
-    preconditioned gradient [n]; length: of the direction before it was normalised [n]; projection: z_v [n, T];
-    other: [n, T], z_p and then the gradient in token space; moments: raw M1..M4 at v [n, 4]; loss [n]; quiet:
-    whether the last iteration gained next to nothing [n]; plain: iterations to make without the preconditioner [n];
-    iterations: made so far [n]; owner: the neuron each row belongs to; products: rows multiplied with the matrix so
-    far.
+    n is the number of rows, d the width of a vector, and T the number of places of the objective.
+
+    Attributes:
+        count: Number of rows being searched.
+        neuron: Neuron ŵ, unit, [n, d].
+        point: Current vector v, unit, [n, d]; 0 for a row that has just entered.
+        direction: Direction p, unit, [n, d]; the start itself for a row that has just entered.
+        gradient: Riemannian gradient at v, [n, d].
+        energy: Gradient times preconditioned gradient, [n].
+        length: Length of the direction before it was normalised, [n].
+        projection: Projection z_v, [n, T].
+        other: Projection z_p, and then the gradient in token space, [n, T].
+        moments: Raw moments M1..M4 at v, [n, 4].
+        loss: Loss at v, [n].
+        gain: What the last iteration lowered the loss by, [n].
+        quiet: Whether the last iteration gained next to nothing, bool [n].
+        plain: Number of iterations to make without the preconditioner, int32 [n].
+        iterations: Number of iterations made so far, int32 [n].
+        owner: The neuron to which each row belongs.
+        products: Number of rows multiplied with the vocabulary matrix so far.
     """
 
     count: int
@@ -104,13 +139,23 @@ class Search:
     products: int = 0
 
     def carried(self) -> list[Tensor]:
-        """Everything that moves with its row, but for the projection."""
+        """List the tensors that move with their row, except the projection."""
         vectors = [self.neuron, self.point, self.direction, self.gradient, self.energy, self.length]
         return [*vectors, self.moments, self.loss, self.gain, self.quiet, self.plain, self.iterations]
 
 
 def new_search(objective: Objective, capacity: int) -> Search:
-    """Room for `capacity` rows: two projections [capacity, T] and a few vectors of each row."""
+    """Make an empty search with space for a number of rows.
+
+    Each row takes two projections of T numbers and a few vectors.
+
+    Args:
+        objective: The objective.
+        capacity: Most rows that can be searched at once.
+
+    Returns:
+        The search, without any rows.
+    """
     tokens, size = objective.matrix.shape
 
     def room(*shape: int, dtype: torch.dtype = objective.matrix.dtype) -> Tensor:
@@ -137,8 +182,15 @@ def new_search(objective: Objective, capacity: int) -> Search:
 
 
 def enter(search: Search, neurons: Tensor, starts: Tensor, owners: Sequence[int], plain: Tensor | int = 0) -> None:
-    """Rows join the search: unit neurons [k, d], unit starts [k, d], the neuron each belongs to, and how many of its
-    iterations ([k] or one number) do without the preconditioner."""
+    """Add rows to the search.
+
+    Args:
+        search: The search; it is changed in place.
+        neurons: Unit neuron vectors, float [k, d].
+        starts: Unit starting points, float [k, d].
+        owners: The neuron to which each row belongs.
+        plain: Number of each row's first iterations without the preconditioner, int [k] or one number.
+    """
     rows = slice(search.count, search.count + len(owners))
     for tensor in (*search.carried(), search.projection):
         tensor[rows] = 0
@@ -150,7 +202,12 @@ def enter(search: Search, neurons: Tensor, starts: Tensor, owners: Sequence[int]
 
 
 def leave(search: Search, rows: Sequence[int]) -> None:
-    """Rows leave the search; the last rows that stay move into the gaps."""
+    """Remove rows from the search. The last rows that stay move into the gaps.
+
+    Args:
+        search: The search; it is changed in place.
+        rows: Indices of the rows that leave.
+    """
     leaving = set(rows)
     remaining = search.count - len(leaving)
     gaps = [row for row in rows if row < remaining]
@@ -169,11 +226,18 @@ def leave(search: Search, rows: Sequence[int]) -> None:
 
 
 def step(search: Search, objective: Objective, claims: ClaimedPlaces | None, grid: Tensor, tolerance: float) -> None:
-    """One iteration of every row: project the direction, move to the best angle, take the gradient there.
+    """Make one iteration of every row.
 
-    A row that has just entered has v = 0 and its start as the direction, so a quarter circle is its first step; the
-    same is done every 64 iterations, so that rounding in the projection, which is otherwise carried along, does not
-    add up. An iteration that gains less than `tolerance` is quiet.
+    The direction is projected, the row moves to the best angle, and the gradient is taken there. A row that has just
+    entered has v = 0 and its start as the direction. So a quarter circle is its first step. The same is done every 64
+    iterations, because the projection is otherwise carried along and its rounding would add up.
+
+    Args:
+        search: The search; it is changed in place.
+        objective: The objective.
+        claims: Masked places of the rows; None if there are none.
+        grid: Angles tried on every circle, in radians, float [G].
+        tolerance: Gain in loss below which an iteration is quiet.
     """
     n = search.count
     point, direction, iterations = search.point[:n], search.direction[:n], search.iterations[:n]
@@ -198,11 +262,19 @@ def step(search: Search, objective: Objective, claims: ClaimedPlaces | None, gri
 
 
 def finished(search: Search, best: Tensor, owners: Tensor, limit: int) -> list[int]:
-    """The rows that are done, given the least loss any start of the same neuron has reached, `best` [n], and the
-    neuron each row belongs to, `owners` int64 [n].
+    """Find the rows that are done.
 
-    A row is done after an iteration that gained less than the tolerance; when thirty more like the last would not
-    bring it to the best start of its neuron; when it has met that start; or after `limit` iterations.
+    A row is done in any of four cases. Its last iteration gained less than the tolerance. Thirty more like it would not
+    bring it to the best start of its neuron. It has met that start. Or it has made `limit` iterations.
+
+    Args:
+        search: The search.
+        best: Least loss that any start of the same neuron has reached, float [n].
+        owners: The neuron to which each row belongs, int64 [n].
+        limit: Most iterations of a row.
+
+    Returns:
+        Indices of the rows that are done.
     """
     n = search.count
     behind = search.loss[:n] - best
@@ -212,7 +284,7 @@ def finished(search: Search, best: Tensor, owners: Tensor, limit: int) -> list[i
 
 
 def _has_met(search: Search, best: Tensor, owners: Tensor) -> Tensor:
-    """Which rows [n] stand where the best row of their neuron stands, and are not that row."""
+    """Find the rows [n] that stand where the best row of their neuron stands and are not that row."""
     n = search.count
     rows = torch.arange(n, device=best.device)
     leading = torch.where(search.loss[:n] <= best, rows, -1)
@@ -222,13 +294,23 @@ def _has_met(search: Search, best: Tensor, owners: Tensor) -> Tensor:
 
 
 def chunks(rows: int, width: int, device: torch.device, least: int = 1) -> list[slice]:
-    """Slices of `rows` rows of [_, width], about as many elements as are worked on at once, `least` rows or more."""
+    """Divide rows into slices of about as many elements as are worked on at once.
+
+    Args:
+        rows: Number of rows.
+        width: Number of elements in a row.
+        device: Device that holds the rows.
+        least: Least number of rows in a slice, apart from the last.
+
+    Returns:
+        The slices, in order.
+    """
     size = max(least, (CPU_CHUNK if device.type == "cpu" else DEVICE_CHUNK) // width)
     return [slice(low, min(low + size, rows)) for low in range(0, rows, size)]
 
 
 def _mixed_on_batch(search: Search, objective: Objective, claims: ClaimedPlaces | None) -> Tensor:
-    """The fourteen mixed moments of every row over its own total weight, [n, 14]; corrects claimed places."""
+    """Compute the fourteen mixed moments of every row over its total weight, [n, 14]; corrects masked places."""
     n, full = search.count, objective.full
     a, b = search.projection[:n], search.other[:n]
     if claims is not None:
@@ -282,11 +364,11 @@ def _turn(search: Search, objective: Objective, claims: ClaimedPlaces | None, an
 
 
 def _next_direction(search: Search, objective: Objective, angle: Tensor, back: Tensor, first: Tensor) -> None:
-    """Turn point and direction by the angle, take the Riemannian gradient and the next conjugate direction.
+    """Move point and direction by the angle, and compute the Riemannian gradient and the next conjugate direction.
 
-    Polak–Ribière+ with a preconditioner P, `h = P g`: `p ← −h + max(0, h·(g − g_old) / g_old·h_old) p_old`, all
-    tangent and `p_old` carried along the circle. A row restarts along −h where that does not descend, after a fresh
-    projection and where its plain iterations (P = 1) end.
+    This is Polak–Ribière+ with a preconditioner P, `h = P g`: `p ← −h + max(0, h·(g − g_old) / g_old·h_old) p_old`. All
+    vectors are tangent, and `p_old` is carried along the circle. A row restarts along −h in three cases: where the new
+    direction does not descend, after a fresh projection, and where its plain iterations (P = 1) end.
     """
     n, tiny = search.count, torch.finfo(back.dtype).tiny
     cos, sin = torch.cos(angle).to(back)[:, None], torch.sin(angle).to(back)[:, None]

@@ -1,8 +1,8 @@
-"""Vocabulary channels: what is stored of each and how a set of them is written, read and searched.
+"""Vocabulary channels: what is stored of each channel, and how a set of them is written, read and searched.
 
-A channel set is a folder that is useful without this package: `channels.parquet` (one row a channel; `datasets` opens
-it), `vectors.safetensors` (optional; its row is the channel's `row`) and `channels.json` (what it was made from,
-how, and the size and SHA-256 of the other two).
+A channel set is a folder that is useful without this package. It holds up to three files. `channels.parquet` has one
+row for each channel, and `datasets` opens it. `vectors.safetensors` is optional; its row is the channel's `row`.
+`channels.json` says what the set was made from and how. It also has the size and SHA-256 of the other two files.
 """
 
 import hashlib
@@ -40,13 +40,24 @@ LARGEST_MANIFEST = 50_000_000
 class Channel:
     """One vocabulary channel of one neuron vector.
 
-    layer, expert (None in dense layers), neuron: which neuron; matrix: "gate", "in" or "out"; index: 0 for the
-    first channel found; sign: +1 or -1, the tail of the projection on which the tokens stand; token_ids: the
-    strongest tokens on that side, strongest first; tokens: the same as text; z_scores: their z-scores in the
-    channel's own projection (sign included); kurtosis (excess), skewness: of the unweighted projection; cosine:
-    with the neuron's vector; loss: the objective reached; support: mean z-score, in the neuron's own projection
-    and times `sign`, of the strongest tokens; claimed: how many tokens it took from later channels; vector:
-    float32 [d_model] with the neuron's norm, or None when the set was written without vectors.
+    Attributes:
+        layer: Index of the layer.
+        expert: Index of the expert; None in dense layers.
+        neuron: Index of the neuron.
+        matrix: "gate", "in" or "out".
+        index: 0 for the first channel found, then 1, and so on.
+        sign: +1 or -1: the side of the projection on which the tokens stand.
+        token_ids: The strongest tokens on that side, strongest first.
+        tokens: The same tokens as text.
+        z_scores: Their z-scores in the channel's own projection, with their sign.
+        kurtosis: Excess kurtosis of the unweighted projection.
+        skewness: Skewness of the unweighted projection.
+        cosine: Cosine with the neuron's vector.
+        loss: The value of the objective that was reached.
+        support: Mean z-score of the strongest tokens in the neuron's own projection, times `sign`.
+        claimed: Number of tokens that this channel masked: they get a small weight in later searches.
+        vector: The channel's vector with the neuron's norm, float32 [d_model]. None if the set was written without
+            vectors.
     """
 
     layer: int
@@ -68,18 +79,23 @@ class Channel:
 
     @property
     def name(self) -> str:
-        """For instance "L3.N12.out#0", or "L10.E3.N123.gate#1" in a mixture of experts."""
+        """The channel's address, for instance "L3.N12.out#0", or "L10.E3.N123.gate#1" in a mixture of experts."""
         expert = "" if self.expert is None else f"E{self.expert}."
         return f"L{self.layer}.{expert}N{self.neuron}.{self.matrix}#{self.index}"
 
 
 @dataclass(frozen=True)
 class ChannelSet:
-    """A channel set on disk, its manifest read and its files' sizes, columns and counts checked.
+    """A channel set on disk. Its manifest is read, and the sizes, columns and counts of its files are checked.
 
-    folder: where it lies; base: identity of the checkpoint it was made from; settings: how it was made (solver,
-    projection, token weights), plain JSON; channels: how many rows; hidden_size: d_model; vectors: "bfloat16",
-    "float32", or None when only the table was written; files: size in bytes and SHA-256 of each file.
+    Attributes:
+        folder: Folder of the set.
+        base: Identity of the checkpoint from which it was made.
+        settings: How it was made (solver, projection, token weights), as plain JSON.
+        channels: Number of rows.
+        hidden_size: The width d_model.
+        vectors: Dtype of the vectors, "bfloat16" or "float32"; None if only the table was written.
+        files: Size in bytes and SHA-256 of each file.
     """
 
     folder: Path
@@ -92,18 +108,30 @@ class ChannelSet:
 
 
 def channel_size(channels: int, hidden_size: int, vectors: str | None = "bfloat16", top: int = 10) -> int:
-    """About how many bytes one neuron vector takes in a channel set: `channels` rows and, if kept, their vectors.
+    """Estimate how many bytes the channels of one neuron vector take in a channel set.
 
-    The vectors are exact (2 or 4 bytes a component). A row of the table takes about 25 bytes and 5 to 8 for each of its
-    `top` tokens (id, text and z-score, compressed), more the larger the vocabulary; 71 and 77 bytes were measured
+    The vectors are exact (2 or 4 bytes a component). A row of the table takes about 25 bytes, and 5 to 8 for each of
+    its tokens (id, text and z-score, compressed). It takes more for a larger vocabulary. 71 and 77 bytes were measured
     on models with 512 and 8,192 tokens.
+
+    Args:
+        channels: Number of rows, that is channels of the neuron vector.
+        hidden_size: The width d_model.
+        vectors: Dtype of the vectors, "bfloat16" or "float32"; None if they are not kept.
+        top: Number of tokens in a row.
+
+    Returns:
+        The number of bytes.
     """
     width = {None: 0, "bfloat16": 2, "float32": 4}[vectors]
     return channels * (25 + 6 * top + width * hidden_size)
 
 
 def channel_schema() -> "pyarrow.Schema":
-    """The columns of channels.parquet; `row` is the row of vectors.safetensors, the others are those of Channel."""
+    """Return the columns of channels.parquet.
+
+    `row` is the row of vectors.safetensors. The other columns are the fields of `Channel`.
+    """
     import pyarrow
 
     whole, real, text = pyarrow.int32(), pyarrow.float32(), pyarrow.string()
@@ -132,8 +160,20 @@ def save_channels(
 ) -> ChannelSet:
     """Write channels held in memory as a channel set, whole or not at all.
 
-    vectors: the dtype to keep them in ("float32" or "bfloat16"), None to leave them out. Raises BadInput when `output`
-    exists, and ValueError when vectors are wanted and some channel has none.
+    Args:
+        channels: The channels.
+        output: Folder of the set.
+        base: Identity of the checkpoint from which they were made.
+        settings: How they were made, as plain JSON.
+        vectors: Dtype in which vectors are kept, "float32" or "bfloat16"; None leaves them out.
+        overwrite: Whether an existing output is replaced.
+
+    Returns:
+        The written set.
+
+    Raises:
+        BadInput: If `output` exists and `overwrite` is False.
+        ValueError: If vectors are wanted and some channel has none.
     """
     import pyarrow
 
@@ -162,10 +202,25 @@ def write_channel_set(
     vectors: str | None,
     overwrite: bool = False,
 ) -> ChannelSet:
-    """Write a channel set from a stream of (rows of `channel_schema`, vectors [rows, d_model]), one batch at a time.
+    """Write a channel set from a stream, one batch at a time.
 
-    The batches' `row` column must count on from 0. The vectors are ignored when `vectors` is None. The folder
-    appears whole. Raises BadInput when `output` exists.
+    The folder appears whole.
+
+    Args:
+        batches: Pairs of rows of `channel_schema` and vectors [rows, d_model]. The `row` column must count on from 0.
+            The vectors are ignored when `vectors` is None.
+        output: Folder of the set.
+        base: Identity of the checkpoint from which the channels were made.
+        settings: How they were made, as plain JSON.
+        hidden_size: The width d_model.
+        vectors: Dtype in which vectors are kept, "float32" or "bfloat16"; None leaves them out.
+        overwrite: Whether an existing output is replaced.
+
+    Returns:
+        The written set.
+
+    Raises:
+        BadInput: If `output` exists and `overwrite` is False.
     """
     with whole_folder(output, overwrite=overwrite) as folder:
         count = _write_files(batches, folder, hidden_size, vectors)
@@ -187,7 +242,7 @@ def write_channel_set(
 def _write_files(
     batches: "Iterable[tuple[pyarrow.Table, Tensor]]", folder: Path, hidden_size: int, vectors: str | None
 ) -> int:
-    """Write the table and the vectors of a set as they come in and return how many rows there were."""
+    """Write the table and the vectors of a set as they come in, and return the number of rows."""
     import pyarrow.parquet
 
     listed = [f"{name}.list.element" for name in ("token_ids", "tokens")]
@@ -222,9 +277,18 @@ def _write_files(
 
 
 def open_channels(folder: Path) -> ChannelSet:
-    """Read a channel set's manifest and check its files' sizes, columns and counts; nothing else is read.
+    """Open a channel set and check the sizes, columns and counts of its files.
 
-    Raises BadInput, in one sentence, when something is missing, damaged or of another version.
+    Only the manifest and the headers are read.
+
+    Args:
+        folder: Folder of the set.
+
+    Returns:
+        The opened set.
+
+    Raises:
+        BadInput: If something is missing, damaged or of another version. The message is one sentence.
     """
     manifest = _read_manifest(folder)
     found = ChannelSet(
@@ -248,9 +312,19 @@ def open_channels(folder: Path) -> ChannelSet:
 
 
 def load_channels(folder: Path, *, vectors: bool = True) -> list[Channel]:
-    """All channels of a set, in their order, after checking every file against its SHA-256.
+    """Load all channels of a set in their order.
 
-    vectors: also read the vectors, when the set has them. Raises BadInput for a damaged set.
+    Every file is first checked against its SHA-256.
+
+    Args:
+        folder: Folder of the set.
+        vectors: Whether to read the vectors too, when the set has them.
+
+    Returns:
+        The channels.
+
+    Raises:
+        BadInput: If the set is damaged.
     """
     found = open_channels(folder)
     for name, described in found.files.items():
@@ -272,11 +346,27 @@ def search(
     limit: int | None = 20,
     vectors: bool = False,
 ) -> list[Channel]:
-    """The channels of a set that meet every condition given, at most `limit`; the table is read a part at a time.
+    """Search a set for the channels that meet every condition given.
 
-    token: one of the channel's tokens is this text, or contains it when `substring`; upper case and the spaces
-    around a token do not count. neuron: an address such as "L3.N12". Channels come in the set's order, or
-    with the best supported first when a token is looked for. Raises BadInput for a damaged set or address.
+    The table is read a part at a time. Channels come in the set's order, or with the best supported first when a token
+    is looked for.
+
+    Args:
+        folder: Folder of the set.
+        token: Text of one of the channel's tokens. Case and the spaces around a token do not count.
+        substring: Whether it is enough that a token contains `token`.
+        neuron: Address of a neuron, such as "L3.N12".
+        matrix: "gate", "in" or "out".
+        min_support: Least support, a mean z-score.
+        min_kurtosis: Least excess kurtosis.
+        limit: Most channels to return; None for no limit.
+        vectors: Whether to read the vectors too, when the set has them.
+
+    Returns:
+        The channels.
+
+    Raises:
+        BadInput: If the set is damaged or the address is not one.
     """
     found = open_channels(folder)
     wanted = None if neuron is None else parse_neuron(neuron)
@@ -307,12 +397,19 @@ def search(
 
 
 def as_bytes(values: Tensor) -> bytes:
-    """A tensor's bytes, row by row, as safetensors stores them."""
+    """Return a tensor's bytes, row by row, as safetensors stores them.
+
+    Args:
+        values: A tensor on the CPU.
+
+    Returns:
+        The bytes.
+    """
     return values.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
 
 
 def _vector_header(count: int, hidden_size: int, vectors: str) -> bytes:
-    """The head of a safetensors file of one tensor, of a length that does not depend on the count."""
+    """Return the header of a safetensors file of one tensor; its length does not depend on the count."""
     size = count * hidden_size * DTYPES[vectors].itemsize
     entry = {"dtype": {"bfloat16": "BF16", "float32": "F32"}[vectors], "shape": [count, hidden_size]}
     header = json.dumps({"vectors": {**entry, "data_offsets": [0, size]}}).encode().ljust(248)
@@ -354,7 +451,7 @@ def _read_manifest(folder: Path) -> dict:
 
 @contextmanager
 def _opened(found: ChannelSet) -> "Iterator[pyarrow.parquet.ParquetFile]":
-    """The table, opened; whatever Arrow finds wrong with it while it is read becomes one sentence."""
+    """Open the table. Whatever Arrow finds wrong with it while it is read becomes a BadInput of one sentence."""
     import pyarrow.parquet
 
     try:
@@ -371,7 +468,7 @@ def _matches(
     min_support: float | None,
     min_kurtosis: float | None,
 ) -> "numpy.ndarray":
-    """Which rows meet the conditions on neuron, matrix and figures, bool [rows]; a missing figure meets none."""
+    """Find the rows that meet the conditions on neuron, matrix and figures, bool [rows]. A missing one meets none."""
     import numpy
 
     mask = numpy.ones(rows.num_rows, dtype=bool)
@@ -388,7 +485,10 @@ def _matches(
 
 
 def _holds_token(tokens: "pyarrow.ChunkedArray", token: str, substring: bool) -> "numpy.ndarray":
-    """Which rows have the token among theirs, bool [rows]; compared over the dictionary, not over the rows."""
+    """Find the rows that have the token among theirs, bool [rows].
+
+    The comparison runs over the dictionary of tokens and not over the rows.
+    """
     import numpy
     import pyarrow
 
@@ -403,7 +503,7 @@ def _holds_token(tokens: "pyarrow.ChunkedArray", token: str, substring: bool) ->
 
 
 def _channels(found: ChannelSet, table: "pyarrow.Table", vectors: bool) -> list[Channel]:
-    """Arrow rows as channels, with their vectors read row by row from the file when wanted and there."""
+    """Turn Arrow rows into channels; vectors are read row by row from the file when they are wanted and there."""
     entries = table.to_pylist()
     path = found.folder / VECTORS
     damaged = BadInput(f"{found.folder.name}/{TABLE} holds a row that is no channel.")

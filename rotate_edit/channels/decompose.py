@@ -1,4 +1,4 @@
-"""Many neurons into vocabulary channels: a few in memory for an edit, or whole models in resumable shards."""
+"""Decompose many neurons into vocabulary channels: a few in memory for an edit, or whole models in resumable shards."""
 
 import json
 import os
@@ -36,12 +36,21 @@ from rotate_edit.vocabulary.projection import Projections, Vocabulary
 
 Report = Callable[[str, int, int], None]
 
-# For these families the paper claims tokens above another z-score than the 4 used elsewhere.
+# For these families the paper masks a channel's tokens from another z-score on than the 4 used elsewhere.
 CLAIM_THRESHOLDS = {"llama": 6.0}
 
 
 def claim_threshold(checkpoint: Checkpoint) -> float:
-    """The z-score from which a channel claims tokens, by model family (ROTATE's published settings; 4 if unknown)."""
+    """Return the z-score from which a channel's tokens are masked, by model family.
+
+    Masked tokens get a small weight in later searches. The values are ROTATE's published settings.
+
+    Args:
+        checkpoint: The opened checkpoint.
+
+    Returns:
+        The z-score; 4 for a family without a published value.
+    """
     return CLAIM_THRESHOLDS.get(checkpoint.architecture.model_type, 4.0)
 
 
@@ -54,11 +63,25 @@ def decompose_neurons(
     tilt: Callable[[int, str], Tensor] | None = None,
     progress: Report | None = None,
 ) -> list[Channel]:
-    """The channels of some neurons, in memory, in the order of `neurons` ((address, matrix) pairs).
+    """Search the channels of some neurons in memory.
 
-    projections: the tables of their checkpoint (`read_projections`), on whose device the search runs; texts: of every
-    token id; tilt: for a layer and matrix, the float32 [d_model] direction towards which one more start leans.
-    A neuron whose vector is 0 has no channels.
+    The search runs on the device of the tables. A neuron whose vector is 0 has no channels.
+
+    Args:
+        neurons: Pairs of a neuron's address and a matrix.
+        projections: The tables of their checkpoint (`read_projections`).
+        texts: Text of every token id.
+        settings: The solver's settings.
+        tilt: Function of layer and matrix that gives a direction, float32 [d_model], towards which one more start
+            leans.
+        progress: Function called with "decompose", the number of finished neurons and the number of all.
+
+    Returns:
+        The channels, in the order of `neurons`.
+
+    Raises:
+        BadInput: If a neuron does not exist, a vector is not finite, or the settings are not possible.
+        Failure: If a single search does not fit in memory.
     """
     checkpoint = projections.checkpoint
     groups: dict[tuple, list[int]] = {}
@@ -93,7 +116,7 @@ def decompose_neurons(
 
 
 def _read_neurons(checkpoint: Checkpoint, neurons: Sequence[tuple[Neuron, str]]) -> Tensor:
-    """The vectors of some neurons, float32 [n, d_model], each matrix read once."""
+    """Read the vectors of some neurons, float32 [n, d_model]; each matrix is read once."""
     sites: dict[tuple[int, str, int | None], list[int]] = {}
     for place, (neuron, matrix) in enumerate(neurons):
         sites.setdefault((neuron.layer, matrix, neuron.expert), []).append(place)
@@ -143,16 +166,36 @@ def decompose(
     keep_shards: bool = False,
     progress: Report | None = None,
 ) -> ChannelSet:
-    """Decompose all neurons of the targets into one channel set; a run that was killed goes on where it stopped.
+    """Decompose all neurons of the targets into one channel set.
 
-    vocabulary: `read_vocabulary` of the checkpoint; vectors: the dtype to keep vectors in, None to leave them out;
-    block: neurons a shard; threads: CPU threads a shard; engine: "local" (threads of this process, or one process a
-    visible GPU) or "ray" (the cluster at `address`); workers: how many local threads at most. Block, threads, device
-    and everything else that decides the result stand in the manifest, so that the same manifest on the same device
-    gives the same bytes; how many shards run at once depends on free memory and decides nothing.
-    Until it is done the work lies beside the output, in `<output>.shards` (kept at the end when `keep_shards`); a
-    finished output of the same job is returned as it is. Raises BadInput for an output or unfinished work of
-    another job and for targets the model does not have, Failure when a worker dies.
+    A run that was killed goes on where it stopped. Until the job is done, the work lies beside the output, in
+    `<output>.shards`. A finished output of the same job is returned as it is.
+
+    The manifest holds everything that decides the result, including block, threads and device. The same manifest on the
+    same device gives the same bytes. How many shards run at once depends on free memory and does not change the result.
+
+    Args:
+        checkpoint: The opened checkpoint.
+        output: Folder of the channel set.
+        targets: The neurons to decompose.
+        vocabulary: The checkpoint's vocabulary (`read_vocabulary`).
+        settings: The solver's settings.
+        vectors: Dtype in which vectors are kept, "bfloat16" or "float32"; None leaves them out.
+        block: Number of neurons in a shard.
+        threads: CPU threads of a shard.
+        device: Device of the search.
+        engine: "local" (threads of this process, or one process for each visible GPU) or "ray" (a Ray cluster).
+        address: Address of the Ray cluster.
+        workers: Most local threads of work; None for as many as fit.
+        keep_shards: Whether the folder of shards is kept at the end.
+        progress: Function called with "decompose", the number of finished neurons and the number of all.
+
+    Returns:
+        The channel set.
+
+    Raises:
+        BadInput: If the output or unfinished work is of another job, or the model does not have the targets.
+        Failure: If a worker dies.
     """
     if engine not in ENGINES:
         raise BadInput(f"engine {engine!r} is unknown; choose one of {', '.join(ENGINES)}.")
@@ -213,7 +256,7 @@ def _finish(
     progress: Report | None,
     **where: Any,
 ) -> dict[str, Path]:
-    """Do the shards that are missing and return the file of every shard by its name."""
+    """Do the shards that are missing, and return the file of every shard by its name."""
     ready = finished_shards(folder, shards)
     missing = [shard for shard in shards if shard.name not in ready]
     total = sum(shard.stop - shard.start for shard in shards)
@@ -272,14 +315,14 @@ def _begin(folder: Path, job: dict) -> None:
 
 
 def _reopening(checkpoint: Checkpoint) -> tuple[str, str | None]:
-    """What `open_checkpoint` has to be given, here or on another machine, to open this checkpoint again."""
+    """Return the arguments with which `open_checkpoint` opens this checkpoint again, here or on another machine."""
     if checkpoint.hub is not None:
         return checkpoint.hub.name, checkpoint.revision
     return str(checkpoint.folder.resolve()), None
 
 
 def _local(tasks: list[tuple], receive: Callable, *, job: dict, memory: int, address: str, workers: int | None) -> None:
-    """Threads on the CPU, as many as cores and free memory allow; on GPUs one process each."""
+    """Run shards in CPU threads, as many as cores and free memory allow, or in one process for each GPU."""
     devices = torch.cuda.device_count() if job["device"] == "cuda" else 1
     if devices > 1:
         engines.run_processes(work_shard, tasks, receive, devices=devices)
@@ -298,7 +341,7 @@ def _local(tasks: list[tuple], receive: Callable, *, job: dict, memory: int, add
 
 
 def _ray(tasks: list[tuple], receive: Callable, *, job: dict, memory: int, address: str, workers: int | None) -> None:
-    """Tasks of a Ray cluster; every node opens the checkpoint itself."""
+    """Run shards as tasks of a Ray cluster. Every node opens the checkpoint itself."""
     gpus = 1 if job["device"] == "cuda" else 0
     engines.run_ray(work_shard, tasks, receive, address=address, threads=job["threads"], gpus=gpus, memory=memory)
 

@@ -1,6 +1,6 @@
-"""Where the pieces of a large job run: threads of this process, one process a GPU, or a Ray cluster.
+"""Where the shards of a large job run: threads of this process, one process for each GPU, or a Ray cluster.
 
-Every engine takes the same function and the same list of jobs, calls the function once for each job and gives the
+Every engine takes the same function and the same list of jobs. It calls the function once for each job and gives the
 results to `receive` in whatever order they come. Jobs and results are plain texts, numbers and bytes.
 """
 
@@ -24,15 +24,33 @@ DIED = (
 
 
 def run_threads(work: Work, jobs: Sequence[tuple], receive: Receive, *, workers: int) -> None:
-    """Call `work(*job)` in `workers` threads of this process; the first error ends the run after the running jobs."""
+    """Run jobs in threads of this process.
+
+    The first error ends the run after the jobs that are running.
+
+    Args:
+        work: Function that does one job, called as `work(*job)`.
+        jobs: Arguments of each job.
+        receive: Function that takes each result.
+        workers: Number of threads.
+    """
     with ThreadPoolExecutor(workers) as pool:
         _collect(pool, [pool.submit(work, *job) for job in jobs], receive)
 
 
 def run_processes(work: Work, jobs: Sequence[tuple], receive: Receive, *, devices: int) -> None:
-    """Call `work(*job)` in one process a GPU; each process sees its own GPU only, as device "cuda".
+    """Run jobs in one process for each GPU.
 
-    Raises Failure when a process dies.
+    Each process sees only its own GPU, as device "cuda".
+
+    Args:
+        work: Function that does one job, called as `work(*job)`.
+        jobs: Arguments of each job.
+        receive: Function that takes each result.
+        devices: Number of GPUs.
+
+    Raises:
+        Failure: If a process dies.
     """
     context = multiprocessing.get_context("spawn")
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -58,11 +76,24 @@ def run_ray(
     memory: int = 0,
     retries: int = 5,
 ) -> None:
-    """Call `work(*job)` as Ray tasks of `threads` CPUs, `gpus` GPUs and `memory` bytes each on a cluster.
+    """Run jobs as tasks of a Ray cluster.
 
-    address: "auto" for the cluster this machine belongs to, "local" for one started here, or host:port. A task
-    whose worker died is started again, `retries` times. Ray runs whatever its network asks it to, so a cluster must be
-    a trusted network. Raises BadInput when Ray or the cluster is missing, Failure when a task keeps dying.
+    A task whose worker died is started again. Ray runs whatever its network asks it to run, so a cluster must be on a
+    trusted network.
+
+    Args:
+        work: Function that does one job, called as `work(*job)`.
+        jobs: Arguments of each job.
+        receive: Function that takes each result.
+        address: "auto" for the cluster this machine belongs to, "local" for one started here, or host:port.
+        threads: CPUs of each task.
+        gpus: GPUs of each task.
+        memory: Memory of each task in bytes.
+        retries: How often a task whose worker died is started again.
+
+    Raises:
+        BadInput: If Ray or the cluster is missing.
+        Failure: If a task fails, or its worker keeps dying.
     """
     try:
         import ray
@@ -101,11 +132,11 @@ def _collect(pool: concurrent.futures.Executor, futures: Iterable[Future], recei
         for future in concurrent.futures.as_completed(futures):
             receive(future.result())
     except BaseException:
-        # Not only errors: after an interrupt, too, the jobs that wait must not begin.
+        # After an interrupt, as after an error, the jobs that wait must not begin.
         pool.shutdown(wait=False, cancel_futures=True)
         raise
 
 
 def _take_device(queue: Any) -> None:
-    """Runs first in each process: from here on it sees one GPU, which it takes before CUDA is started."""
+    """Give a new process one GPU; this runs first in it, before CUDA is started."""
     os.environ["CUDA_VISIBLE_DEVICES"] = queue.get()

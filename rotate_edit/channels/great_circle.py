@@ -1,10 +1,11 @@
-"""Exact search along great circles: the default solver of the ROTATE objective (method.md §3). Maths only.
+"""Exact search along great circles: the default solver of the ROTATE objective (method.md §3).
 
-One step moves along `v(θ) = v cos θ + p sin θ` with unit `v` and unit `p` tangent to the sphere at `v`. A
-projection is linear, so `z(θ) = a cos θ + b sin θ` with `a = v Xᵀ`, `b = p Xᵀ`, and every moment of `z(θ)` is a
-homogeneous polynomial in `(cos θ, sin θ)` whose coefficients are the fourteen mixed moments `Σ ω aⁱ bʲ / Σω`, `1 ≤
-i+j ≤ 4`. The loss on the whole circle is therefore known exactly from one projection of `p`, and `a` at the new
-point without another.
+This is maths only. One step moves along `v(θ) = v cos θ + p sin θ` with unit `v` and unit `p` tangent to the sphere at
+`v`. A projection is linear, so `z(θ) = a cos θ + b sin θ` with `a = v Xᵀ` and `b = p Xᵀ`.
+
+Every moment of `z(θ)` is a homogeneous polynomial in `(cos θ, sin θ)`. Its coefficients are the fourteen mixed moments
+`Σ ω aⁱ bʲ / Σω` with `1 ≤ i+j ≤ 4`. So one projection of `p` gives the loss on the whole circle exactly. It also gives
+`a` at the new point without another projection.
 """
 
 from collections.abc import Sequence
@@ -16,15 +17,23 @@ from torch import Tensor
 from rotate_edit.channels.objective import Objective, excess_kurtosis, signed_log
 
 POWERS = tuple((order - j, j) for order in range(1, 5) for j in range(order + 1))
-"""(i, j) of the fourteen mixed moments `Σ ω aⁱ bʲ`: order 1, 2, 3, 4, the power of a falling."""
+"""(i, j) of the fourteen mixed moments `Σ ω aⁱ bʲ`: order 1, 2, 3, 4, with the power of a falling."""
 BINOMIALS = [comb(i + j, j) for i, j in POWERS]
 LAST_OF_ORDER = [1, 4, 8, 13]
 
 
 def mixed_moments(a: Tensor, b: Tensor, weights: Tensor | None = None) -> Tensor:
-    """The ten sums `Σ_t ω_t a_tⁱ b_tʲ` with j ≥ 1 of rows of projections, [n, 10] in the order of `POWERS`.
+    """Compute the ten sums `Σ_t ω_t a_tⁱ b_tʲ` with j ≥ 1.
 
-    a, b: [n, T]; weights ω: [T] or [n, T], None for ones. The four sums without b are known from the step before.
+    The four sums without b are known from the step before.
+
+    Args:
+        a: Projections of the points, float [n, T].
+        b: Projections of the directions, float [n, T].
+        weights: Weights ω, float [T] or [n, T]; None for ones.
+
+    Returns:
+        The sums, float [n, 10], in the order of `POWERS`.
     """
     dot = torch.linalg.vecdot
     aa, ab, bb = a * a, a * b, b * b
@@ -47,7 +56,15 @@ def mixed_moments(a: Tensor, b: Tensor, weights: Tensor | None = None) -> Tensor
 
 
 def join_moments(pure: Tensor, mixed: Tensor) -> Tensor:
-    """All fourteen moments [n, 14] in the order of `POWERS` from M1..M4 of a [n, 4] and the ten with b [n, 10]."""
+    """Join the moments with and without b.
+
+    Args:
+        pure: Moments M1..M4 of a, float [n, 4].
+        mixed: The ten moments with b, float [n, 10].
+
+    Returns:
+        All fourteen moments, float [n, 14], in the order of `POWERS`.
+    """
     parts = []
     for order, low, high in ((1, 0, 1), (2, 1, 3), (3, 3, 6), (4, 6, 10)):
         parts += [pure[:, order - 1 : order], mixed[:, low:high]]
@@ -55,23 +72,47 @@ def join_moments(pure: Tensor, mixed: Tensor) -> Tensor:
 
 
 def power_moments(mixed: Tensor, tangents: Tensor) -> list[Tensor]:
-    """Raw moments M1..M4 of `z(θ)/cos θ = a + b tan θ`, each [n, G], from mixed moments [n, 14] and tan θ, [G] or
-    [n, G]: `M_k = Σ_j C(k, j) ⟨a^{k−j} bʲ⟩ tanʲθ` by Horner's rule. Those of z(θ) itself are `cosᵏθ` times that.
+    """Compute the raw moments M1..M4 of `z(θ)/cos θ = a + b tan θ`.
+
+    Horner's rule evaluates `M_k = Σ_j C(k, j) ⟨a^{k−j} bʲ⟩ tanʲθ`. The moments of z(θ) itself are `cosᵏθ` times that.
+
+    Args:
+        mixed: Mixed moments, float [n, 14].
+        tangents: Values of tan θ, float [G] or [n, G].
+
+    Returns:
+        Four moments, float [n, G] each.
     """
     parts = (mixed * mixed.new_tensor(BINOMIALS)).split((2, 3, 4, 5), dim=1)
     return [evaluate(part, tangents) for part in parts]
 
 
 def central_polynomials(mixed: Tensor) -> tuple[Tensor, Tensor]:
-    """The second and fourth central moments of `a + b τ` as polynomials in τ: coefficients [n, 3] and [n, 5], constant
-    first, from mixed moments [n, 14]: `v = M2 − M1²` and `F = M4 − 4 M1 M3 + M1² (6 M2 − 3 M1²)`."""
+    """Compute the second and fourth central moments of `a + b τ` as polynomials in τ.
+
+    They are `v = M2 − M1²` and `F = M4 − 4 M1 M3 + M1² (6 M2 − 3 M1²)`.
+
+    Args:
+        mixed: Mixed moments, float [n, 14].
+
+    Returns:
+        Coefficients of v, float [n, 3], and of F, float [n, 5]; the constant comes first.
+    """
     first, second, third, fourth = (mixed * mixed.new_tensor(BINOMIALS)).split((2, 3, 4, 5), dim=1)
     square = multiply(first, first)
     return second - square, fourth - 4 * multiply(first, third) + multiply(square, 6 * second - 3 * square)
 
 
 def multiply(left: Tensor, right: Tensor) -> Tensor:
-    """Products of polynomials given by coefficients [n, j] and [n, k], constant first: [n, j + k − 1]."""
+    """Multiply polynomials that are given by coefficients, the constant first.
+
+    Args:
+        left: Coefficients, float [n, j].
+        right: Coefficients, float [n, k].
+
+    Returns:
+        Coefficients of the products, float [n, j + k − 1].
+    """
     product = torch.nn.functional.pad(left[:, :1] * right, (0, left.shape[1] - 1))
     for power in range(1, left.shape[1]):
         product[:, power : power + right.shape[1]].addcmul_(left[:, power : power + 1], right)
@@ -79,7 +120,15 @@ def multiply(left: Tensor, right: Tensor) -> Tensor:
 
 
 def evaluate(polynomial: Tensor, at: Tensor) -> Tensor:
-    """Polynomials [n, k], constant first, at points [G] or [n, G] by Horner's rule, [n, G]."""
+    """Evaluate polynomials by Horner's rule.
+
+    Args:
+        polynomial: Coefficients, the constant first, float [n, k].
+        at: Points, float [G] or [n, G].
+
+    Returns:
+        The values, float [n, G].
+    """
     *columns, value = polynomial.split(1, dim=1)
     for column in reversed(columns):
         value = torch.addcmul(column, value, at)
@@ -87,10 +136,19 @@ def evaluate(polynomial: Tensor, at: Tensor) -> Tensor:
 
 
 def circle_loss(polynomials: tuple[Tensor, Tensor], angles: Tensor, cosines: Tensor, objective: Objective) -> Tensor:
-    """Loss at `angles` ([G] or [n, G]) of each row's circle, [n, G].
+    """Compute the loss at angles of each row's circle.
 
-    `−λk slog(F(τ) / v(τ)² − 3) + λf (1 − (v·ŵ cos θ + p·ŵ sin θ))`, `τ = tan θ`, the kurtosis being that of `a + b τ`,
-    since scale does not matter to it; polynomials v and F: of `central_polynomials`; cosines: [n, 2], v·ŵ and p·ŵ.
+    The loss is `−λk slog(F(τ) / v(τ)² − 3) + λf (1 − (v·ŵ cos θ + p·ŵ sin θ))` with `τ = tan θ`. The kurtosis is that
+    of `a + b τ`, since scale does not matter to it.
+
+    Args:
+        polynomials: Polynomials v and F of `central_polynomials`.
+        angles: Angles θ in radians, float [G] or [n, G].
+        cosines: Products v·ŵ and p·ŵ, float [n, 2].
+        objective: The objective.
+
+    Returns:
+        The loss, float [n, G].
     """
     tangents = torch.tan(angles)
     variance, fourth = (evaluate(polynomial, tangents) for polynomial in polynomials)
@@ -100,8 +158,18 @@ def circle_loss(polynomials: tuple[Tensor, Tensor], angles: Tensor, cosines: Ten
 
 
 def angle_grid(objective: Objective, reach: float = torch.pi) -> Tensor:
-    """The angles tried on every circle [G]: 0 and, both ways, geometric steps up to a uniform grid over the half
-    circle, because late steps are short and need as many choices as early ones; none beyond `reach` radians."""
+    """Choose the angles tried on every circle.
+
+    They are 0 and, both ways, geometric steps up to a uniform grid over the half circle. Late steps are short and need
+    as many choices as early ones.
+
+    Args:
+        objective: The objective.
+        reach: Largest angle in radians.
+
+    Returns:
+        The angles in radians, rising, float [G].
+    """
     short = torch.logspace(-3, -1, 4, dtype=objective.exact)
     long = torch.linspace(0.1, 3.1, 9, dtype=objective.exact)[1:]
     positive = torch.cat([short, long]).to(objective.matrix.device)
@@ -112,11 +180,22 @@ def angle_grid(objective: Objective, reach: float = torch.pi) -> Tensor:
 def best_angle(
     mixed: Tensor, cosines: Tensor, objective: Objective, grid: Tensor, forced: Tensor, points: int = 6
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The angle of least loss on each circle: (angle [n], raw moments of z there [n, 4], loss there [n]).
+    """Find the angle of least loss on each circle.
 
-    The whole circle is tried on a grid, the neighbourhood of the best angle on a finer one, and a parabola through
-    the three best points of that gives the answer, unless it lies higher than they do: the loss never rises. Rows
-    with `forced` (bool [n]) go to a quarter circle without asking.
+    The whole circle is tried on a grid, and the neighbourhood of the best angle on a finer one. A parabola through the
+    three best points of that gives the answer. If its vertex lies higher than they do, the best point is taken. So the
+    loss never rises.
+
+    Args:
+        mixed: Mixed moments, float [n, 14].
+        cosines: Products v·ŵ and p·ŵ, float [n, 2].
+        objective: The objective.
+        grid: Angles to try, in radians, rising, float [G].
+        forced: Rows that go to a quarter circle without a search, bool [n].
+        points: Number of points of the finer grid on either side, both ends included.
+
+    Returns:
+        Angle in radians [n], raw moments of z there [n, 4], and loss there [n].
     """
     polynomials = central_polynomials(mixed)
     index = circle_loss(polynomials, grid, cosines, objective).argmin(dim=1)
@@ -149,7 +228,15 @@ def _arrive(
 
 
 def parabola_vertex(angles: Tensor, losses: Tensor) -> Tensor:
-    """Where the parabola through three points is least, [n]; angles rising and losses [n, 3], the middle one least."""
+    """Find where the parabola through three points is least.
+
+    Args:
+        angles: Rising angles in radians, float [n, 3].
+        losses: Losses at these angles, float [n, 3]; the middle one is least.
+
+    Returns:
+        The angle in radians, float [n], between the outer two.
+    """
     left, right = angles[:, 0] - angles[:, 1], angles[:, 2] - angles[:, 1]
     left_rise, right_rise = losses[:, 0] - losses[:, 1], losses[:, 2] - losses[:, 1]
     bend = (right * left_rise - left * right_rise).clamp_min(_tiny(losses))
@@ -158,10 +245,17 @@ def parabola_vertex(angles: Tensor, losses: Tensor) -> Tensor:
 
 
 def gradient_polynomial(moments: Sequence[Tensor], sharpness: float) -> Tensor:
-    """`q₃, q₂, q₁, q₀` [n, 4] of the polynomial with `d(−λk slog K)/dz_t = (ω_t/Σω) (q₃ z³ + q₂ z² + q₁ z + q₀)`.
+    """Compute the polynomial that gives the gradient of the kurtosis term in token space.
 
-    From `K = μ₄/μ₂² − 3` and `x = z − M1`: `dK/dz_t = (ω_t/Σω) [4 (x³ − μ₃)/μ₂² − 4 μ₄ x/μ₂³]`, times `−λk/(1 +
-    |K|)` for the signed logarithm. `moments`: raw M1..M4, each [n].
+    It satisfies `d(−λk slog K)/dz_t = (ω_t/Σω) (q₃ z³ + q₂ z² + q₁ z + q₀)`. With `K = μ₄/μ₂² − 3` and `x = z − M1`,
+    `dK/dz_t = (ω_t/Σω) [4 (x³ − μ₃)/μ₂² − 4 μ₄ x/μ₂³]`. The signed logarithm multiplies this by `−λk/(1 + |K|)`.
+
+    Args:
+        moments: Raw moments M1..M4, float [n] each.
+        sharpness: The factor λk.
+
+    Returns:
+        The coefficients q₃, q₂, q₁, q₀, float [n, 4].
     """
     first, second, third, fourth = moments
     mean_square = first * first
@@ -175,7 +269,16 @@ def gradient_polynomial(moments: Sequence[Tensor], sharpness: float) -> Tensor:
 
 
 def apply_polynomial(values: Tensor, polynomial: Tensor, out: Tensor) -> Tensor:
-    """`q₃ z³ + q₂ z² + q₁ z + q₀` of each row: values [n, T], polynomial [n, 4], written to `out` [n, T]."""
+    """Evaluate `q₃ z³ + q₂ z² + q₁ z + q₀` for each row.
+
+    Args:
+        values: Values z, float [n, T].
+        polynomial: Coefficients, q₃ first, float [n, 4].
+        out: Tensor for the result, float [n, T].
+
+    Returns:
+        The tensor `out`.
+    """
     torch.addcmul(polynomial[:, 1:2], polynomial[:, 0:1], values, out=out)
     torch.addcmul(polynomial[:, 2:3], out, values, out=out)
     return torch.addcmul(polynomial[:, 3:4], out, values, out=out)

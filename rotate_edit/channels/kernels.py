@@ -1,9 +1,11 @@
-"""Triton kernels for what lies between the solver's two products on a CUDA device. Maths only.
+"""Triton kernels for the work between the solver's two products on a CUDA device.
 
-The products themselves are left to cuBLAS; each kernel reads the two projections once and does in one pass what the
-plain tensor code of `batch.py` does in about ten: the ten mixed moments after the first product, the turn and the
-gradient polynomial before the second. The plain code is the oracle they are tested against. Importing this file needs
-Triton; with TRITON_INTERPRET=1 the kernels run on the CPU as well.
+This is maths only. The products themselves are left to cuBLAS. Each kernel reads the two projections once and does in
+one pass what the plain tensor code of `batch.py` does in about ten. One kernel computes the ten mixed moments after the
+first product. The other computes the turn and the gradient polynomial before the second.
+
+The kernels are tested against the plain code. Importing this file needs Triton. With TRITON_INTERPRET=1 the kernels run
+on the CPU as well.
 """
 
 import torch
@@ -13,7 +15,10 @@ from torch import Tensor
 
 BLOCK = 1024
 SPLIT = 16 * BLOCK
-"""Tokens one program goes through for the moments: enough programs for the device, few partial sums to add."""
+"""Number of tokens that one program goes through for the moments.
+
+It gives enough programs for the device and few partial sums to add.
+"""
 
 
 # Triton gives annotations a meaning of its own, so the kernels' arguments carry none but `constexpr`.
@@ -21,7 +26,7 @@ SPLIT = 16 * BLOCK
 def _moments(  # type: ignore[no-untyped-def]
     a_start, b_start, weights_start, sums_start, tokens, row_stride, SPLIT: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """Ten partial sums `Σ ω aⁱ bʲ` of one row over one split of the tokens, float32 accumulation in every lane."""
+    """Compute ten partial sums `Σ ω aⁱ bʲ` of one row over one split of the tokens, in float32 in every lane."""
     row, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
     s01 = tl.zeros((BLOCK,), tl.float32)
     s11, s02 = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
@@ -62,7 +67,7 @@ def _moments(  # type: ignore[no-untyped-def]
 def _turn(  # type: ignore[no-untyped-def]
     a_start, b_start, weights_start, numbers_start, tokens, row_stride, BLOCK: tl.constexpr
 ):
-    """`a ← a cos θ + b sin θ`, `b ← ω (q₃ a³ + q₂ a² + q₁ a + q₀)` for one block of one row."""
+    """Set `a ← a cos θ + b sin θ` and `b ← ω (q₃ a³ + q₂ a² + q₁ a + q₀)` for one block of one row."""
     row = tl.program_id(0).to(tl.int64)
     places = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = places < tokens
@@ -80,7 +85,16 @@ def _turn(  # type: ignore[no-untyped-def]
 
 
 def mixed_sums(a: Tensor, b: Tensor, weights: Tensor) -> Tensor:
-    """The ten sums `Σ ω aⁱ bʲ` with j ≥ 1 of each row, float32 [n, 10]; a, b: float32 [n, T] of one stride; ω: [T]."""
+    """Compute the ten sums `Σ ω aⁱ bʲ` with j ≥ 1 of each row.
+
+    Args:
+        a: Projections of the points, float32 [n, T].
+        b: Projections of the directions, float32 [n, T], with the stride of `a`.
+        weights: Weights ω, float32 [T].
+
+    Returns:
+        The sums, float32 [n, 10].
+    """
     rows, tokens = a.shape
     splits = triton.cdiv(tokens, SPLIT)
     sums = torch.empty(rows, splits, 10, dtype=torch.float32, device=a.device)
@@ -89,9 +103,15 @@ def mixed_sums(a: Tensor, b: Tensor, weights: Tensor) -> Tensor:
 
 
 def turn_and_slope(a: Tensor, b: Tensor, weights: Tensor, cos: Tensor, sin: Tensor, polynomial: Tensor) -> None:
-    """In place: a [n, T] becomes the projection at the angle, b [n, T] the weighted gradient polynomial there.
+    """Turn projections by an angle and compute the weighted gradient polynomial there, in place.
 
-    cos, sin: [n, 1]; polynomial: [n, 4], q₃ first; everything float32, a and b of one stride.
+    Args:
+        a: Projections of the points, float32 [n, T]. It becomes the projection at the angle.
+        b: Projections of the directions, float32 [n, T], with the stride of `a`. It becomes the weighted polynomial.
+        weights: Weights ω, float32 [T].
+        cos: Cosine of each row's angle, float32 [n, 1].
+        sin: Sine of each row's angle, float32 [n, 1].
+        polynomial: Coefficients, q₃ first, float32 [n, 4].
     """
     rows, tokens = a.shape
     numbers = torch.cat([cos, sin, polynomial], dim=1).contiguous()

@@ -1,10 +1,12 @@
-"""The ROTATE objective of one channel (method.md §2) made ready for a solver. Maths only.
+"""The ROTATE objective of one channel (method.md §2), prepared for a solver.
+
+This is maths only.
 
     loss(v) = − λk · slog(kurt(m ∘ (v U))) + λf · (1 − cos(v, w))
 
-`kurt` is the excess kurtosis over the vocabulary (population moments), `slog(x) = sign(x) log(1 + |x|)`, `m` the
-token weights: those of the vocabulary, lowered to `claimed_weight` for the tokens earlier channels of the neuron
-took.
+`kurt` is the excess kurtosis over the vocabulary (population moments), and `slog(x) = sign(x) log(1 + |x|)`. `m` are
+the token weights of the vocabulary. The tokens of earlier channels of the neuron are masked: their weight is lowered to
+`claimed_weight`.
 """
 
 from collections.abc import Sequence
@@ -19,14 +21,30 @@ COVARIANCE_ELEMENTS = 1 << 20
 
 @dataclass(frozen=True)
 class Objective:
-    """The vocabulary as the objective sees it; its rows (below: `places`) are the tokens that count.
+    """The vocabulary as the objective sees it. Its rows, called places, are the tokens that count.
 
-    matrix X: float [T, d], centred rows. `zeroed`: T = V and `X_t = m_t U_t − μ`, `μ = mean_t m_t U_t`, so that
-    `v·X_t` is the centred value `m_t (v·U_t)` of the published objective; every place has weight 1. `weighted`: the
-    tokens of weight > 0, those of weight 1 first, `X_t = U_t − μ`, `μ = Σ ω U / Σ ω`. Either way `Σ_t ω_t X_t = 0`,
-    which keeps means small beside spreads, so that float32 does not cancel. weights ω: [T]; full: how many leading
-    places have weight 1; total: Σω; mean μ: [d]; token_weights m: [T], of each place; tokens: int64 [T], token id
-    of each place; reading: [T, d], rows (up to one shared shift) for unweighted projections.
+    There are two ways of taking moments. With `zeroed`, T = V and `X_t = m_t U_t − μ` with `μ = mean_t m_t U_t`. So
+    `v·X_t` is the centred value `m_t (v·U_t)` of the published objective, and every place has weight 1.
+    With `weighted`, the places are the tokens of weight above 0, those of weight 1 first. There `X_t = U_t − μ` with
+    `μ = Σ ω U / Σ ω`.
+
+    Either way `Σ_t ω_t X_t = 0`. This keeps means small beside spreads, so that float32 does not cancel.
+
+    Attributes:
+        matrix: Centred rows X, float [T, d].
+        reading: Rows for unweighted projections, up to one shared shift, float [T, d].
+        tokens: Token id of each place, int64 [T].
+        weights: Weight ω of each place, float [T].
+        token_weights: Token weight m of each place, float [T].
+        full: Number of leading places that have weight 1.
+        total: Sum Σω of the weights.
+        mean: Mean μ, float [d].
+        preconditioner: Result of `make_preconditioner`, float [d, d].
+        moments: "weighted" or "zeroed".
+        sharpness: Factor λk of the kurtosis term.
+        fidelity: Factor λf of the cosine term.
+        claimed_weight: Weight of a masked token.
+        fused: Whether the Triton kernels are used.
     """
 
     matrix: Tensor
@@ -60,7 +78,20 @@ def make_objective(
     claimed_weight: float = 0.01,
     fused: bool = False,
 ) -> Objective:
-    """Prepare `unembedding` [V, d] and `token_weights` [V] for one way of taking moments. Copies the matrix once."""
+    """Prepare the vocabulary for one way of taking moments. The matrix is copied once.
+
+    Args:
+        unembedding: Table of the tokens, float [V, d].
+        token_weights: Weight m of each token, [V].
+        moments: "weighted" or "zeroed".
+        sharpness: Factor λk of the kurtosis term.
+        fidelity: Factor λf of the cosine term.
+        claimed_weight: Weight of a masked token.
+        fused: Whether the Triton kernels are used.
+
+    Returns:
+        The objective, in the dtype and on the device of `unembedding`.
+    """
     token_weights = token_weights.to(unembedding)
     if moments == "zeroed":
         tokens = torch.arange(len(unembedding), device=unembedding.device)
@@ -92,11 +123,20 @@ def make_objective(
 
 
 def make_preconditioner(matrix: Tensor, weights: Tensor) -> Tensor:
-    """`P = (C + ε I)⁻¹`, scaled to mean diagonal 1, [d, d], with `C = Σ ω X Xᵀ / Σ ω` and ε the geometric mean of the
-    eigenvalues of C: what a step along the gradient has to be multiplied with where U is anisotropic.
+    """Compute `P = (C + ε I)⁻¹`, scaled to mean diagonal 1, with `C = Σ ω X Xᵀ / Σ ω`.
 
-    An estimate does: C is taken from an even sample of the tokens, eight for each of its rows and 8,192 at least. In
-    float64 on the CPU, since devices differ in what they offer; one d × d factorisation.
+    ε is the geometric mean of the eigenvalues of C. A step along the gradient has to be multiplied with P where U is
+    anisotropic.
+
+    An estimate is enough. C is taken from an even sample of the tokens: eight for each of its rows, and 8,192 at least.
+    The one d × d factorisation runs in float64 on the CPU, since devices differ in what they offer.
+
+    Args:
+        matrix: Centred rows X, float [T, d].
+        weights: Weights ω, float [T].
+
+    Returns:
+        The matrix P, float [d, d], in the dtype and on the device of `matrix`.
     """
     size = matrix.shape[1]
     stride = max(1, len(matrix) // max(8192, 8 * size))
@@ -114,12 +154,31 @@ def make_preconditioner(matrix: Tensor, weights: Tensor) -> Tensor:
 
 
 def signed_log(value: Tensor) -> Tensor:
-    """`slog(x) = sign(x) log(1 + |x|)`."""
+    """Compute `slog(x) = sign(x) log(1 + |x|)`.
+
+    Args:
+        value: Values x, a float tensor of any shape.
+
+    Returns:
+        The results, in the same shape.
+    """
     return value.sign() * value.abs().log1p()
 
 
 def excess_kurtosis(first: Tensor, second: Tensor, third: Tensor, fourth: Tensor) -> Tensor:
-    """`μ₄/μ₂² − 3` from raw moments M1..M4; exact enough where the mean is small beside the spread."""
+    """Compute the excess kurtosis `μ₄/μ₂² − 3` from raw moments.
+
+    It is exact enough where the mean is small beside the spread.
+
+    Args:
+        first: Raw moment M1, a float tensor of any shape.
+        second: Raw moment M2, in the same shape.
+        third: Raw moment M3, in the same shape.
+        fourth: Raw moment M4, in the same shape.
+
+    Returns:
+        The excess kurtosis, in the same shape.
+    """
     square = first * first
     variance = second - square
     centred = fourth - 4 * first * third + 6 * square * second - 3 * square * square
@@ -127,7 +186,14 @@ def excess_kurtosis(first: Tensor, second: Tensor, third: Tensor, fourth: Tensor
 
 
 def shape_of(values: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Mean, standard deviation, skewness and excess kurtosis of each row of `values` [n, T], population moments."""
+    """Compute mean, standard deviation, skewness and excess kurtosis of each row (population moments).
+
+    Args:
+        values: The rows, float [n, T].
+
+    Returns:
+        The four figures, float [n] each.
+    """
     mean = values.mean(dim=1, keepdim=True)
     centred = values - mean
     square = centred * centred
@@ -138,7 +204,15 @@ def shape_of(values: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def claimed_weights(objective: Objective, claims: Sequence[Tensor]) -> Tensor:
-    """The token weights m of each row as a dense [n, T] matrix, claimed places (one int64 tensor a row) lowered."""
+    """Compute the token weights m of each row, lowered at masked places.
+
+    Args:
+        objective: The objective.
+        claims: Masked places of each row, int64 each.
+
+    Returns:
+        The weights as a dense matrix, float [n, T].
+    """
     weights = objective.token_weights.repeat(len(claims), 1)
     for row, places in enumerate(claims):
         if len(places):
@@ -147,9 +221,18 @@ def claimed_weights(objective: Objective, claims: Sequence[Tensor]) -> Tensor:
 
 
 def loss_of(values: Tensor, weights: Tensor, cosine: Tensor, objective: Objective) -> Tensor:
-    """The loss of rows of unweighted projections `values` [n, T] under dense token weights m [n, T]; cosine: [n].
+    """Compute the loss of rows of projections straight from the definition.
 
-    Written straight from the definition and differentiable: the reference that the fast paths are tested against.
+    It is differentiable, and it is the reference against which the fast paths are tested.
+
+    Args:
+        values: Unweighted projections, float [n, T].
+        weights: Token weights m, float [n, T].
+        cosine: Cosine of each row's vector with its neuron, float [n].
+        objective: The objective.
+
+    Returns:
+        The loss, float [n].
     """
     tiny = torch.finfo(values.dtype).tiny
     if objective.moments == "zeroed":

@@ -1,7 +1,7 @@
-"""Every neuron at once: each vector's projection on the vocabulary, its strongest tokens and its moments.
+"""Scan every neuron at once: each vector's projection on the vocabulary, its strongest tokens and its moments.
 
-The vocabulary streams by in tiles, so that no `neurons x vocabulary` matrix is ever held (the LM-head scan of "Flash
-Interpretability", arXiv 2501.02688, with moments beside the tokens). `scan_vectors` and `concept_z` are maths;
+The vocabulary is processed in tiles, so no `neurons x vocabulary` matrix is ever held. This is the LM-head scan of
+"Flash Interpretability" (arXiv 2501.02688), with moments beside the tokens. `scan_vectors` and `concept_z` are maths.
 `scan_checkpoint` reads a checkpoint and writes one Parquet file.
 """
 
@@ -21,22 +21,33 @@ if TYPE_CHECKING:
     import pyarrow
 
 FAMILY = 64
-"""Tokens whose maximum decides together whether they are looked at one by one."""
+"""Number of tokens in a family. A family's maximum decides whether its tokens are looked at one by one."""
 TILE = {"cpu": (512, 8192), "cuda": (2048, 8192), "mps": (1024, 8192)}
-"""Vectors and tokens of a tile, so that a tile and its squares stay in the last-level cache of the CPU."""
+"""Vectors and tokens of a tile. A tile and its squares then stay in the last-level cache of the CPU."""
 CPU_COLUMNS = 1024
-"""Tokens of one product on the CPU: measured a tenth faster than products as wide as a tile."""
+"""Number of tokens in one product on the CPU.
+
+It was measured to be a tenth faster than products as wide as a tile.
+"""
 
 
 @dataclass(frozen=True)
 class Scan:
     """What the projections of N vectors on the vocabulary look like.
 
-    top_ids int64 [N, k], top_z float32 [N, k]: the strongest tokens of each vector, strongest first, with their
-    z-scores in its projection; bottom_ids, bottom_z: the same on the negative side (most negative first);
-    kurtosis (excess), skewness float32 [N]: population moments over the vocabulary; norm: Euclidean, of the
-    vector; mean, deviation: of the projection. A vector whose projection is constant has z-scores, kurtosis
-    and skewness 0.
+    Moments are population moments over the vocabulary. A vector whose projection is constant has z-scores, kurtosis and
+    skewness 0.
+
+    Attributes:
+        top_ids: The strongest tokens of each vector, strongest first, int64 [N, k].
+        top_z: Their z-scores in the vector's projection, float32 [N, k].
+        bottom_ids: The strongest tokens on the negative side, most negative first, int64 [N, k].
+        bottom_z: Their z-scores, float32 [N, k].
+        kurtosis: Excess kurtosis of the projection, float32 [N].
+        skewness: Skewness of the projection, float32 [N].
+        norm: Euclidean norm of the vector, float32 [N].
+        mean: Mean of the projection, float32 [N].
+        deviation: Standard deviation of the projection, float32 [N].
     """
 
     top_ids: Tensor
@@ -59,15 +70,28 @@ def scan_vectors(
     neuron_block: int | None = None,
     product: torch.dtype = torch.float32,
 ) -> Scan:
-    """Scan vectors [N, d_model] against an unembedding [V, d_model] (both float32 or bfloat16, on one device).
+    """Scan vectors against an unembedding.
 
-    Tokens are centred before the product, so that the second to fourth power sums of a tile are central moments
-    and do not cancel; they are taken in float32 within a tile and added up in float64. The `top` strongest tokens of
-    a tile are exact: they lie in the `top` families of 64 tokens whose maxima are largest. Among tokens with
-    equal projections the lower id comes first, and which of them are kept at the cut is not defined.
-    `vocabulary_chunk` and `neuron_block` are the tile's sides (chosen by device when left out) and change results
-    only by rounding. `product` is the dtype of the product's operands: bfloat16 is for CUDA, where sums stay
-    float32. The results are on the CPU. Raises ValueError when `top` is not within 1 ... V or shapes do not match.
+    Both are float32 or bfloat16 and on one device. Tokens are centred before the product. So the second to fourth power
+    sums of a tile are central moments and do not cancel. They are taken in float32 within a tile and added up in
+    float64.
+
+    The strongest tokens of a tile are exact: they lie in the `top` families of 64 tokens whose maxima are largest.
+    Among tokens with equal projections the lower id comes first. Which of them are kept at the cut is not defined.
+
+    Args:
+        vectors: The vectors, [N, d_model].
+        unembedding: The unembedding, [V, d_model].
+        top: Number k of tokens kept on either side.
+        vocabulary_chunk: Number of tokens in a tile; None chooses it by device. It changes results only by rounding.
+        neuron_block: Number of vectors in a tile; None chooses it by device. It changes results only by rounding.
+        product: Dtype of the product's operands. bfloat16 is for CUDA, where sums stay float32.
+
+    Returns:
+        The scan, on the CPU.
+
+    Raises:
+        ValueError: If `top` is not within 1 to V, or shapes do not match.
     """
     count, vocabulary = len(vectors), len(unembedding)
     if vectors.ndim != 2 or unembedding.ndim != 2 or vectors.shape[1] != unembedding.shape[1]:
@@ -100,12 +124,12 @@ def scan_vectors(
 
 
 def _exact(device: torch.device) -> torch.dtype:
-    """The dtype to add up in: float64 wherever the device has it."""
+    """Return the dtype to add up in: float64 wherever the device has it."""
     return torch.float32 if device.type == "mps" else torch.float64
 
 
 def _product(left: Tensor, right: Tensor, out: Tensor) -> None:
-    """`left @ right` into the float32 `out`; low-precision operands are summed in float32 where the device can."""
+    """Write `left @ right` to the float32 `out`; low-precision operands are summed in float32 where the device can."""
     if left.device.type == "cpu" and left.dtype == torch.float32:
         for first in range(0, right.shape[1], CPU_COLUMNS):
             columns = slice(first, first + CPU_COLUMNS)
@@ -119,17 +143,20 @@ def _product(left: Tensor, right: Tensor, out: Tensor) -> None:
 
 
 def _power_sums(tile: Tensor, squares: Tensor) -> Tensor:
-    """Sums of second, third and fourth powers of each row of a tile [n, c]: [3, n]; `squares` is working memory."""
+    """Compute the sums [3, n] of second, third and fourth powers of each row of a tile [n, c].
+
+    `squares` is working memory.
+    """
     torch.mul(tile, tile, out=squares)
     fourth = torch.linalg.vector_norm(squares, dim=1).square()
     return torch.stack([squares.sum(1), torch.linalg.vecdot(squares, tile), fourth])
 
 
 def _strongest(tile: Tensor, top: int) -> tuple[Tensor, Tensor]:
-    """The `top` largest entries of each row of a contiguous tile [n, c] and their columns, both [n, top].
+    """Find the `top` largest entries of each row of a contiguous tile [n, c] and their columns, both [n, top].
 
-    Only the families of columns with the `top` largest maxima are searched: a family that holds one of the
-    `top` largest entries has a maximum that is at least as large, and no more than `top` families can.
+    Only the families of columns with the `top` largest maxima are searched. A family that holds one of the `top`
+    largest entries has a maximum at least as large. No more than `top` families can.
     """
     rows, columns = tile.shape
     if columns <= top * FAMILY:
@@ -145,7 +172,7 @@ def _strongest(tile: Tensor, top: int) -> tuple[Tensor, Tensor]:
 
 
 def _merge(values: Tensor, ids: Tensor, found: tuple[Tensor, Tensor], first: int) -> tuple[Tensor, Tensor]:
-    """The strongest of what was known [n, k] and what a tile that begins at token `first` adds."""
+    """Merge the strongest tokens known so far [n, k] with those of a tile that begins at token `first`."""
     kept = values.shape[1]
     ids = torch.cat([ids, found[1] + first], 1)
     values, places = torch.cat([values, found[0]], 1).topk(kept, dim=1, sorted=False)
@@ -153,7 +180,7 @@ def _merge(values: Tensor, ids: Tensor, found: tuple[Tensor, Tensor], first: int
 
 
 def _finish(vectors: Tensor, mean_token: Tensor, moments: Tensor, values: Tensor, ids: Tensor) -> Scan:
-    """Moments and z-scores from the central power means [3, N] and both sides' entries [2, N, k]."""
+    """Compute moments and z-scores from the central power means [3, N] and both sides' entries [2, N, k]."""
     second, third, fourth = moments.cpu().double()
     norm = vectors.float().norm(dim=1).cpu()
     # Rounding leaves a little spread where the true projection is constant; that is no scale for a z-score.
@@ -179,14 +206,29 @@ def _finish(vectors: Tensor, mean_token: Tensor, moments: Tensor, values: Tensor
 
 @dataclass(frozen=True)
 class TokenMoments:
-    """Mean [d_model] and covariance [d_model, d_model] of the token vectors over the vocabulary, float32."""
+    """Mean and covariance of the token vectors over the vocabulary.
+
+    Attributes:
+        mean: The mean, float32 [d_model].
+        covariance: The covariance, float32 [d_model, d_model].
+    """
 
     mean: Tensor
     covariance: Tensor
 
 
 def token_moments(unembedding: Tensor, *, vocabulary_chunk: int = 8192) -> TokenMoments:
-    """Mean and covariance of an unembedding's rows [V, d_model], streamed; products in float32, sums in float64."""
+    """Compute the mean and covariance of an unembedding's rows, a chunk of tokens at a time.
+
+    Products are in float32, sums in float64.
+
+    Args:
+        unembedding: The unembedding, [V, d_model].
+        vocabulary_chunk: Number of tokens in a chunk.
+
+    Returns:
+        The moments.
+    """
     mean = unembedding.mean(0, dtype=torch.float32)
     size = unembedding.shape[1]
     total = torch.zeros(size, size, dtype=_exact(unembedding.device), device=unembedding.device)
@@ -199,12 +241,23 @@ def token_moments(unembedding: Tensor, *, vocabulary_chunk: int = 8192) -> Token
 def concept_z(
     vectors: Tensor, unembedding: Tensor, token_ids: Tensor, *, moments: TokenMoments | None = None
 ) -> Tensor:
-    """Mean z-score of some tokens in each vector's own projection: float32 [N].
+    """Compute the mean z-score of some tokens in each vector's own projection.
 
-    In closed form, without projecting on the other tokens: with `mean` m and `covariance` S of the token vectors u,
-    `z = w . (mean_T u - m) / sqrt(w' S w)`. vectors [N, d_model]; unembedding [V, d_model]; token_ids int64 [t];
-    `moments` of the same unembedding spare their computation when many matrices are looked at. A vector whose
-    projection is constant has z-score 0. Raises ValueError when there is no token.
+    It has a closed form, so the other tokens are not projected on. With `mean` m and `covariance` S of the token
+    vectors u, `z = w . (mean_T u - m) / sqrt(w' S w)`. A vector whose projection is constant has z-score 0.
+
+    Args:
+        vectors: Vectors w, [N, d_model].
+        unembedding: The unembedding, [V, d_model].
+        token_ids: The tokens, int64 [t].
+        moments: Moments of the same unembedding; None computes them. Giving them saves time when there are many
+            matrices.
+
+    Returns:
+        The mean z-score, float32 [N].
+
+    Raises:
+        ValueError: If there is no token.
     """
     if len(token_ids) == 0:
         raise ValueError("a mean z-score needs at least one token")
@@ -229,12 +282,31 @@ def scan_checkpoint(
     overwrite: bool = False,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> int:
-    """Scan all neurons of some matrices into one Parquet file and return how many rows it has.
+    """Scan all neurons of some matrices into one Parquet file.
 
-    One row a neuron vector: layer, expert, neuron, matrix, norm, kurtosis, skewness, mean and deviation of its
-    projection, and its `top` strongest tokens on either side as ids, texts and z-scores. projection_of: the float32
-    or bfloat16 [V, d_model] that projects a (layer, matrix); texts: the text of every token id. The product runs in
-    bfloat16 on CUDA. The file appears whole. Raises BadInput for an existing output or unknown layers and matrices.
+    There is one row for each neuron vector. It has layer, expert, neuron, matrix and norm, and kurtosis, skewness, mean
+    and deviation of the projection. It also has the strongest tokens on either side as ids, texts and z-scores. The
+    product runs in bfloat16 on CUDA. The file appears whole.
+
+    Args:
+        checkpoint: The opened checkpoint.
+        output: Path of the Parquet file.
+        matrices: The matrices: "gate", "in", "out".
+        projection_of: Function of layer and matrix that gives the table to project on, float32 or bfloat16 [V,
+            d_model].
+        texts: Text of every token id.
+        layers: Indices of the layers; None for all.
+        top: Number of tokens kept on either side.
+        device: Device of the scan.
+        overwrite: Whether an existing output is replaced.
+        progress: Function called with "scan", the number of finished matrices and the number of all.
+
+    Returns:
+        The number of rows.
+
+    Raises:
+        BadInput: If the output exists and `overwrite` is False, or the model does not have the layers or matrices. Also
+            if `top` is not within 1 to V.
     """
     import pyarrow.parquet
 
@@ -274,7 +346,7 @@ def scan_checkpoint(
 
 
 def scan_schema() -> "pyarrow.Schema":
-    """The columns of a scan's Parquet file."""
+    """Return the columns of a scan's Parquet file."""
     import pyarrow
 
     sides = [
@@ -288,7 +360,18 @@ def scan_schema() -> "pyarrow.Schema":
 
 
 def scan_table(found: Scan, words: "pyarrow.Array", layer: int, matrix: str, expert: int | None) -> "pyarrow.Table":
-    """One matrix's scan as Arrow rows; words: the text of every token id."""
+    """Turn one matrix's scan into Arrow rows.
+
+    Args:
+        found: The scan.
+        words: Text of every token id.
+        layer: Index of the layer.
+        matrix: "gate", "in" or "out".
+        expert: Index of the expert; None in a dense layer.
+
+    Returns:
+        One row for each neuron, in the columns of `scan_schema`.
+    """
     import pyarrow
 
     rows, top = found.top_ids.shape

@@ -1,8 +1,8 @@
-"""The pieces of a large job: its manifest, the shards it is cut into, doing one, and putting them together again.
+"""The shards of a large job: make its manifest, divide it, do one shard, and put the results together.
 
-A job is a manifest (`job.json`: everything that decides the result) and a list of shards, each a block of neurons of
-one matrix. A finished shard is one file whose name holds the SHA-256 of its content, so that a re-run does only what
-is missing and trusts nothing that was cut short.
+A job is a manifest (`job.json`, everything that decides the result) and a list of shards. Each shard is a block of
+neurons of one matrix. A finished shard is one file whose name holds the SHA-256 of its content. So a second run does
+only what is missing and trusts nothing that was cut short.
 """
 
 import hashlib
@@ -51,7 +51,12 @@ WHOLE = ("index", "sign", "claimed")
 
 @dataclass(frozen=True)
 class Targets:
-    """Which neurons a job decomposes: matrices ("gate", "in", "out") and layers, None for all of them."""
+    """The neurons that a job decomposes.
+
+    Attributes:
+        matrices: "gate", "in", "out".
+        layers: Indices of the layers; None for all.
+    """
 
     matrices: tuple[str, ...] = ("out",)
     layers: tuple[int, ...] | None = None
@@ -59,7 +64,15 @@ class Targets:
 
 @dataclass(frozen=True)
 class Shard:
-    """One piece of a job: neurons `start` to `stop` (exclusive) of one matrix."""
+    """One piece of a job: a block of neurons of one matrix.
+
+    Attributes:
+        layer: Index of the layer.
+        matrix: "gate", "in" or "out".
+        expert: Index of the expert; None in a dense layer.
+        start: First neuron.
+        stop: The neuron after the last one.
+    """
 
     layer: int
     matrix: str
@@ -69,7 +82,7 @@ class Shard:
 
     @property
     def name(self) -> str:
-        """For instance "L003.out.000512-001024", or "L010.E003.out.000512-001024" in a mixture of experts."""
+        """The shard's name, as "L003.out.000512-001024", or "L010.E003.out.000512-001024" in a mixture of experts."""
         expert = "" if self.expert is None else f".E{self.expert:03d}"
         return f"L{self.layer:03d}{expert}.{self.matrix}.{self.start:06d}-{self.stop:06d}"
 
@@ -85,9 +98,23 @@ def make_job(
     device: str,
     vectors: str | None,
 ) -> dict:
-    """The manifest of a job: everything that decides its result, as plain JSON.
+    """Make the manifest of a job: everything that decides its result.
 
-    Raises BadInput for layers, matrices or numbers that cannot be.
+    Args:
+        checkpoint: The opened checkpoint.
+        targets: The neurons to decompose.
+        vocabulary: The checkpoint's vocabulary.
+        settings: The solver's settings.
+        block: Number of neurons in a shard.
+        threads: CPU threads of a shard.
+        device: Device of the search.
+        vectors: Dtype in which vectors are kept, "bfloat16" or "float32"; None leaves them out.
+
+    Returns:
+        The manifest as plain JSON.
+
+    Raises:
+        BadInput: If layers, matrices or numbers are not possible.
     """
     layers = list(range(checkpoint.layers)) if targets.layers is None else sorted(set(targets.layers))
     if not layers or not targets.matrices or block < 1 or threads < 1:
@@ -100,7 +127,7 @@ def make_job(
         for matrix in targets.matrices
         for expert in _experts(checkpoint, layer)
     ]
-    # Settled here, since every machine that works on the job has to take the same tables.
+    # The rule is replaced by a layer here, since every machine that works on the job has to take the same tables.
     rules = replace(vocabulary.rules, projection=first_unembedding_layer(checkpoint, vocabulary.rules.projection))
     names = projection_names(checkpoint, rules.projection)
     tables = [checkpoint.place(name) for name in set(names)]
@@ -124,7 +151,15 @@ def make_job(
 
 
 def job_shards(checkpoint: Checkpoint, job: dict) -> list[Shard]:
-    """The shards of a job, in the order in which they stand in the result."""
+    """List the shards of a job, in the order in which they stand in the result.
+
+    Args:
+        checkpoint: The opened checkpoint.
+        job: The manifest.
+
+    Returns:
+        The shards.
+    """
     return [
         Shard(layer, matrix, expert, start, min(start + job["block"], checkpoint.neurons_in(layer)))
         for layer in job["layers"]
@@ -140,7 +175,16 @@ def _experts(checkpoint: Checkpoint, layer: int) -> Sequence[int | None]:
 
 
 def neuron_seed(checkpoint: Checkpoint, settings: SolverSettings, neuron: Neuron) -> int:
-    """A neuron's own seed, the same whatever it is decomposed together with."""
+    """Compute a neuron's own seed. It does not depend on the neurons decomposed with it.
+
+    Args:
+        checkpoint: The opened checkpoint.
+        settings: The solver's settings.
+        neuron: The neuron's address.
+
+    Returns:
+        The seed.
+    """
     place = neuron.layer * (checkpoint.experts or 1) + (neuron.expert or 0)
     return settings.seed + place * checkpoint.neurons + neuron.neuron
 
@@ -154,12 +198,27 @@ def find_rows(
     progress: Callable[[int], None] | None = None,
     name: str = "a neuron vector",
 ) -> dict[str, Tensor]:
-    """The channels of vectors [n, d_model] as a table of tensors on the CPU, one row a channel, neurons in order.
+    """Search the channels of vectors and put them into a table, one row for each channel.
 
-    projection: ([V, d_model], token weights [V]). Columns: owner (int64, row of `vectors`), index, sign, claimed
-    (int32), kurtosis, skewness, cosine, loss, support (float32), token_ids (int32 [rows, k], -1 where there is
-    none), z_scores (float32 [rows, k]), vectors (float32 [rows, d_model]). Vectors of length 0 have no rows. Raises
-    BadInput, about `name`, for a value that is not finite.
+    The columns are tensors on the CPU. owner is int64, the row of `vectors`. index, sign and claimed are int32.
+    kurtosis, skewness, cosine, loss and support are float32. token_ids is int32 [rows, k], with -1 where there is none.
+    z_scores is float32 [rows, k]. vectors is float32 [rows, d_model].
+
+    Args:
+        vectors: Neuron vectors, float [n, d_model]. Vectors of length 0 have no rows.
+        projection: The table to project on, [V, d_model], and the token weights, [V].
+        settings: The solver's settings.
+        seeds: Seed of each vector.
+        tilts: Direction towards which one more start of each vector leans, [n, d_model]; None for no such start.
+        progress: Function called with the number of vectors just finished.
+        name: What to call the vectors in messages.
+
+    Returns:
+        The columns by name, with the vectors' channels in order.
+
+    Raises:
+        BadInput: If a value is not finite; the message names `name`. Also if the settings are not possible.
+        Failure: If a single search does not fit in memory.
     """
     table, weights = projection
     if not bool(vectors.isfinite().all()):
@@ -199,7 +258,21 @@ def _empty_rows(settings: SolverSettings, size: int) -> dict[str, Tensor]:
 
 
 def shard_content(projections: Projections, job: dict, shard: Shard) -> bytes:
-    """The content of a shard's file: the table of `find_rows` as safetensors, with `neuron` in place of `owner`."""
+    """Do one shard and return the content of its file.
+
+    The content is the table of `find_rows` as safetensors, with `neuron` in place of `owner`.
+
+    Args:
+        projections: The tables of the job's checkpoint.
+        job: The manifest.
+        shard: The shard.
+
+    Returns:
+        The content of the file.
+
+    Raises:
+        BadInput: If a vector holds a value that is not finite.
+    """
     from safetensors.torch import save
 
     settings = SolverSettings(**job["solver"])
@@ -222,10 +295,23 @@ def shard_content(projections: Projections, job: dict, shard: Shard) -> bytes:
 def work_shard(
     model: str, revision: str | None, job_text: str, folder: str, shard: Shard
 ) -> tuple[Shard, str, bytes | None]:
-    """Do one shard, anywhere: open the checkpoint, search, and write the shard's file into the job's folder.
+    """Do one shard on any machine.
 
-    Returns the shard and its file's name; where the folder with this job cannot be seen (another machine), the
-    file's content as well. Raises Failure when the checkpoint here is not the one of the manifest.
+    This opens the checkpoint, searches, and writes the shard's file into the job's folder. Another machine may not see
+    the folder with this job. Then the file's content is returned instead.
+
+    Args:
+        model: The model as `open_checkpoint` takes it.
+        revision: Hub revision; None for a folder.
+        job_text: The manifest as text.
+        folder: The job's folder.
+        shard: The shard.
+
+    Returns:
+        The shard, the name of its file, and the file's content if it was not written (else None).
+
+    Raises:
+        Failure: If the checkpoint here is not the one of the manifest.
     """
     projections, job = prepare(model, revision, job_text)
     torch.set_num_threads(job["threads"])
@@ -240,7 +326,21 @@ def work_shard(
 
 @lru_cache(maxsize=1)
 def prepare(model: str, revision: str | None, job_text: str) -> tuple[Projections, dict]:
-    """The checkpoint's tables for a job; kept, because every shard that this process does needs the same."""
+    """Read the checkpoint's tables for a job.
+
+    The result is kept, because every shard that this process does needs the same tables.
+
+    Args:
+        model: The model as `open_checkpoint` takes it.
+        revision: Hub revision; None for a folder.
+        job_text: The manifest as text.
+
+    Returns:
+        The tables, and the manifest.
+
+    Raises:
+        Failure: If the checkpoint here is not the one of the manifest.
+    """
     job = json.loads(job_text)
     torch.set_num_threads(job["threads"])
     checkpoint = open_checkpoint(model, revision)
@@ -253,7 +353,17 @@ def prepare(model: str, revision: str | None, job_text: str) -> tuple[Projection
 
 
 def finished_shards(folder: Path, shards: Sequence[Shard]) -> dict[str, Path]:
-    """Which shards lie finished in a job's folder; a file whose content is not what its name says is removed."""
+    """Find the shards that lie finished in a job's folder.
+
+    A file whose content is not what its name says is removed.
+
+    Args:
+        folder: The job's folder.
+        shards: The shards of the job.
+
+    Returns:
+        The files of finished shards by the shards' names.
+    """
     wanted = {shard.name for shard in shards}
     ready = {}
     for path in sorted(folder.glob("*.safetensors")):
@@ -270,9 +380,20 @@ def finished_shards(folder: Path, shards: Sequence[Shard]) -> dict[str, Path]:
 def merged_shards(
     shards: Sequence[Shard], ready: dict[str, Path], texts: Sequence[str]
 ) -> "Iterator[tuple[pyarrow.Table, Tensor]]":
-    """The finished shards in order as batches of a channel set, a bounded number of bytes in memory at a time.
+    """Merge the finished shards in order into batches of a channel set.
 
-    Raises Failure when a file is not what its name says.
+    A bounded number of bytes is in memory at a time.
+
+    Args:
+        shards: The shards of the job, in order.
+        ready: The files of all shards by the shards' names.
+        texts: Text of every token id.
+
+    Yields:
+        Rows of `channel_schema`, and their vectors [rows, d_model] in the kept dtype ([0, 0] if none are kept).
+
+    Raises:
+        Failure: If a file's content is not what its name says.
     """
     import pyarrow
     from safetensors.torch import load
@@ -298,7 +419,7 @@ def merged_shards(
 
 
 def _shard_table(found: dict[str, Tensor], shard: Shard, words: "pyarrow.Array", first: int) -> "pyarrow.Table":
-    """A shard's rows as rows of a channel set that begin at row `first`."""
+    """Turn a shard's rows into rows of a channel set that begin at row `first`."""
     import pyarrow
 
     count = len(found["neuron"])

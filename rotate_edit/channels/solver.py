@@ -1,8 +1,9 @@
-"""ROTATE: the vocabulary channels of neuron vectors (method.md §2 to §4). Maths only: tensors in, tensors out.
+"""ROTATE: the vocabulary channels of neuron vectors (method.md §2 to §4).
 
-For each vector the solver finds directions of the same length whose vocabulary projection is sharp (large kurtosis)
-and that stay close to it, one after another: the tokens of a channel are claimed, so that the next one has to find
-others.
+This is maths only: tensors in, tensors out. For each vector the solver finds directions of the same length, one after
+another. Each has a sharp vocabulary projection (large kurtosis) and stays close to the vector. After each channel its
+tokens are masked: they get a small weight in later searches, so that the next channel finds other tokens. In the code,
+masked tokens are called claimed.
 """
 
 import importlib.util
@@ -26,30 +27,48 @@ from rotate_edit.errors import BadInput, Failure
 SOLVERS = ("circle", "adamw")
 KERNELS, PRECISIONS = ("auto", "torch", "triton"), ("tf32", "float32")
 SKEW_LIMIT = 10.0
-"""A channel with skewness beyond this claims tokens on one side only (published reference settings)."""
+"""A channel with skewness beyond this masks tokens on one side only (published reference settings)."""
 STARTS = 3
 ASKING_REACH = 0.5
-"""Longest step, in radians, of a search that asks for one concept: with long ones it leaps to stronger channels."""
+"""Longest step, in radians, of a search that asks for one concept.
+
+With longer steps it leaps to stronger channels.
+"""
 PLAIN_STEPS = 2
-"""From the neuron itself the first steps follow the plain gradient: the preconditioned one leaps to worse optima."""
+"""Number of first steps from the neuron itself that follow the plain gradient.
+
+The preconditioned gradient leaps to worse optima there.
+"""
 
 
 @dataclass(frozen=True)
 class SolverSettings:
-    """How channels are searched; the defaults are the recommended ones.
+    """How channels are searched. The defaults are the recommended values.
 
-    solver: "circle" (exact search along great circles) or "adamw" (the published procedure); channels: at most so many
-    a neuron; moments: "weighted" leaves masked tokens out, "zeroed" keeps them as zeros (the paper), None is "zeroed"
-    for adamw and the default for circle; sharpness λk and fidelity λf of the loss; claim_threshold t: z-score from
-    which tokens are claimed (4 for Gemma, 6 for Llama); claim_minimum: at least so many are claimed; claimed_weight:
-    what a claimed token still counts; top_tokens: how many tokens describe a channel and carry its support;
-    support_threshold: below it a channel is unsupported; unsupported_limit: a neuron ends after so many unsupported
-    channels in a row; start_tilt: how far the tilted starts lean, `v ∝ ŵ + start_tilt · d̂`; only_tilt: the tilt given
-    is the only start, so that the channel is the concept's or, where the neuron has none, an unsupported one;
-    tolerance: gain in loss below which an iteration is a search's last; iterations: of one search at most; rows:
-    searches in work at once, which bounds the memory; kernels: "triton", "torch" or "auto" (Triton on a CUDA device
-    that has it); precision: of the products of a search on a CUDA device, "tf32" or "float32" (reported numbers are
-    always float32); steps: of AdamW at most; seed: base of the seeds of the neurons.
+    Attributes:
+        solver: "circle" (exact search along great circles) or "adamw" (the published procedure).
+        channels: Most channels of a neuron.
+        moments: "weighted" leaves ignored tokens out, and "zeroed" keeps them as zeros (the paper). None is "zeroed"
+            for adamw and "weighted" for circle.
+        sharpness: Factor λk of the loss.
+        fidelity: Factor λf of the loss.
+        claim_threshold: z-score t from which a channel's tokens are masked (4 for Gemma, 6 for Llama).
+        claim_minimum: Least number of tokens that a channel masks.
+        claimed_weight: Weight of a masked token in later searches.
+        top_tokens: Number of tokens that describe a channel and carry its support.
+        support_threshold: Support below which a channel is unsupported, a mean z-score.
+        unsupported_limit: Number of unsupported channels in a row after which a neuron ends.
+        start_tilt: How far the tilted starts lean: `v ∝ ŵ + start_tilt · d̂`.
+        only_tilt: Whether the given tilt is the only start. The channel is then the concept's, or an unsupported one
+            where the neuron does not have the concept.
+        tolerance: Gain in loss below which an iteration is the last of its search.
+        iterations: Most iterations of one search.
+        rows: Number of searches worked on at once, which bounds the memory.
+        kernels: "triton", "torch" or "auto" (Triton on a CUDA device that has it).
+        precision: Precision of a search's products on a CUDA device, "tf32" or "float32". Reported numbers are always
+            float32.
+        steps: Most steps of AdamW.
+        seed: Base of the seeds of the neurons.
     """
 
     solver: str = "circle"
@@ -76,14 +95,24 @@ class SolverSettings:
 
 @dataclass(frozen=True)
 class FoundChannels:
-    """The channels of N neurons, C = settings.channels places each; beyond `found[n]` vectors and numbers are 0.
+    """The channels of N neurons, with C = settings.channels places for each.
 
-    vectors: [N, C, d], with the neuron's norm; token_ids: int64 [N, C, k], strongest first on the channel's side,
-    -1 where there is none; z_scores: [N, C, k], sign included; kurtosis (excess), skewness: of the unweighted
-    projection; cosine with the neuron; loss; support: mean z-score of those tokens in the neuron's own projection
-    times `sign`; sign: int64, +1 or -1; claimed: int64, tokens the channel took; found: int64 [N]; products:
-    vectors multiplied with the vocabulary matrix in all. With "weighted" moments every projection is taken over the
-    tokens of weight above 0, with "zeroed" over all.
+    Beyond `found[n]` vectors and numbers are 0. With "weighted" moments every projection is taken over the tokens of
+    weight above 0, with "zeroed" over all.
+
+    Attributes:
+        vectors: Channel vectors with the neuron's norm, float [N, C, d].
+        token_ids: Strongest tokens on the channel's side, strongest first, int64 [N, C, k]; -1 where there is none.
+        z_scores: Their z-scores with their sign, float [N, C, k].
+        kurtosis: Excess kurtosis of the unweighted projection, float [N, C].
+        skewness: Skewness of the unweighted projection, float [N, C].
+        cosine: Cosine with the neuron, float [N, C].
+        loss: Loss reached, float [N, C].
+        support: Mean z-score of these tokens in the neuron's own projection, times `sign`, float [N, C].
+        sign: Side of the channel, +1 or -1, int64 [N, C].
+        claimed: Number of tokens that the channel masked, int64 [N, C].
+        found: Number of channels of each neuron, int64 [N].
+        products: Number of vectors multiplied with the vocabulary matrix in all.
     """
 
     vectors: Tensor
@@ -113,15 +142,27 @@ def find_channels(
     seeds: Sequence[int] | None = None,
     progress: Progress | None = None,
 ) -> FoundChannels:
-    """Decompose neuron vectors [N, d] into channels over the vocabulary `unembedding` [V, d] (rows are tokens).
+    """Decompose neuron vectors into channels over a vocabulary.
 
-    token_weights: [V] (`vocabulary.token_weights`). tilt: [d] or [N, d], a direction towards which one more start
-    leans on the side where the neuron already lies; asks whether that concept is in the neuron. seeds: one a
-    neuron, for adamw (default: settings.seed + index; the circle solver draws nothing). progress: called with the
-    number of neurons just finished. Everything runs in the dtype and on the device of `unembedding`. Where the
-    device runs out of memory the search starts again with half the rows, with a warning. Raises BadInput for shapes
-    that do not fit, unknown names, values that are not finite and neurons of length 0; Failure when one row does
-    not fit in memory.
+    Everything runs in the dtype and on the device of `unembedding`. When the device runs out of memory, the search
+    starts again with half the rows and warns.
+
+    Args:
+        neurons: Neuron vectors, float [N, d].
+        unembedding: The vocabulary, float [V, d]; rows are tokens.
+        token_weights: Weight of each token, [V] (`tokens.token_weights`).
+        settings: How channels are searched.
+        tilt: Direction, [d] or [N, d], that asks whether a concept is in the neuron. One more start leans towards it,
+            on the side where the neuron already lies.
+        seeds: Seed of each neuron for adamw; None for settings.seed + index. The circle solver draws nothing.
+        progress: Function called with the number of neurons just finished.
+
+    Returns:
+        The channels.
+
+    Raises:
+        BadInput: If shapes do not fit, a name is unknown, a value is not finite, or a neuron has length 0.
+        Failure: If one row does not fit in memory.
     """
     _check(neurons, unembedding, token_weights, settings, tilt)
     neurons = neurons.to(unembedding)
@@ -143,12 +184,12 @@ def find_channels(
 
 
 def _silent(_count: int) -> None:
-    """Progress told to nobody."""
+    """Ignore a report of progress."""
 
 
 @contextmanager
 def _products(unit: Tensor, precision: str) -> Iterator[None]:
-    """Within it a CUDA device multiplies float32 matrices in `precision`; elsewhere nothing changes."""
+    """Let a CUDA device multiply float32 matrices in `precision` within this block; elsewhere nothing changes."""
     before = torch.get_float32_matmul_precision()
     if unit.device.type == "cuda":
         torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
@@ -159,7 +200,7 @@ def _products(unit: Tensor, precision: str) -> Iterator[None]:
 
 
 def _use_kernels(settings: SolverSettings, unembedding: Tensor) -> bool:
-    """Whether the Triton kernels run: on request, or by themselves on a CUDA device where Triton is installed."""
+    """Tell whether the Triton kernels run: on request, or by default on a CUDA device where Triton is installed."""
     if settings.kernels == "auto":
         here = unembedding.device.type == "cuda" and unembedding.dtype == torch.float32
         return here and importlib.util.find_spec("triton") is not None
@@ -169,13 +210,25 @@ def _use_kernels(settings: SolverSettings, unembedding: Tensor) -> bool:
 def memory_bound(
     neurons: int, vocabulary: int, size: int, settings: SolverSettings, *, claimed: int = 0, width: int = 4
 ) -> int:
-    """Bytes the circle solver takes on the CPU beside its arguments, at most.
+    """Bound the memory that the circle solver takes on the CPU beside its arguments.
 
-    `width · [3/2 V d + r (2 V + 8 d) + 10 max(2¹⁸, 8 V) + N (1 + C) d] + 24 N C k + 48 r · claimed`, with
-    r = settings.rows rows at once (no more than the neurons have starts), C channels, k top tokens, and `claimed` the
-    tokens a neuron has lost to its channels so far: one copy of the vocabulary matrix and half of one for what the
-    matrix library packs, two projections and a few vectors a row, the temporaries of one chunk, and the results.
-    width: bytes of a number.
+    The bound is `width · [3/2 V d + r (2 V + 8 d) + 10 max(2¹⁸, 8 V) + N (1 + C) d] + 24 N C k + 48 r · claimed`. There
+    r = settings.rows rows are searched at once, but no more than the neurons have starts. C is the number of channels
+    and k that of top tokens.
+
+    The first term is a copy of the vocabulary matrix, and half of one for what the matrix library packs. The next are
+    two projections and a few vectors for each row, the temporaries of one chunk, and the results.
+
+    Args:
+        neurons: Number N of neurons.
+        vocabulary: Number V of tokens.
+        size: The width d.
+        settings: How channels are searched.
+        claimed: Number of tokens that a neuron's channels have masked so far.
+        width: Bytes of a number.
+
+    Returns:
+        The bound in bytes.
     """
     rows = min(settings.rows, STARTS * neurons)
     numbers = vocabulary * size * 3 // 2 + rows * (2 * vocabulary + 8 * size)
@@ -217,8 +270,10 @@ def _check(
 
 @dataclass
 class _Work:
-    """What one call of `find_channels` keeps: the input, the results so far, each neuron's claimed places, and the mean
-    and spread of its own projection."""
+    """What one call of `find_channels` keeps: the input and the results so far.
+
+    It also keeps each neuron's masked places, and the mean and spread of the neuron's own projection.
+    """
 
     neurons: Tensor
     unit: Tensor
@@ -273,7 +328,7 @@ def _new_work(
 
 
 def _run_adamw(work: _Work, seeds: Sequence[int], progress: Progress) -> None:
-    """Blocks of neurons one after another, in each the channels one after another, as in the published code."""
+    """Search blocks of neurons one after another, and in each block the channels one after another (published code)."""
     for low in range(0, len(work.neurons), work.settings.rows):
         live = list(range(low, min(low + work.settings.rows, len(work.neurons))))
         while live:
@@ -293,7 +348,7 @@ def _run_adamw(work: _Work, seeds: Sequence[int], progress: Progress) -> None:
 
 
 def _run_circle(work: _Work, _seeds: Sequence[int], progress: Progress) -> None:
-    """Every start of every neuron is one row of the search; rows that are done leave and waiting ones enter.
+    """Search every start of every neuron as one row; rows that are done leave and waiting ones enter.
 
     Neurons are recorded and begun in groups, since a group costs hardly more than a single one.
     """
@@ -350,10 +405,11 @@ def _run_circle(work: _Work, _seeds: Sequence[int], progress: Progress) -> None:
 
 
 def _starts(work: _Work, neurons: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Unit starting points [n, starts, d] and how many plain steps each begins with, int64 [n, starts].
+    """Compute unit starting points [n, starts, d] and how many plain steps each begins with, int64 [n, starts].
 
-    They are ŵ, ŵ tilted towards its upper and its lower tail, and ŵ tilted towards `tilt`; or the last alone. From
-    the second channel on the first start lies halfway between ŵ and the channel before.
+    The starts are ŵ, ŵ tilted towards the upper and the lower side of its projection, and ŵ tilted towards `tilt`. With
+    `only_tilt` only the last is used. From the second channel on, the first start lies halfway between ŵ and the
+    channel before.
     """
     unit, lean = work.unit[list(neurons)], work.settings.start_tilt
     found = torch.tensor([work.found[neuron] for neuron in neurons], device=unit.device)
@@ -373,7 +429,7 @@ def _starts(work: _Work, neurons: Sequence[int]) -> tuple[Tensor, Tensor]:
 
 
 def _tails(work: _Work, neurons: Sequence[int]) -> list[Tensor]:
-    """The mean rows of ŵ's ten strongest unclaimed tokens on the upper and on the lower side, [n, d] each."""
+    """Compute the mean rows of ŵ's ten strongest unmasked tokens on the upper and the lower side, [n, d] each."""
     unit, matrix = work.unit[list(neurons)], work.objective.matrix
     work.products += len(unit)
     count = min(work.settings.top_tokens, len(matrix))
@@ -391,7 +447,7 @@ def _tails(work: _Work, neurons: Sequence[int]) -> list[Tensor]:
 
 
 def _record(work: _Work, neurons: Sequence[int]) -> list[int]:
-    """Describe one more channel of each neuron, whose vector is there already; who goes on to the next."""
+    """Describe one more channel of each neuron, whose vector is there already; return the neurons that go on."""
     going_on = []
     for rows in batch.chunks(len(neurons), len(work.objective.reading), work.unit.device, batch.PRODUCT_ROWS):
         some = list(neurons[rows])
@@ -409,9 +465,9 @@ def _record(work: _Work, neurons: Sequence[int]) -> list[int]:
 
 
 def _describe(work: _Work, neurons: list[int]) -> list[float]:
-    """Fill in everything about the next channel of each neuron from its vector, claim its tokens, return the supports.
+    """Fill in the next channel of each neuron from its vector, mask its tokens, and return the supports.
 
-    The loss is taken anew from the definition, in the dtype of the vocabulary matrix.
+    The loss is computed again from the definition, in the dtype of the vocabulary matrix.
     """
     objective, settings, results = work.objective, work.settings, work.results
     unit, index = work.unit[neurons], torch.tensor([work.found[neuron] for neuron in neurons])
@@ -439,7 +495,7 @@ def _describe(work: _Work, neurons: list[int]) -> list[float]:
 
 
 def _own_z_scores(work: _Work, neurons: list[int], places: Tensor) -> Tensor:
-    """The z-scores of places [n, k] in each neuron's own projection; its mean and spread are taken once a neuron."""
+    """Compute z-scores of places [n, k] in each neuron's own projection; mean and spread are taken once a neuron."""
     new = [neuron for neuron in neurons if work.found[neuron] == 0]
     if new:
         work.products += len(new)
@@ -451,11 +507,11 @@ def _own_z_scores(work: _Work, neurons: list[int], places: Tensor) -> Tensor:
 
 
 def _claim(work: _Work, neurons: list[int], z_scores: Tensor, skewness: Tensor) -> list[int]:
-    """Add the tokens each channel takes to its neuron's claims; how many each took.
+    """Mask the tokens of each channel for later searches of its neuron, and return how many each channel masked.
 
-    Skewness above +10: those with z > t; below −10: z < −t; else both tails. When fewer than ten new tokens pass,
-    the ten strongest not yet claimed are taken, so that a cluster too large ever to pass t does not come back for
-    ever.
+    With skewness above +10 these are the tokens with z > t, and below −10 those with z < −t. Otherwise both sides
+    count. When fewer than ten new tokens pass, the ten strongest that are not yet masked are taken. So a cluster too
+    large ever to pass t does not come back for ever.
     """
     side = (skewness > SKEW_LIMIT).to(skewness) - (skewness < -SKEW_LIMIT).to(skewness)
     strength = torch.where(side[:, None] == 0, z_scores.abs(), z_scores * side[:, None])

@@ -1,180 +1,240 @@
-"""From what was located to edits: what they leave alone, what text tells them, and the fits that they start from."""
+"""From methods and their material to edits: one pass over the matrices for all methods together."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from rotate_edit.channels.locate import Fitted, Located, Site, build_edits, by_concept, directions, key_rows, sites
-from rotate_edit.edits.edit import KEYED, NEEDS_TEXT, SAMPLED, Edit, Evidence, concept_mean, through_logits
-from rotate_edit.edits.evidence import SNMF_FEATURES, evidence_about
-from rotate_edit.edits.key_moments import even_reading, fit_keys, key_moments
-from rotate_edit.edits.low_rank import Wanted, fit_change, kindred, whitened
-from rotate_edit.errors import BadInput
-from rotate_edit.models import batches
-from rotate_edit.models.checkpoint import read_norm, read_unembedding
-from rotate_edit.models.output_head import Positions, Tail, positions, tail_of
-from rotate_edit.models.self_text import own_text
-from rotate_edit.recipe import ConceptRecipe
-from rotate_edit.session import Opened
-from rotate_edit.vocabulary.concept import find_tokens
+from rotate_edit.channels.locate import ConceptGroup, Site, scan_sites, site_of
+from rotate_edit.channels.locators import MatrixView, find_locator
+from rotate_edit.edits.edit import Clamp, Edit, EditedVector, MatrixChange
+from rotate_edit.edits.key_moments import fit_keys
+from rotate_edit.edits.material import Concept, Material, joined_rows
+from rotate_edit.edits.methods.base import EditMethod, Target
+from rotate_edit.models.architectures import NEURON_MATRICES
+from rotate_edit.models.checkpoint import read_matrix
+from rotate_edit.vocabulary.projection import Projections
+
+# By layer the rows that a method takes and their coefficients.
+Key = Mapping[int, tuple[Tensor, Tensor]]
 
 
-def edits_of(
-    opened: Opened,
-    found: Sequence[Located],
-    methods: Sequence[str],
-    model: Any = None,
-    fitted: Fitted | None = None,
-) -> dict[str, Edit]:
-    """The edits of the wanted methods. Each concept's direction leaves alone its kept and neighbour words, what the
-    recipe protects and the other concepts. model: the loaded base, for methods that need text or samples; it is loaded
-    when left out; fitted: from `fit`, which is called when it is left out."""
-    evidence = {}
-    if any(method in NEEDS_TEXT for method in methods):
-        evidence = _evidence(opened, found, methods, model)
-    if fitted is None:
-        fitted = fit(opened, found, methods, model)
-    untrained = opened.vocabulary.untrained
-    kept = _kept(opened)
-    return build_edits(opened.checkpoint, opened.recipe, untrained, found, methods, kept, evidence, fitted)
+def build_edits(material: Material, methods: Sequence[EditMethod]) -> dict[str, Edit]:
+    """The edit of every method at strength 1, all concepts together.
 
+    Every matrix is read once for each group of a concept's tokens, whatever the number of methods. An edit has no base
+    and no settings yet, and its vectors are not described.
 
-def _kept(opened: Opened) -> dict[str, list[Tensor]]:
-    """By concept the token sets that its edit leaves alone."""
-    texts = list(opened.vocabulary.texts)
+    Args:
+        material: The model, the concepts, and what is read off them.
+        methods: The methods, each of a name of its own.
 
-    def ids_of(where: str, words: Sequence[str], plurals: bool = False) -> Tensor:
-        return find_tokens(where, list(words), opened.tokenizer, texts, plurals=plurals).ids
+    Returns:
+        By method, in the order given. An edit may be empty.
 
-    protected = [ids_of("protect", [entry] if isinstance(entry, str) else entry) for entry in opened.recipe.protect]
-    kept: dict[str, list[Tensor]] = {}
-    for concept in opened.recipe.concepts:
-        words = [ids_of(f"{concept.name}.keep", [word], concept.plurals) for word in concept.keep]
-        others = [tokens.ids for tokens in opened.tokens if tokens.name != concept.name]
-        own = next(tokens.ids for tokens in opened.tokens if tokens.name == concept.name)
-        kept[concept.name] = words + neighbours(opened, concept, own) + others + protected
-    return kept
-
-
-def neighbours(opened: Opened, concept: ConceptRecipe, own: Tensor) -> list[Tensor]:
-    """The neighbour words that a concept's direction leaves alone, each by itself.
-
-    Many together, above a sixteenth of the model's width, count as one, or little room would be left for the direction.
+    Raises:
+        BadInput: A method cannot work on this model, or what is kept spans a concept's direction.
     """
-    texts = list(opened.vocabulary.texts)
-    found = [
-        find_tokens("neighbours", [word], opened.tokenizer, texts, plurals=concept.plurals, required=False).ids
-        for word in concept.neighbour_words
-    ]
-    apart = [ids[~torch.isin(ids, own)] for ids in found]
-    kept = [ids for ids in apart if len(ids)]
-    many = len(kept) > opened.checkpoint.hidden_size // 16
-    return [torch.cat(kept).unique()] if many else kept
-
-
-def fit(
-    opened: Opened,
-    found: Sequence[Located],
-    methods: Sequence[str],
-    model: Any = None,
-    samples: batches.Passages | None = None,
-) -> Fitted:
-    """What the methods among these read off the model's own text; for the keyed ones which neurons they take and by how
-    much, by concept and group.
-
-    samples: the text that they are read on, which the model writes when it is left out; the model is loaded then.
-    """
-    recipe, keyed = opened.recipe, [method for method in methods if method in KEYED]
-    if not any(method in SAMPLED for method in methods):
-        return Fitted({})
-    model = model if model is not None else opened.load_base()
-    if samples is None:
-        samples = own_text(model, opened.tokenizer, tokens=recipe.edit.key_tokens, seed=recipe.seed)
-    moves_logits = any(
-        through_logits(method, -1.0 if concept.amplified else 1.0) for method in methods for concept in recipe.concepts
-    )
-    reading = even_reading(model, samples) if moves_logits else None
-    if not keyed:
-        return Fitted({}, reading=reading)
-    rows = [{method: key_rows(opened.checkpoint, recipe, located, method) for method in keyed} for located in found]
-    every: dict[int, list[Tensor]] = {}
-    for by_method in rows:
-        for layers in by_method.values():
-            for layer, wanted in layers.items():
-                every.setdefault(layer, []).append(wanted)
-    union = {layer: torch.cat(wanted).unique() for layer, wanted in every.items()}
-    head = read_unembedding(opened.checkpoint) if recipe.edit.direction == "least-divergence" else None
-    moments = key_moments(model, samples, union, [located.ids for located in found], head)
-    keys = {
-        (located.concept.name, located.group): {
-            method: fit_keys(moments, place, layers, ridge=recipe.edit.key_ridge)
-            for method, layers in rows[place].items()
-        }
-        for place, located in enumerate(found)
-    }
-    fitted = Fitted(keys, moments.metric, reading=reading)
-    if "fitted" not in keyed:
-        return fitted
-    tail, seen = tail_of(model), positions(model, samples)
-    changes = fit_changes(opened, found, fitted, tail, seen, recipe.edit.fit_rounds)
-    return replace(fitted, changes={name: after[-1] for name, after in changes.items()})
-
-
-def fit_changes(
-    opened: Opened, found: Sequence[Located], fitted: Fitted, tail: Tail, seen: Positions, rounds: int
-) -> dict[str, list[tuple[Tensor, Tensor]]]:
-    """By concept the factors of the change that is fitted on positions of the model's own text, from its keyed change
-    in `fitted` on, as they are after each round of steps."""
-    checkpoint, recipe, kept = opened.checkpoint, opened.recipe, _kept(opened)
-    last = Site(checkpoint.layers - 1, -1, "out")
-    if last not in sites(checkpoint, recipe):
-        raise BadInput(
-            f"locate.layers: the method fitted rewrites the last layer, {last.layer}; add it, or set edit.method to "
-            "keyed."
-        )
-    white = whitened(seen, ridge=recipe.edit.key_ridge)
-    untrained = opened.vocabulary.untrained
-    projection = read_unembedding(checkpoint)
-    norm = read_norm(checkpoint, "final")
-    gain = norm if recipe.edit.fold_norm and norm is not None else torch.ones(projection.shape[1])
-    changes = {}
-    for name, groups in by_concept(found).items():
-        if groups[0].concept.amplified:
-            continue
-        near, ids = kept[name], groups[0].tokens.ids
-        write = directions(checkpoint, recipe, untrained, groups[0], near, fitted.metric)(last)[0].write
-        rows = torch.stack([gain * concept_mean(projection, own, ~untrained) for own in near]) if near else None
-        close = torch.cat(near).unique() if near else ids[:0]
-        lowered = torch.cat((ids, kindred(seen, tail, ids, close)))
-        wanted = Wanted(lowered, recipe.edit.target, close[~torch.isin(close, ids)], rows)
-        coefficients = fitted.keys[name, 0]["fitted"][last.layer][1]
-        changes[name] = fit_change(
-            white,
-            tail,
-            (coefficients, write),
-            wanted,
-            rank=recipe.edit.fit_rank,
-            leash=recipe.edit.fit_leash,
-            seed=recipe.seed,
-            rounds=rounds,
-        )
-    return changes
-
-
-def _evidence(
-    opened: Opened, found: Sequence[Located], methods: Sequence[str], model: Any
-) -> dict[str, dict[int, Evidence]]:
-    if opened.items is None:
-        named = next(method for method in methods if method in NEEDS_TEXT)
-        raise BadInput(f"the method {named} needs text about the concept; give evaluate.items or evaluate.text.")
-    model = model if model is not None else opened.load_base()
-    layers = sorted({site.layer for site in sites(opened.checkpoint, opened.recipe)})
-    features = SNMF_FEATURES if "snmf-features" in methods else 0
-    limits = {"token_limit": opened.recipe.evaluate.tokens, "features": features, "seed": opened.recipe.seed}
+    keys = _fit_keys(material, methods)
+    changes: dict[str, list[MatrixChange]] = {method.about.name: [] for method in methods}
+    clamps: dict[str, list[Clamp]] = {method.about.name: [] for method in methods}
+    taken: dict[tuple[str, str, Site], set[int]] = {}
+    for concept in material.concepts:
+        for method in methods:
+            changes[method.about.name] += [_weighted(made, material) for made in method.build(material, concept)]
+        for group in concept.groups:
+            wanted = [method for method in methods if _takes(method, concept, group)]
+            for site, view, plain in _targets(material, concept, group) if wanted else ():
+                for method in wanted:
+                    if site.matrix not in method.about.writes:
+                        continue
+                    target = _target_of(material, method, concept, group, site, view, plain)
+                    if method.about.whole_vectors:
+                        target = _fresh(target, taken.setdefault((method.about.name, concept.name, site), set()))
+                    target = _with_key(method, target, keys.get((method.about.name, concept.name, group.number), {}))
+                    made = method.change(target)
+                    if isinstance(made, Clamp):
+                        clamps[method.about.name].append(replace(made, concept=concept.name))
+                    elif made is not None and len(made[0]):
+                        change = MatrixChange(
+                            site.matrix, site.layer, site.expert_or_none, *made, strength=1.0, concept=concept.name
+                        )
+                        changes[method.about.name].append(_weighted(change, material))
     return {
-        name: evidence_about(name, groups[0].tokens.ids, model, opened.tokenizer, opened.items, layers, **limits)
-        for name, groups in by_concept(found).items()
+        name: Edit(name, tuple(part for part in made if bool(part.left.any())), clamps=tuple(clamps[name]))
+        for name, made in changes.items()
     }
+
+
+def _takes(method: EditMethod, concept: Concept, group: ConceptGroup) -> bool:
+    return method.changes_matrices_of(concept) and not (group.number and method.about.whole_concept)
+
+
+def _weighted(change: MatrixChange, material: Material) -> MatrixChange:
+    """A change times what the settings give its layer."""
+    weight = 1.0 if change.layer is None else material.settings.layer_strengths.get(change.layer, 1.0)
+    return change if weight == 1.0 else replace(change, left=weight * change.left)
+
+
+def _views(material: Material, group: ConceptGroup) -> Iterator[tuple[Site, MatrixView]]:
+    """Every matrix as locators see it."""
+    for site in material.sites:
+        rows = sorted({channel.neuron for channel in group.chosen if site_of(channel) == site})
+        yield (
+            site,
+            MatrixView(
+                neurons=material.checkpoint.neurons_in(site.layer),
+                is_last=site == material.last_written,
+                by_channels=torch.tensor(rows, dtype=torch.int64),
+                scores=group.scores.get(site),
+                least_score=material.settings.least_score,
+                seed=_seed(material, site),
+            ),
+        )
+
+
+def _seed(material: Material, site: Site) -> int:
+    return material.settings.seed + 1000 * site.layer + max(0, site.expert)
+
+
+def _targets(
+    material: Material, concept: Concept, group: ConceptGroup
+) -> Iterator[tuple[Site, MatrixView, Tensor]]:
+    """Every matrix as locators see it, with its vectors, one in memory at a time."""
+    for site, view in _views(material, group):
+        yield site, view, read_matrix(material.checkpoint, site.layer, site.matrix, site.expert_or_none)
+
+
+def _target_of(
+    material: Material,
+    method: EditMethod,
+    concept: Concept,
+    group: ConceptGroup,
+    site: Site,
+    view: MatrixView,
+    vectors: Tensor,
+) -> Target:
+    by_neuron: dict[int, list[Tensor]] = {}
+    for channel in group.chosen:
+        if site_of(channel) == site and channel.vector is not None:
+            by_neuron.setdefault(channel.neuron, []).append(channel.vector)
+    reads_text = "text" in method.about.reads
+    return Target(
+        layer=site.layer,
+        expert=site.expert_or_none,
+        matrix=site.matrix,
+        layers=material.checkpoint.layers,
+        vectors=vectors,
+        rows=find_locator(method.about.locator).rows(view),
+        direction=material.direction(concept, group, site),
+        mean_direction=material.mean_direction(concept, site),
+        channels={neuron: torch.stack(found) for neuron, found in by_neuron.items()},
+        text=material.activations(concept)[site.layer] if reads_text else None,
+        seed=_seed(material, site),
+    )
+
+
+def _fresh(target: Target, before: set[int]) -> Target:
+    """The target without the rows that an earlier group of the concept has taken."""
+    rows = [row for row in target.rows.tolist() if row not in before]
+    before.update(rows)
+    return replace(target, rows=torch.tensor(rows, dtype=torch.int64))
+
+
+def _with_key(method: EditMethod, target: Target, key: Key) -> Target:
+    if "activations" not in method.about.reads or target.layer not in key or target.matrix != "out":
+        return target
+    rows, coefficients = key[target.layer]
+    return replace(target, rows=rows, key=coefficients)
+
+
+def _fit_keys(material: Material, methods: Sequence[EditMethod]) -> dict[tuple[str, str, int], Key]:
+    """The keys of the methods that read activations, by method, concept and group, from moments read once for all."""
+    reading = [method for method in methods if "activations" in method.about.reads]
+    if not reading:
+        return {}
+    rows: dict[tuple[str, str, int], dict[int, Tensor]] = {}
+    for concept in material.concepts:
+        for group in concept.groups:
+            views = [(site, view) for site, view in _views(material, group) if site.matrix == "out"]
+            for method in reading:
+                locate = find_locator(method.about.locator).rows
+                rows[method.about.name, concept.name, group.number] = {
+                    site.layer: chosen for site, view in views if len(chosen := locate(view))
+                }
+    every = joined_rows(list(rows.values()))
+    if not every:
+        return {}
+    moments = material.moments(every)
+    ridges = {method.about.name: float(method.settings.get("key_ridge", 0.03)) for method in reading}
+    return {
+        (name, concept.name, group.number): fit_keys(
+            moments,
+            material.group_place(concept, group),
+            rows[name, concept.name, group.number],
+            ridge=ridges[name],
+        )
+        for concept in material.concepts
+        for group in concept.groups
+        for name in ridges
+    }
+
+
+def describe_vectors(
+    material: Material, edit: Edit, projections: Projections
+) -> tuple[EditedVector, ...]:
+    """What an edit does to every neuron's vector that it changes: cosine with the original, norms before and after.
+
+    Args:
+        material: The model and what was located.
+        edit: The edit, at the strength that is described.
+        projections: What vectors are projected on, for the scores of matrices that were not scanned.
+    """
+    found: list[EditedVector] = []
+    concepts = {concept.name: concept for concept in material.concepts}
+    for change in edit.changes:
+        if change.layer is None or change.matrix not in NEURON_MATRICES:
+            continue
+        site = Site(change.layer, -1 if change.expert is None else change.expert, change.matrix)
+        groups, rows = concepts[change.concept].groups, change.rows.tolist()
+        scores = groups[0].scores.get(site)
+        if scores is None:
+            scores = scan_sites(material.checkpoint, [site], projections, material.untrained, groups[0].ids)[site]
+        names: dict[int, tuple[str, ...]] = {}
+        for channel in (channel for group in groups for channel in group.chosen if site_of(channel) == site):
+            if channel.name not in names.get(channel.neuron, ()):
+                names[channel.neuron] = (*names.get(channel.neuron, ()), channel.name)
+        found += edited_vectors(
+            change,
+            read_matrix(material.checkpoint, site.layer, site.matrix, site.expert_or_none, neurons=change.rows),
+            [str(site.neuron(row)) for row in rows],
+            [names.get(row, ()) for row in rows],
+            scores[change.rows].tolist(),
+        )
+    return tuple(found)
+
+
+def edited_vectors(
+    change: MatrixChange,
+    vectors: Tensor,
+    addresses: Sequence[str],
+    channels: Sequence[tuple[str, ...]],
+    scores: Sequence[float],
+) -> tuple[EditedVector, ...]:
+    """What a change does to its rows: cosine with the original, and norms before and after.
+
+    Args:
+        change: The change.
+        vectors: The changed rows before the edit, float32 [n, d_model].
+        addresses: Of the neurons, one for each row.
+        channels: The channels that located them, one entry for each row.
+        scores: The concept's LM-head z-scores, one for each row.
+    """
+    after = vectors + change.delta()
+    cosine = torch.nn.functional.cosine_similarity(vectors, after, dim=1)
+    figures = zip(cosine.tolist(), vectors.norm(dim=1).tolist(), after.norm(dim=1).tolist())
+    return tuple(
+        EditedVector(address, change.matrix, change.concept, names, score, *numbers)
+        for address, names, score, numbers in zip(addresses, channels, scores, figures)
+    )

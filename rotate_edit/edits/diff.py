@@ -1,4 +1,4 @@
-"""What an edit changes, matrix by matrix, as figures (maths only, except that the base's norms may be read)."""
+"""What an edit changes, matrix by matrix, as figures (mathematics only, except that the base's norms may be read)."""
 
 from dataclasses import dataclass
 
@@ -14,9 +14,14 @@ ROWS_AT_ONCE = 1024
 class MatrixDiff:
     """What an edit does to one matrix.
 
-    address: "L3.out", "L3.E1.gate" or "unembedding"; tensor: the stored tensor, None when no base was at hand;
-    rows: how many vectors change; rank: in how many directions; largest: largest |change| of a number; norm:
-    Frobenius norm of the change; relative: the same over the norm of the whole matrix, None without a base.
+    Attributes:
+        address: "L3.out", "L3.E1.gate" or "unembedding", for instance.
+        tensor: Name of the stored tensor, None when no base was at hand.
+        rows: How many vectors change.
+        rank: In how many directions they change.
+        largest: The largest |change| of a number.
+        norm: Frobenius norm of the change.
+        relative: Frobenius norm of the change over that of the whole matrix. None without a base.
     """
 
     address: str
@@ -29,9 +34,17 @@ class MatrixDiff:
 
 
 def diff(edit: Edit, base: Checkpoint | None = None) -> list[MatrixDiff]:
-    """One row for each matrix an edit changes; what became of each neuron is in `edit.vectors`.
+    """List what an edit changes. What became of each neuron is in `edit.vectors`.
 
-    Without a base the figures come from the edit alone. Raises BadInput when the base does not fit the edit.
+    Args:
+        edit: The edit.
+        base: The base. Without it the figures come from the edit alone.
+
+    Returns:
+        One row for each matrix the edit changes.
+
+    Raises:
+        BadInput: When the base does not fit the edit.
     """
     if base is None:
         return [_row(total, None, None) for total in total_changes(edit.changes)]
@@ -56,7 +69,14 @@ def _row(total: Total, tensor: str | None, whole: float | None) -> MatrixDiff:
 
 
 def address(total: Total) -> str:
-    """The address of a changed matrix, for instance "L3.out"."""
+    """Return the address of a changed matrix, for instance "L3.out".
+
+    Args:
+        total: The matrix's total change.
+
+    Returns:
+        The address.
+    """
     if total.layer is None:
         return total.matrix
     return f"L{total.layer}" + ("" if total.expert is None else f".E{total.expert}") + f".{total.matrix}"

@@ -1,4 +1,4 @@
-"""An edit as two files, `edit.json` and `edit.safetensors`: written whole, read back as hostile input."""
+"""An edit as two files, `edit.json` and `edit.safetensors`: written whole, read back as untrusted input."""
 
 import hashlib
 import json
@@ -21,7 +21,16 @@ VERSION = 1
 
 
 def edit_identity(edit: Edit) -> str:
-    """A SHA-256 that two edits share exactly when they change the same rows by the same amounts."""
+    """Hash an edit.
+
+    Two edits share the hash exactly when they change the same rows by the same amounts.
+
+    Args:
+        edit: The edit.
+
+    Returns:
+        SHA-256 as 64 hexadecimal digits.
+    """
     digest = hashlib.sha256()
     for change in edit.changes:
         head = [change.matrix, change.layer, change.expert, float(change.strength).hex(), list(change.left.shape)]
@@ -32,7 +41,14 @@ def edit_identity(edit: Edit) -> str:
 
 
 def refuse_clamps(edit: Edit) -> None:
-    """Raises BadInput for an edit that holds activations, which no file of weights can say."""
+    """Refuse an edit that holds activations at fixed values, which no file of weights can express.
+
+    Args:
+        edit: The edit.
+
+    Raises:
+        BadInput: When the edit has clamps.
+    """
     if edit.clamps:
         raise BadInput(
             f"an edit by {edit.method} works while the model runs and cannot be written; choose another method."
@@ -42,7 +58,15 @@ def refuse_clamps(edit: Edit) -> None:
 def save_edit(edit: Edit, folder: Path, *, overwrite: bool = False) -> None:
     """Write `edit.json` and `edit.safetensors` into a new folder, which appears whole or not at all.
 
-    Raises BadInput when the folder exists (unless `overwrite`) or a figure is not a finite number.
+    Args:
+        edit: The edit.
+        folder: The folder to write.
+        overwrite: Replace a folder that exists.
+
+    Raises:
+        BadInput: When the folder exists (unless `overwrite`) or may not be written. When a figure is not a finite
+            number, or the edit has clamps.
+        Failure: When the disk is full or fails.
     """
     refuse_clamps(edit)
     from safetensors.torch import save
@@ -81,7 +105,17 @@ def save_edit(edit: Edit, folder: Path, *, overwrite: bool = False) -> None:
 
 
 def load_edit(folder: Path) -> Edit:
-    """Read an edit folder back. Raises BadInput for anything that is not a consistent edit."""
+    """Read an edit folder back.
+
+    Args:
+        folder: The edit's folder.
+
+    Returns:
+        The edit.
+
+    Raises:
+        BadInput: For anything that is not a consistent edit.
+    """
     if not folder.is_dir():
         raise BadInput(f'the edit folder "{folder}" does not exist.')
     content = read_json(folder, EDIT_JSON, strict=True)

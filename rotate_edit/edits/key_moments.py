@@ -14,7 +14,7 @@ from torch import Tensor
 from rotate_edit.edits.edit import key_coefficients
 from rotate_edit.models.batches import Passages, log_probabilities, real_positions
 from rotate_edit.models.hooks import recorded
-from rotate_edit.models.output_head import AT_ONCE, Positions, Tail, logit_factor
+from rotate_edit.models.output_head import AT_ONCE, Positions, OutputHead, logit_factor
 
 # There are many more positions than features that a head reads, so that hardly any is needed.
 EVEN_RIDGE = 1e-3
@@ -50,7 +50,7 @@ def key_moments(
 
 
 def last_moments(
-    seen: Positions, tail: Tail, layer: int, groups: Sequence[Tensor], head: Tensor | None = None
+    seen: Positions, tail: OutputHead, layer: int, groups: Sequence[Tensor], head: Tensor | None = None
 ) -> KeyMoments:
     """The same of all neurons of the last layer, from what it holds at positions that are read already."""
     parts = zip(seen.neurons.split(AT_ONCE), seen.residual.split(AT_ONCE))

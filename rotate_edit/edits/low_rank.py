@@ -1,7 +1,7 @@
-"""The least-divergence change of the last layer's `out` matrix, fitted on the model's own text (maths only).
+"""A KL-optimised low-rank change of the last layer's `out` matrix, fitted on self-generated text (maths only).
 
-A keyed edit has one key and one direction, both in closed form. Its cost is mostly that one direction is pushed along
-wherever the concept is somewhat likely; here the whole matrix is free, and the divergence itself is what is minimised.
+A rank-one edit has one key and one direction, both in closed form. Its cost is mostly that one direction is pushed
+along wherever the concept is somewhat likely. Here the whole matrix is free, and the divergence itself is minimised.
 """
 
 import math
@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rotate_edit.models.output_head import AT_ONCE, Positions, Tail
+from rotate_edit.edits.strength import STRONGEST, cross
+from rotate_edit.models.output_head import AT_ONCE, Positions, OutputHead
 
 STEPS = 120
 # Positions of one step.
@@ -22,18 +23,23 @@ SHARES = (0.4, 0.3, 0.3)
 # has half the rate of the one before; at small rates half the positions do as well.
 LEARNING_RATE = 0.04
 DRAWN_LATER = DRAWN // 2
-STRONGEST = 64.0
-# How many kindred tokens there may be for each token of the concept.
-MOST_KINDRED = 2
+# How many related_tokens tokens there may be for each token of the concept.
+MOST_RELATED = 2
 
 
 @dataclass(frozen=True)
-class Wanted:
-    """What a fit is for: the token ids to lower, int64; the share of their mass to leave; token ids whose probability
-    is to stay; and vectors [m, d_model] that nothing written may move along (None for none)."""
+class FitAim:
+    """What a fit is for.
+
+    Attributes:
+        ids: The tokens to lower, int64.
+        remaining: The share of their probability mass to leave.
+        near: Tokens whose probability is to stay, int64.
+        keep: Vectors that nothing written may move along, [m, d_model]. None for none.
+    """
 
     ids: Tensor
-    target: float
+    remaining: float
     near: Tensor
     keep: Tensor | None
 
@@ -61,19 +67,19 @@ def whitened(seen: Positions, *, ridge: float) -> Whitened:
     return Whitened(Positions(seen.neurons @ whiten, seen.residual, seen.written), whiten, unwhiten)
 
 
-def kindred(seen: Positions, tail: Tail, ids: Tensor, apart: Tensor) -> Tensor:
+def related_tokens(seen: Positions, head: OutputHead, ids: Tensor, apart: Tensor) -> Tensor:
     """Tokens that no word names but that are predicted where the concept is: int64, ascending.
 
     A fit would take care to keep them there. ids: the concept's tokens; apart: token ids that are not of it. A token's
     lift is its mean probability, positions weighted by the concept's, over its mean at all positions. A token is
-    kindred when its lift is at least half the median lift of the concept's own tokens, each by the others. Where more
-    than twice as many pass as the concept has, predictions are too unsure to tell and none is kindred; nor is any
+    related_tokens when its lift is at least half the median lift of the concept's own tokens, each by the others. Where more
+    than twice as many pass as the concept has, predictions are too unsure to tell and none is related_tokens; nor is any
     to a single token.
     """
     parts = []
     with torch.no_grad():
         for residual in seen.residual.split(AT_ONCE):
-            chances = tail.log_probabilities(residual).exp()
+            chances = head.log_probabilities(residual).exp()
             own = chances[:, ids.to(chances.device)]
             parts.append((own.T @ chances, chances.sum(0)))
     # The products of the concept's tokens with all tokens, [n, V], and how often each token is expected, [V].
@@ -84,7 +90,7 @@ def kindred(seen: Positions, tail: Tail, ids: Tensor, apart: Tensor) -> Tensor:
     lift = together.sum(0) / (often * often[ids].sum())
     lift[torch.cat((ids, apart))] = 0
     found = (lift >= own_lift.median() / 2).nonzero()[:, 0]
-    return found if len(found) <= MOST_KINDRED * len(ids) else ids[:0]
+    return found if len(found) <= MOST_RELATED * len(ids) else ids[:0]
 
 
 @dataclass(frozen=True)
@@ -99,65 +105,106 @@ class _Drawn:
     near: Tensor
 
 
+@dataclass(frozen=True)
+class LowRankFit:
+    """A fitted change of the last `out` matrix as its singular value decomposition in whitened coordinates.
+
+    Attributes:
+        outer: float32 [neurons, k].
+        sizes: float32 [k], descending.
+        inner: float32 [k, d_model].
+        whiten: float32 [neurons, neurons], from whitened coordinates back.
+        strength: The strength that the change was fitted at.
+    """
+
+    outer: Tensor
+    sizes: Tensor
+    inner: Tensor
+    whiten: Tensor
+    strength: float
+
+    def factors(self, rank: int) -> tuple[Tensor, Tensor]:
+        """What is added to the `out` vectors at strength 1, cut to so many directions.
+
+        Args:
+            rank: How many directions are kept, the largest first.
+
+        Returns:
+            left [neurons, rank] and right [rank, d_model], float32 on the CPU.
+        """
+        left = self.whiten @ (self.outer[:, :rank] * self.sizes[:rank]) / self.strength
+        return left.cpu(), self.inner[:rank].cpu()
+
+
 def fit_change(
     seen: Whitened,
-    tail: Tail,
+    head: OutputHead,
     start: tuple[Tensor, Tensor],
-    wanted: Wanted,
+    aim: FitAim,
     *,
-    rank: int,
-    leash: float,
+    proximal_weight: float,
     seed: int,
     rounds: int = 1,
-) -> list[tuple[Tensor, Tensor]]:
-    """Factors [neurons, rank] and [rank, d_model] of what is added to the `out` vectors, float32 on the CPU, as they
-    are after each round of steps.
+    steps: int = STEPS,
+) -> list[LowRankFit]:
+    """Fit the change of the last `out` matrix that removes a concept for the least divergence elsewhere.
 
-    seen: the positions to fit on, in the coordinates that the steps are taken in; start: a keyed change, coefficients
-    [neurons] and direction [d_model]; rank: the change is cut to so many directions; leash: what it costs to move as
-    far from the start as the start is from nothing (few positions tell of the concept, and a fit that goes wherever
-    they lead does more damage elsewhere and says less of words that are not told); rounds: each goes on from the one
-    before with smaller steps. A strength means what it means for the start: the change was fitted for the strength at
-    which the start leaves the target.
+    It minimises `mean KL(base || edited) + price * (mass left + what neighbours moved + weight * |moved|^2 /
+    |start|^2)` by Adam. Mass left is `sum p p' / sum p^2`, with the concept's probability p as the next token, before
+    and after. |.| is the Frobenius norm in whitened coordinates, of what is added to the start and of the start at its
+    strength. The price is the one at which the start would stop at the target, with damage that grows with the square
+    of the strength and log mass that falls with it.
 
-    Minimises `mean KL(base || edited) + price * (mass left + what neighbours moved + leash * |moved|^2 / |start|^2)` by
-    Adam. Mass left is `sum p p' / sum p^2`, the concept's probability p where it is the next token, after and before;
-    the price is the one at which the start would stop at the target (damage growing with the square of the strength,
-    log mass falling with it); |.| is the Frobenius norm in whitened coordinates, of what is added to the start and of
-    the start at its strength.
+    A strength means what it means for the start. The change is fitted for the strength at which the start leaves the
+    target.
+
+    Args:
+        seen: The positions to fit on, in whitened coordinates.
+        head: What follows the last MLP.
+        start: A rank-one change: coefficients [neurons] and direction [d_model].
+        aim: What the fit is for.
+        proximal_weight: What it costs to move as far from the start as the start is from nothing. Few positions tell
+            of the concept. A fit that goes wherever they lead does more damage elsewhere and says less of held-out
+            words.
+        seed: Of the positions that are drawn.
+        rounds: How many rounds of steps. Each goes on from the one before with smaller steps.
+        steps: How many steps a round has.
+
+    Returns:
+        The fit as it is after each round.
     """
-    draw = _draws(seen.positions, tail, wanted, torch.Generator().manual_seed(seed))
+    draw = _draws(seen.positions, head, aim, torch.Generator().manual_seed(seed))
     coefficients, write = (part.float().to(seen.positions.residual.device) for part in start)
     begin = torch.outer(seen.unwhiten @ coefficients, write)
-    strength, price = _start(draw(DRAWN), tail, begin, wanted)
-    outside = _outside(wanted.keep, write)
+    strength, price = _start(draw(DRAWN), head, begin, aim)
+    outside = _outside(aim.keep, write)
     entry = strength * float(begin.norm()) / begin.numel() ** 0.5
     moved = torch.zeros_like(begin).requires_grad_()
     found = []
     for number in range(rounds):
         optimiser = torch.optim.Adam([moved], lr=LEARNING_RATE * entry / 2**number)
-        scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, STEPS)
+        scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
         with torch.enable_grad():
-            for _ in range(STEPS):
+            for _ in range(steps):
                 drawn = draw(DRAWN_LATER if number else DRAWN)
                 change = -strength * begin + moved @ outside
-                divergence, left, shifted = _effects(drawn, tail, change, wanted)
+                divergence, left, shifted = _effects(drawn, head, change, aim)
                 held = moved.square().sum() / (strength * begin.norm()).square()
-                loss = divergence + price * (left + shifted + leash * held)
+                loss = divergence + price * (left + shifted + proximal_weight * held)
                 optimiser.zero_grad()
                 loss.backward()
                 optimiser.step()
                 scheduler.step()
         change = -strength * begin + moved.detach() @ outside
         outer, sizes, inner = torch.linalg.svd(change, full_matrices=False)
-        found.append(((seen.whiten @ (outer[:, :rank] * sizes[:rank]) / strength).cpu(), inner[:rank].cpu()))
+        found.append(LowRankFit(outer, sizes, inner, seen.whiten, strength))
     return found
 
 
-def _draws(positions: Positions, tail: Tail, wanted: Wanted, generator: torch.Generator) -> Callable[[int], _Drawn]:
+def _draws(positions: Positions, head: OutputHead, aim: FitAim, generator: torch.Generator) -> Callable[[int], _Drawn]:
     """What draws so many of the positions, each as often as what it tells of the concept and the neighbours asks."""
-    groups = [wanted.ids, wanted.near] if len(wanted.near) else [wanted.ids]
-    weights = [mass.square() for mass in _masses(positions, tail, groups)]
+    groups = [aim.ids, aim.near] if len(aim.near) else [aim.ids]
+    weights = [mass.square() for mass in _masses(positions, head, groups)]
     shares, device = _shares(weights), positions.residual.device
 
     def draw(number: int) -> _Drawn:
@@ -168,7 +215,7 @@ def _draws(positions: Positions, tail: Tail, wanted: Wanted, generator: torch.Ge
         factor = times * (len(places) / number) / (shares[places] * len(shares))
         chosen = positions.at(places.to(device))
         with torch.no_grad():
-            base = tail.log_probabilities(chosen.residual)
+            base = head.log_probabilities(chosen.residual)
         own, near = (factor * weight[places] / weight.mean() for weight in (weights[0], weights[-1]))
         # Where the concept is about to be said its loss is the aim: what counts is a text that goes on without it.
         without = factor * (1 - weights[0][places].sqrt())
@@ -177,20 +224,20 @@ def _draws(positions: Positions, tail: Tail, wanted: Wanted, generator: torch.Ge
     return draw
 
 
-def _effects(drawn: _Drawn, tail: Tail, change: Tensor, wanted: Wanted) -> tuple[Tensor, Tensor, Tensor]:
+def _effects(drawn: _Drawn, head: OutputHead, change: Tensor, aim: FitAim) -> tuple[Tensor, Tensor, Tensor]:
     """Mean divergence in nats, the share of the concept's mass that is left, and how far neighbours moved (squared)."""
-    residual = tail.moved(drawn.positions, drawn.positions.neurons @ change)
-    after = tail.log_probabilities(residual)
+    residual = head.moved(drawn.positions, drawn.positions.neurons @ change)
+    after = head.log_probabilities(residual)
     divergence = (drawn.everywhere * (drawn.base.exp() * (drawn.base - after)).sum(1)).mean()
-    ratio = after[:, wanted.ids].logsumexp(1) - drawn.base[:, wanted.ids].logsumexp(1)
+    ratio = after[:, aim.ids].logsumexp(1) - drawn.base[:, aim.ids].logsumexp(1)
     left = (drawn.concept * ratio.exp()).mean()
-    if not len(wanted.near):
+    if not len(aim.near):
         return divergence, left, torch.zeros_like(left)
-    shift = after[:, wanted.near].logsumexp(1) - drawn.base[:, wanted.near].logsumexp(1)
+    shift = after[:, aim.near].logsumexp(1) - drawn.base[:, aim.near].logsumexp(1)
     return divergence, left, (drawn.near * shift.square()).mean()
 
 
-def _start(drawn: _Drawn, tail: Tail, begin: Tensor, wanted: Wanted) -> tuple[float, float]:
+def _start(drawn: _Drawn, head: OutputHead, begin: Tensor, aim: FitAim) -> tuple[float, float]:
     """The strength at which the start leaves the target, and the price that makes this strength the cheapest.
 
     With damage `a s^2` and mass `exp(-b s)` the sum `a s^2 + price * exp(-b s)` is least at s where the price is
@@ -199,24 +246,20 @@ def _start(drawn: _Drawn, tail: Tail, begin: Tensor, wanted: Wanted) -> tuple[fl
 
     def at(strength: float) -> tuple[float, float]:
         with torch.no_grad():
-            damage, left, _ = _effects(drawn, tail, -strength * begin, wanted)
+            damage, left, _ = _effects(drawn, head, -strength * begin, aim)
         return float(damage), float(left)
 
-    low, high = 0.0, 1.0
-    while high < STRONGEST and at(high)[1] > wanted.target:
-        low, high = high, 2 * high
-    for _ in range(6):
-        middle = (low + high) / 2
-        low, high = (middle, high) if at(middle)[1] > wanted.target else (low, middle)
-    return high, 2 * at(high)[0] / (wanted.target * math.log(1 / wanted.target))
+    found = cross(lambda strength: at(strength)[1], aim.remaining)
+    strength = found.high if found.reached else STRONGEST
+    return strength, 2 * at(strength)[0] / (aim.remaining * math.log(1 / aim.remaining))
 
 
-def _masses(positions: Positions, tail: Tail, groups: Sequence[Tensor]) -> list[Tensor]:
+def _masses(positions: Positions, head: OutputHead, groups: Sequence[Tensor]) -> list[Tensor]:
     """The probability of each group of tokens at every position, float64 [n] each on the CPU."""
     found: list[list[Tensor]] = [[] for _ in groups]
     with torch.no_grad():
         for residual in positions.residual.split(AT_ONCE):
-            chances = tail.log_probabilities(residual).exp()
+            chances = head.log_probabilities(residual).exp()
             for parts, ids in zip(found, groups):
                 parts.append(chances[:, ids.to(chances.device)].sum(1).cpu().double())
     return [torch.cat(parts) for parts in found]

@@ -1,7 +1,7 @@
-"""Semi-nonnegative matrix factorisation of activations (maths only), for the baseline `snmf-features`.
+"""Semi-nonnegative matrix factorisation of activations, for the baseline `snmf-features` (mathematics only).
 
-`A ~ F G'` with F free and sparse and G >= 0 (Ding, Li and Jordan 2010), with the hard winner-take-all of the SNMF
-decomposition of MLP activations (arXiv 2506.10920): a feature keeps only its strongest entries.
+`A ~ F G'` with F free and sparse and G >= 0 (Ding, Li and Jordan 2010). It has the hard winner-take-all step of the
+SNMF decomposition of MLP activations (arXiv 2506.10920). A feature keeps only its strongest entries.
 """
 
 import torch
@@ -13,12 +13,22 @@ TINY = 1e-6
 def semi_nmf(
     activations: Tensor, rank: int, *, sparsity: float = 0.05, iterations: int = 100, seed: int = 0
 ) -> tuple[Tensor, Tensor]:
-    """Factor activations [neurons, positions] into features [neurons, rank] and weights [positions, rank] >= 0.
+    """Factor activations into sparse features and nonnegative weights.
 
-    Each iteration: `F = A G (G'G + 1e-6 I)^-1`, of which every column keeps the `sparsity` share of its largest
-    absolute entries (at least one); the columns of G are scaled to unit length and F by the inverse; then
-    `G *= sqrt((P+ + G Q-) / (P- + G Q+ + 1e-6))` with `P = A'F`, `Q = F'F` and + and - their positive and negative
-    parts. G starts as the absolute values of normal numbers. float32 throughout.
+    Each iteration has three steps. First `F = A G (G'G + 1e-6 I)^-1`, of which every column keeps the `sparsity` share
+    of its largest absolute entries (at least one). Second, the columns of G are scaled to unit length and F by the
+    inverse. Third, `G *= sqrt((P+ + G Q-) / (P- + G Q+ + 1e-6))` with `P = A'F` and `Q = F'F`. Here + and - are their
+    positive and negative parts. G starts as the absolute values of normal numbers. float32 is used throughout.
+
+    Args:
+        activations: Float [neurons, positions].
+        rank: Number of features.
+        sparsity: Share of the neurons that each feature keeps.
+        iterations: Number of iterations.
+        seed: Seed of the starting weights.
+
+    Returns:
+        Features, float32 [neurons, rank], and weights, float32 [positions, rank], >= 0.
     """
     generator = torch.Generator().manual_seed(seed)
     table = activations.float()
@@ -47,8 +57,15 @@ def _features(table: Tensor, weights: Tensor, kept: int) -> tuple[Tensor, Tensor
 
 
 def concept_score(weights: Tensor, concept: Tensor) -> Tensor:
-    """`log(mean weight on the concept's positions / mean weight on the others)` of each feature, float32 [rank].
+    """Score how well each feature detects a concept (the detection score of arXiv 2506.10920).
 
-    weights: [positions, rank]; concept: bool [positions]. The detection score of arXiv 2506.10920.
+    It is `log(mean weight on the concept's positions / mean weight on the others)`.
+
+    Args:
+        weights: float32 [positions, rank].
+        concept: bool [positions], true where the text is about the concept.
+
+    Returns:
+        float32 [rank], natural logarithms.
     """
     return ((weights[concept].mean(0) + TINY) / (weights[~concept].mean(0) + TINY)).log()

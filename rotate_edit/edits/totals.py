@@ -1,4 +1,4 @@
-"""What an edit adds to each matrix in total, and the one rounding that follows (maths only)."""
+"""What an edit adds to each matrix in total, and the one rounding that follows (mathematics only)."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -13,8 +13,13 @@ from rotate_edit.edits.edit import MatrixChange
 class Total:
     """The sum of all changes of one matrix, `W[rows] += left @ right`, strengths included.
 
-    matrix, layer, expert: as in MatrixChange; rows: int64 [n], ascending; left: float64 [n, r]; right: float64
-    [r, d_model], its rows distinct, so that r is the number of distinct directions.
+    Attributes:
+        matrix: Which matrix, as in MatrixChange.
+        layer: Index of the layer, None for the embeddings.
+        expert: Index of the expert, None outside experts.
+        rows: int64 [n], ascending, the rows that change.
+        left: float64 [n, r].
+        right: float64 [r, d_model]. Its rows are distinct, so r is the number of distinct directions.
     """
 
     matrix: str
@@ -26,10 +31,16 @@ class Total:
 
 
 def total_changes(changes: Iterable[MatrixChange]) -> list[Total]:
-    """One Total for each matrix that the changes touch, in the order in which it is first met.
+    """Add up the changes of each matrix.
 
-    Everything is float64, in which float32 factors and their products are exact to 1e-16, so the order of addition
-    does not matter to a result that is rounded to float32 or less.
+    Everything is float64. In it float32 factors and their products are exact to 1e-16. So the order of addition does
+    not matter to a result that is rounded to float32 or less.
+
+    Args:
+        changes: The changes of an edit.
+
+    Returns:
+        One Total for each matrix that the changes touch, in the order in which it is first met.
     """
     groups: dict[tuple[str, int | None, int | None], list[MatrixChange]] = {}
     for change in changes:
@@ -47,9 +58,17 @@ def _total(matrix: str, layer: int | None, expert: int | None, changes: list[Mat
 
 
 def distinct_directions(lefts: list[Tensor], rights: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """Write the products `lefts[i] @ rights[i]`, one below the other, as one product over the distinct rows of rights.
+    """Write products as one product over distinct directions.
 
-    lefts[i]: float64 [n_i, r_i]; rights[i]: float64 [r_i, d]. Returns left [sum of n_i, r] and right [r, d].
+    The products `lefts[i] @ rights[i]` stand one below the other. The result is one product over the distinct rows of
+    `rights`.
+
+    Args:
+        lefts: float64 [n_i, r_i] each.
+        rights: float64 [r_i, d] each.
+
+    Returns:
+        left, float64 [sum of n_i, r], and right, float64 [r, d].
     """
     right, directions = torch.unique(torch.cat(rights), dim=0, return_inverse=True)
     parts, first = [], 0
@@ -64,8 +83,15 @@ def distinct_directions(lefts: list[Tensor], rights: list[Tensor]) -> tuple[Tens
 def rounded(values: Tensor, dtype: torch.dtype) -> Tensor:
     """Round float64 values to `dtype` once, to nearest, ties to even.
 
-    torch goes to a 16-bit format by way of float32, and two roundings can miss by one unit in the last place; so the
-    way there is rounded to odd, which keeps the information that the second rounding needs (Boldo & Melquiond, 2008).
+    torch goes to a 16-bit format by way of float32. Two roundings can miss by one unit in the last place. So the first
+    rounding is to odd (Boldo & Melquiond, 2008). It keeps the information that the second rounding needs.
+
+    Args:
+        values: float64, of any shape.
+        dtype: The dtype to round to.
+
+    Returns:
+        The values in `dtype`, of the same shape.
     """
     if dtype in (torch.float64, torch.float32):
         return values.to(dtype)

@@ -1,11 +1,13 @@
-"""Do channels do what they say? Take one out of its neuron and watch, with three controls beside it.
+"""Do vocabulary channels do what they claim? Remove one from its neuron and measure, with three controls.
 
-A `gate` or `in` channel is said to hold inputs that the neuron responds to: without it the neuron must respond less
-where the text has the channel's tokens, and no less where it has those of the neuron's other channels. An `out` channel
-is said to promote its tokens: without it they must be promoted less, and those of the other channels no less. Taking a
-channel `v` out of a vector `w` means `w - (w·v/|v|²) v`. The published claim (arXiv 2604.06005) comes without its
-formulas, so these are ours, and every effect stands beside those of a random direction at the same angle to the
-neuron, of another channel of the same neuron, and of the same channel taken out of another neuron.
+A `gate` or `in` channel claims to hold inputs that the neuron responds to. Without it the neuron must respond less
+where the text has the channel's tokens. It must respond no less where the text has those of the neuron's other
+channels. An `out` channel claims to promote its tokens. Without it they must be promoted less, and those of the other
+channels no less. Removing a channel `v` from a vector `w` means `w - (w·v/|v|²) v`.
+
+The published claim (arXiv 2604.06005) comes without its formulas, so these are this package's own. Every effect stands
+beside three controls. The first is a random direction at the same angle to the neuron. The second is another channel of
+the same neuron. The third is the same channel removed from another neuron.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -41,13 +43,25 @@ LABELS = {"own": "the channel's tokens", "others": "the other channels' tokens"}
 class Trial:
     """One channel's test.
 
-    name: of the channel; matrix, layer; kurtosis, support and cosine: as stored with it. own: the effect on the
-    channel's own tokens, others: on those of the neuron's other channels, both by condition (see CONDITIONS).
-    gate, in: how much of the response `w·x` to the tokens is lost, in standard deviations over the text; out: how
-    much of their promotion, in standard deviations over the vocabulary. activation_own, activation_others: how far
-    the mean activation there moves, in standard deviations, without a sign (gate, in). where: "at" the tokens or
-    "before" them, whichever the whole neuron responds to more, or "after prompts" (out); places: how many positions
-    or prompts. before: the response or promotion with the whole neuron.
+    For `gate` and `in`, an effect is how much of the response `w·x` to the tokens is lost. Its unit is standard
+    deviations over the text. For `out`, it is how much of the tokens' promotion is lost. Its unit is standard
+    deviations over the vocabulary.
+
+    Attributes:
+        name: Name of the channel.
+        matrix: "gate", "in" or "out".
+        layer: Layer of the neuron.
+        kurtosis: Excess kurtosis, as stored with the channel.
+        support: Support, as stored with the channel.
+        cosine: Cosine with the neuron's vector, as stored with the channel.
+        where: "at" the tokens or "before" them, whichever the whole neuron responds to more. "after prompts" for `out`.
+        places: Number of positions or prompts.
+        before: The response or promotion with the whole neuron, in the unit of the effect.
+        own: Effect on the channel's own tokens, by condition (see `CONDITIONS`).
+        others: Effect on the tokens of the neuron's other channels, by condition.
+        activation_own: How far the mean activation at the own tokens moves, by condition. In standard deviations,
+            without a sign. Empty for `out`.
+        activation_others: The same at the other channels' tokens.
     """
 
     name: str
@@ -65,7 +79,14 @@ class Trial:
     activation_others: Mapping[str, float]
 
     def selectivity(self, condition: str) -> float:
-        """Effect on the own tokens minus effect on the others."""
+        """Return the effect on the own tokens minus the effect on the others.
+
+        Args:
+            condition: One of `CONDITIONS`.
+
+        Returns:
+            The difference, in standard deviations.
+        """
         return self.own[condition] - self.others[condition]
 
 
@@ -73,8 +94,10 @@ class Trial:
 class Activity:
     """What the MLPs of some layers read on a text.
 
-    tokens, following: int64 [P], the token at each position and the one after it (-1 where the text ends); inputs: by
-    layer, float32 [P, d_model].
+    Attributes:
+        tokens: int64 [P], the token at each position.
+        following: int64 [P], the token after each position, -1 where the text ends.
+        inputs: float32 [P, d_model] by layer, the MLP's input at each position.
     """
 
     tokens: Tensor
@@ -83,13 +106,30 @@ class Activity:
 
 
 def without(vectors: Tensor, direction: Tensor) -> Tensor:
-    """Vectors [..., d] with their component along `direction` [d] taken out: `w - (w·v/|v|²) v`."""
+    """Remove the component along a direction from vectors: `w - (w·v/|v|²) v`.
+
+    Args:
+        vectors: Float [..., d].
+        direction: Float [d], of any length but zero.
+
+    Returns:
+        Float [..., d].
+    """
     unit = direction / direction.norm()
     return vectors - (vectors @ unit)[..., None] * unit
 
 
 def random_at_same_angle(vector: Tensor, direction: Tensor, generator: torch.Generator) -> Tensor:
-    """A random direction [d] with the same cosine to `vector` [d] as `direction` [d] has; unit length."""
+    """Draw a random direction with the same cosine to a vector as a given direction has.
+
+    Args:
+        vector: Float [d].
+        direction: Float [d], the direction whose cosine is kept.
+        generator: Source of the random numbers.
+
+    Returns:
+        Float [d], of unit length.
+    """
     unit = vector / vector.norm()
     cosine = (direction @ unit) / direction.norm()
     noise = torch.randn(vector.shape, generator=generator)
@@ -109,12 +149,27 @@ def faithfulness(
     seed: int = 0,
     report: Report = silent,
 ) -> list[Trial]:
-    """Test every channel that can be tested: its neuron has another one, and its tokens occur in the texts.
+    """Test every channel that can be tested.
 
-    model: the loaded base; channels: with vectors, whole neurons at a time; texts: what `gate` and `in` channels are
-    tested on (at most `tokens` tokens of it); prompts: what `out` channels are tested after, the beginnings of the
-    texts by default; neurons: test at most this many of each matrix, drawn by the seed. Raises BadInput for channels
-    without vectors or of a mixture of experts, Failure when no channel can be tested.
+    A channel can be tested when its neuron has another one and its tokens occur in the texts.
+
+    Args:
+        model: The loaded base model.
+        tokenizer: Its tokenizer.
+        channels: The channels with their vectors, whole neurons at a time.
+        texts: What `gate` and `in` channels are tested on.
+        prompts: What `out` channels are tested after. By default the beginnings of the texts.
+        tokens: At most this many tokens of the texts are used.
+        neurons: Test at most this many neurons of each matrix, drawn by the seed. None tests all.
+        seed: Seed of the draws and of the random directions.
+        report: Called with progress.
+
+    Returns:
+        One trial per tested channel.
+
+    Raises:
+        BadInput: When channels have no vectors or belong to a mixture of experts.
+        Failure: When no channel can be tested.
     """
     if any(channel.vector is None for channel in channels):
         raise BadInput("the channel set was written without vectors; decompose again and keep them.")
@@ -159,7 +214,16 @@ def _by_neuron(channels: Sequence[Channel], most: int | None, generator: torch.G
 
 
 def read_activity(model: Any, passages: Passages, layers: Sequence[int]) -> Activity:
-    """Run the texts once and keep what the MLPs of the layers read at every real position."""
+    """Run the texts once and keep what the MLPs of the layers read at every real position.
+
+    Args:
+        model: The loaded model.
+        passages: The tokenised texts.
+        layers: The layers to read.
+
+    Returns:
+        Tokens and MLP inputs, in the order of the batches.
+    """
     inputs: dict[int, list[Tensor]] = {layer: [] for layer in layers}
     modules = {layer: _module(model, "in", layer) for layer in layers}
     latest: dict[int, Tensor] = {}
@@ -213,9 +277,17 @@ def _gated(model: Any, layer: int) -> bool:
 
 
 def activations(model: Any, layer: int, neuron: int, inputs: Tensor, replaced: Mapping[str, Tensor] = {}) -> Tensor:
-    """A neuron's activation on MLP inputs [P, d_model], float32 [P]: `act(gate·x) (in·x)`, or `act(in·x)` ungated.
+    """Compute a neuron's activation on MLP inputs: `act(gate·x) (in·x)`, or `act(in·x)` without a gate.
 
-    replaced: vectors [d_model] that stand in for the neuron's own, by matrix.
+    Args:
+        model: The loaded model.
+        layer: Layer of the neuron.
+        neuron: Index of the neuron in the layer.
+        inputs: float32 [P, d_model], the MLP's inputs.
+        replaced: Vectors [d_model] that stand in for the neuron's own, by matrix.
+
+    Returns:
+        float32 [P].
     """
     from transformers.activations import ACT2FN
 
@@ -319,10 +391,20 @@ def _test_write(
 
 
 def promotion(model: Any, layer: int, added: Tensor, prompts: Passages, token_sets: Sequence[Sequence[int]]) -> Tensor:
-    """How much vectors promote sets of tokens when they are added to an MLP's output after prompts, float32 [n, sets].
+    """Measure how much vectors promote sets of tokens when they are added to an MLP's output after prompts.
 
-    added: [n, d_model], each added alone at the last position; the change of a set's mean logit over that of all
-    tokens, in standard deviations of the first vector's change over the vocabulary, mean over prompts.
+    It is the change of a set's mean logit minus that of the mean logit of all tokens. The unit is standard deviations
+    of the first vector's change over the vocabulary. The result is the mean over prompts.
+
+    Args:
+        model: The loaded model.
+        layer: Layer of the MLP.
+        added: Float [n, d_model]. Each vector is added alone, at the last position.
+        prompts: The tokenised prompts.
+        token_sets: Token ids of each set.
+
+    Returns:
+        float32 [n, sets].
     """
     total = torch.zeros(len(added), len(token_sets))
     sets = [torch.tensor(ids) for ids in token_sets]
@@ -388,12 +470,19 @@ def _trial(
 
 
 def table(trials: Sequence[Trial], *, support: float | None = None) -> list[dict[str, Any]]:
-    """One row for each matrix and condition, plain JSON.
+    """Summarise trials: one row for each matrix and condition, plain JSON.
 
-    own, others, selectivity (their difference) and the activation's: means over channels with their intervals; against
-    the control: the paired difference of
-    selectivities (channel minus control) with its Holm-corrected p, and the share of channels that are more selective
-    than the control. support: only channels with at least that much.
+    Each row has `own`, `others`, `before` and `selectivity` (own minus others). For `gate` and `in` it also has
+    `activation_own` and `activation_others`. All are means over channels with their intervals. A control's row also has
+    `difference`, the paired difference of selectivities (channel minus control). `p` is its p-value and `p_holm` the
+    Holm-corrected one. `wins` is the share of channels that are more selective than the control.
+
+    Args:
+        trials: The trials.
+        support: Use only channels with at least this support.
+
+    Returns:
+        The rows.
     """
     rows: list[dict[str, Any]] = []
     for matrix in ("gate", "in", "out"):
@@ -423,12 +512,26 @@ def table(trials: Sequence[Trial], *, support: float | None = None) -> list[dict
 
 
 def plain_trials(trials: Sequence[Trial]) -> list[dict[str, Any]]:
-    """The trials as plain JSON."""
+    """Return the trials as plain JSON.
+
+    Args:
+        trials: The trials.
+
+    Returns:
+        One dictionary per trial, its fields by name.
+    """
     return [asdict(trial) for trial in trials]
 
 
 def figure(rows: Sequence[Mapping[str, Any]]) -> "Figure":
-    """Effect on the own tokens and on the others for every matrix and condition, with intervals."""
+    """Draw the effect on the own tokens and on the others, for every matrix and condition, with intervals.
+
+    Args:
+        rows: Rows of `table`.
+
+    Returns:
+        A figure with one panel per matrix. Effects are in standard deviations.
+    """
     from matplotlib.figure import Figure
 
     matrices = list(dict.fromkeys(row["matrix"] for row in rows))

@@ -1,4 +1,4 @@
-"""What a model writes: side-by-side generations, repetition, and how often a concept's words leak into them."""
+"""What a model writes: repetition, diversity, and how often a concept's words leak into its generations."""
 
 import re
 from collections.abc import Sequence
@@ -11,9 +11,14 @@ from rotate_edit.evaluation.statistics import Measure
 
 
 def repetition(texts: Sequence[str], *, n: int = 4) -> Measure:
-    """Share of a text's n-grams of words that occurred in it before, mean over texts (Welleck et al. 2020, seq-rep-n).
+    """Measure the share of a text's n-grams of words that occurred in it before (Welleck et al. 2020, seq-rep-n).
 
-    Texts of fewer than n words are left out.
+    Args:
+        texts: The texts. Those of fewer than `n` words are left out.
+        n: Number of words in an n-gram.
+
+    Returns:
+        The mean over texts, in [0, 1].
     """
     shares = []
     for text in texts:
@@ -24,10 +29,17 @@ def repetition(texts: Sequence[str], *, n: int = 4) -> Measure:
 
 
 def distinct(texts: Sequence[str], *, n: int = 2) -> Measure:
-    """Different n-grams of words over all n-grams of all texts together (Li et al. 2016, distinct-n).
+    """Measure different n-grams of words over all n-grams of all texts (Li et al. 2016, distinct-n).
 
-    The ratio falls as texts are added, so compare equal numbers of texts only. Its interval resamples texts and
-    is centred on the value, because resampling repeats texts and so lowers the ratio itself.
+    The ratio falls as texts are added, so compare equal numbers of texts only. Its interval resamples texts. It is
+    centred on the value, because resampling repeats texts and so lowers the ratio itself.
+
+    Args:
+        texts: The texts.
+        n: Number of words in an n-gram.
+
+    Returns:
+        The ratio, in [0, 1].
     """
     lists = [_grams(text, n) for text in texts]
     value = _distinct_share(lists)
@@ -50,7 +62,17 @@ def _grams(text: str, n: int) -> list[tuple[str, ...]]:
 
 
 def word_pattern(words: Sequence[str]) -> re.Pattern[str]:
-    """A pattern that finds any of the words, or its plain plural, as whole words in any case. Raises BadInput."""
+    """Make a pattern that finds any of the words, or its plain plural, as whole words in any case.
+
+    Args:
+        words: The words. Empty ones are left out.
+
+    Returns:
+        The compiled pattern.
+
+    Raises:
+        BadInput: When there is no word.
+    """
     if not any(word.strip() for word in words):
         raise BadInput("a leak rate needs at least one word of the concept.")
     ordered = sorted({word.strip() for word in words if word.strip()}, key=len, reverse=True)
@@ -58,11 +80,20 @@ def word_pattern(words: Sequence[str]) -> re.Pattern[str]:
 
 
 def leak_rate(generations: Sequence[Sequence[str]], words: Sequence[str]) -> Measure:
-    """Share of sampled generations in which a word of the concept appears.
+    """Measure the share of sampled generations in which a word of the concept appears.
 
-    generations: the samples of each prompt; n is how many there are in all. The interval is the wider, on each side, of
-    two: prompts resampled, because samples of one prompt resemble each other, and Wilson's over all samples, because
-    resampling cannot widen a rate of 0 or 1.
+    The interval is, on each side, the wider of two. One resamples prompts, because samples of one prompt resemble each
+    other. The other is Wilson's over all samples, because resampling cannot widen a rate of 0 or 1.
+
+    Args:
+        generations: The samples of each prompt.
+        words: Words of the concept.
+
+    Returns:
+        The rate, in [0, 1]. Its `n` is the number of samples in all.
+
+    Raises:
+        BadInput: When there is no word.
     """
     pattern = word_pattern(words)
     hits = [sum(bool(pattern.search(text)) for text in texts) for texts in generations]

@@ -1,6 +1,7 @@
-"""lm-eval on a model that is already loaded: items in, one number an item out, silently and without a trace.
+"""lm-eval on a model that is already loaded: items go in, one number per item comes out.
 
-lm-eval is always given the loaded model and tokenizer, never a name to load by itself, so no remote code can run.
+It runs silently and leaves no trace. lm-eval is always given the loaded model and tokenizer, never a name to load by
+itself. So no remote code can run.
 """
 
 import hashlib
@@ -30,7 +31,7 @@ from rotate_edit.models.fingerprint import tokenizer_hash
 
 CACHE_VERSION = 1
 TASK_NAME = re.compile(r"\w[\w.+-]*(?<!\.yaml)(?<!\.yml)", flags=re.ASCII | re.IGNORECASE)
-# Metrics of lm-eval that are one number an item, the preferred ones first.
+# Metrics of lm-eval that are one number per item, the preferred ones first.
 ITEM_METRICS = ("acc", "exact_match", "acc_norm", "em", "f1")
 
 
@@ -38,9 +39,11 @@ ITEM_METRICS = ("acc", "exact_match", "acc_norm", "em", "f1")
 class Settings:
     """How lm-eval asks.
 
-    batch_size: sequences at once, or "auto"; num_fewshot: examples before each item (None: the task's own);
-    limit: at most this many items of a task that lm-eval brings itself; chat_template: put each item in the
-    tokenizer's chat template.
+    Attributes:
+        batch_size: Number of sequences at once, or "auto".
+        num_fewshot: Number of examples before each item. None takes the task's own number.
+        limit: At most this many items of a task that lm-eval brings itself. None takes all.
+        chat_template: Put each item in the tokenizer's chat template.
     """
 
     batch_size: int | str = 64
@@ -53,9 +56,15 @@ class Settings:
 class Scores:
     """What one model scored on the items of one task, in their order.
 
-    kind: "accuracy" (values are 0 or 1), "probability" (values are the probability of the right continuation) or
-    "perplexity" (values are log-likelihoods in nats, weights how many words or bytes each stands for); metric:
-    lm-eval's name of what the values are; chance: the accuracy of guessing; aggregates: lm-eval's own results.
+    Attributes:
+        task: Name of the task.
+        kind: "accuracy", "probability" or "perplexity".
+        metric: lm-eval's name of what the values are.
+        chance: The accuracy of guessing, in [0, 1].
+        values: One float per item. 0 or 1 for "accuracy". The probability of the right continuation for "probability".
+            The log-likelihood in nats for "perplexity".
+        weights: For "perplexity", how many words or bytes each value stands for. Empty otherwise.
+        aggregates: lm-eval's own results, by task and metric.
     """
 
     task: str
@@ -71,8 +80,11 @@ class Scores:
 class Harness:
     """lm-eval's tasks, loaded once for any number of models.
 
-    loaded: lm-eval's task objects by the name they were asked under; local: the names of those whose items we chose
-    ourselves, to which the limit does not apply again; chances: the accuracy of guessing as a definition states it.
+    Attributes:
+        settings: How lm-eval asks.
+        loaded: lm-eval's task objects, by the name they were asked under.
+        local: Names of the tasks whose items this package chose itself. The limit does not apply to them again.
+        chances: The accuracy of guessing as a definition states it, by task name.
     """
 
     settings: Settings
@@ -82,7 +94,18 @@ class Harness:
 
 
 def open_harness(tasks: Sequence[Task], settings: Settings) -> Harness:
-    """Load tasks into lm-eval. Raises BadInput when one does not exist or its data cannot be had."""
+    """Load tasks into lm-eval.
+
+    Args:
+        tasks: The tasks, local ones or lm-eval's own by name.
+        settings: How lm-eval asks.
+
+    Returns:
+        The loaded tasks.
+
+    Raises:
+        BadInput: When a task does not exist or its data cannot be had.
+    """
     from jinja2 import TemplateError
     from lm_eval.tasks import TaskManager
 
@@ -111,9 +134,20 @@ def open_harness(tasks: Sequence[Task], settings: Settings) -> Harness:
 def score(
     harness: Harness, model: Any, tokenizer: Any, *, report: Report = silent, step: str = ""
 ) -> dict[str, Scores]:
-    """Score a loaded model on all tasks of the harness: the result by task name.
+    """Score a loaded model on all tasks of the harness.
 
-    Raises BadInput when a chat template is asked of a tokenizer that has none.
+    Args:
+        harness: The loaded tasks.
+        model: The loaded transformers model.
+        tokenizer: Its tokenizer.
+        report: Called with progress.
+        step: Name of the step in the progress.
+
+    Returns:
+        The scores by task name.
+
+    Raises:
+        BadInput: When a chat template is asked of a tokenizer that has none, or a task has no metric per item.
     """
     if harness.settings.chat_template and not getattr(tokenizer, "chat_template", None):
         raise BadInput("the tokenizer has no chat template; leave the chat template off.")
@@ -133,10 +167,21 @@ def score_checkpoint(
     report: Report = silent,
     step: str = "",
 ) -> dict[str, Scores]:
-    """Score a checkpoint's folder on one of lm-eval's own backends ("vllm" ...), without remote code.
+    """Score a checkpoint's folder on one of lm-eval's own backends, without remote code.
 
-    options: further arguments of the backend. Raises BadInput when the backend is unknown, not installed, or cannot
-    load the checkpoint.
+    Args:
+        harness: The loaded tasks.
+        folder: The checkpoint's folder, with safetensors in it.
+        backend: lm-eval's name of the backend, for instance "vllm".
+        options: Further arguments of the backend.
+        report: Called with progress.
+        step: Name of the step in the progress.
+
+    Returns:
+        The scores by task name.
+
+    Raises:
+        BadInput: When the backend is unknown, not installed, or cannot load the checkpoint.
     """
     if backend == "vllm" and importlib.util.find_spec("vllm") is None:
         raise BadInput("the backend vllm is not installed; install lm-eval[vllm], or leave --backend out.")
@@ -235,7 +280,7 @@ def _item_metric(task: Any, sample: Mapping[str, Any], kind: str) -> str:
 
 
 class _Progress:
-    """What lm-eval calls for every answered request (its cache hook): counts them for the progress bar."""
+    """Counts answered requests for the progress bar. lm-eval calls it for each one (its cache hook)."""
 
     def __init__(self, report: Report, step: str, harness: Harness) -> None:
         self.report, self.step, self.done = report, step, 0
@@ -256,7 +301,10 @@ class _Progress:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep lm-eval's log lines, progress bars and prints off the terminal: the caller has its own."""
+    """Keep lm-eval's log lines, progress bars and prints off the terminal.
+
+    The caller has its own.
+    """
     import lm_eval.api.model
     import lm_eval.api.task
     import lm_eval.evaluator
@@ -275,7 +323,7 @@ def _quiet() -> Iterator[None]:
             if hasattr(module, "tqdm"):
                 stack.enter_context(mock.patch.object(module, "tqdm", no_bar))
             if hasattr(module, "get_git_commit_hash"):
-                # It asks git about the folder the user stands in, which is nobody's business, and git may complain.
+                # It asks git about the user's working folder, which must stay private, and git may fail there.
                 stack.enter_context(mock.patch.object(module, "get_git_commit_hash", return_value=None))
         stack.enter_context(redirect_stdout(io.StringIO()))
         logger.setLevel(logging.ERROR)
@@ -287,7 +335,7 @@ def _quiet() -> Iterator[None]:
 
 @contextmanager
 def _same_random_numbers_after() -> Iterator[None]:
-    """lm-eval seeds every generator of the process; put them back as they were."""
+    """Restore the state of every random generator at the end. lm-eval seeds them all."""
     plain, numbers, tensors = random.getstate(), np.random.get_state(), torch.random.get_rng_state()
     try:
         yield
@@ -301,7 +349,20 @@ def _same_random_numbers_after() -> Iterator[None]:
 
 
 def cache_key(task: Task, settings: Settings, model: Any, weights: str, tokenizer: Any) -> str | None:
-    """What decides a task's scores: weights, tokenizer, questions, settings, versions. None when code decides too."""
+    """Hash everything that decides a task's scores.
+
+    That is the weights, the tokenizer, the questions, the settings and the versions.
+
+    Args:
+        task: The task.
+        settings: How lm-eval asks.
+        model: The loaded model, for its dtype and device.
+        weights: Hash of the model's weights.
+        tokenizer: Its tokenizer.
+
+    Returns:
+        SHA-256 as 64 hexadecimal digits. None when code in the definition decides too.
+    """
     if task.has_code:
         return None
     parts = {
@@ -321,7 +382,15 @@ def cache_key(task: Task, settings: Settings, model: Any, weights: str, tokenize
 
 
 def read_cached(folder: Path, key: str) -> Scores | None:
-    """Scores written by `write_cached`, None when there are none or the file is damaged."""
+    """Read scores that `write_cached` wrote.
+
+    Args:
+        folder: The cache's folder.
+        key: What `cache_key` returned.
+
+    Returns:
+        The scores. None when there are none or the file is damaged.
+    """
     try:
         content = json.loads((folder / f"{key}.json").read_text(encoding="utf-8"))
         fields = {**content, "values": tuple(content["values"]), "weights": tuple(content["weights"])}
@@ -332,7 +401,15 @@ def read_cached(folder: Path, key: str) -> Scores | None:
 
 
 def write_cached(folder: Path, key: str, scores: Scores) -> None:
-    """Keep scores for the next run; a folder that cannot be written costs the next run time, and nothing else."""
+    """Keep scores for the next run.
+
+    A folder that cannot be written costs the next run time, and nothing else. It is logged as a warning.
+
+    Args:
+        folder: The cache's folder. It is made if need be.
+        key: What `cache_key` returned.
+        scores: The scores.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_atomically(folder / f"{key}.json", json.dumps(asdict(scores)))

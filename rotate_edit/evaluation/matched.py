@@ -1,6 +1,6 @@
-"""One concept's edits at matched removal: strengths searched on a live model, sums kept by document.
+"""One concept's edits at matched removal: strengths are searched on a live model, sums are kept by document.
 
-What is kept is enough to resample documents later (`matching`), so that many concepts can be pooled in one table.
+What is kept is enough to resample documents later (`matching`). So many concepts can be pooled in one table.
 """
 
 import math
@@ -30,7 +30,12 @@ MOST_MASS = 0.6
 
 @dataclass(frozen=True)
 class Texts:
-    """Passages and the document that each one comes from: `documents` is int64 [texts]."""
+    """Passages and the document that each one comes from.
+
+    Attributes:
+        passages: The tokenised texts.
+        documents: int64 [texts], the index of each text's document.
+    """
 
     passages: Passages
     documents: NDArray[np.int64]
@@ -40,10 +45,18 @@ class Texts:
 class Proof:
     """What one concept's edits are measured on, with the base model's answers.
 
-    concept_ids, near_ids: tokens of the concept and of its neighbours (None without); concept: texts with the concept;
-    others: texts without it; near: texts with a neighbour and without the concept; size: how many documents there are;
-    base: sums by document, float64 [documents] each: mass, counts, likelihood, predicted, near; others_base: the
-    base's log-probabilities on `others`.
+    Attributes:
+        concept_ids: int64 [k], tokens of the concept.
+        near_ids: int64 [m], tokens of its neighbours. None without neighbours.
+        concept: Texts with the concept.
+        others: Texts without it.
+        near: Texts with a neighbour and without the concept. None without neighbours.
+        size: Number of documents.
+        base: The base model's sums by document, float64 [documents] each. `mass` is the concept's probability and
+            `positions` the number of positions behind it. On `others`, `counts` is the number of positions behind the
+            damage. `likelihood` is the log-likelihood in nats and `predicted` the number of predicted tokens. `near` is
+            the neighbours' probability, where there are neighbours.
+        others_base: The base's log-probabilities on `others`, in nats, float32 [positions, vocabulary] for each batch.
     """
 
     concept_ids: Tensor
@@ -57,7 +70,18 @@ class Proof:
 
 
 def texts_of(tokenizer: Any, rows: Sequence[tuple[int, str]], vocabulary: int, *, longest: int, limit: int) -> Texts:
-    """Tokenise (document, text) rows, at most `longest` tokens of each and about `limit` together."""
+    """Tokenise texts and keep their documents.
+
+    Args:
+        tokenizer: The model's tokenizer.
+        rows: Pairs of a document's index and a text.
+        vocabulary: Number of tokens in the vocabulary.
+        longest: At most this many tokens of each text.
+        limit: About this many tokens of all texts together.
+
+    Returns:
+        The tokenised texts with their documents.
+    """
     passages = batches.tokenise(
         tokenizer, [text for _, text in rows], vocabulary_size=vocabulary, longest=longest, token_limit=limit
     )
@@ -67,7 +91,22 @@ def texts_of(tokenizer: Any, rows: Sequence[tuple[int, str]], vocabulary: int, *
 def prepare(
     model: Any, concept_ids: Tensor, concept: Texts, others: Texts, near: tuple[Tensor, Texts] | None, size: int
 ) -> Proof:
-    """Measure the base model once. Raises BadInput when the concept's texts hold none of its tokens."""
+    """Measure the base model once.
+
+    Args:
+        model: The loaded base model.
+        concept_ids: int64 [k], tokens of the concept.
+        concept: Texts with the concept.
+        others: Texts without it.
+        near: Tokens of the neighbours int64 [m] and texts with a neighbour. None without neighbours.
+        size: Number of documents.
+
+    Returns:
+        What edits are measured on, with the base's answers.
+
+    Raises:
+        BadInput: When the concept's texts hold none of its tokens.
+    """
     near_ids, near_texts = near if near else (None, None)
     mass, positions = measures.mass_by_text(model, concept.passages, concept_ids)
     if not float(positions.sum()):
@@ -87,17 +126,36 @@ def prepare(
 
 
 def by_document(sums: Tensor, texts: Texts, size: int) -> NDArray[np.float64]:
-    """Sums by text [texts] added up by document: float64 [size]."""
+    """Add up sums by text to sums by document.
+
+    Args:
+        sums: Tensor [texts], one sum per text.
+        texts: The texts with their documents.
+        size: Number of documents.
+
+    Returns:
+        float64 [size].
+    """
     return np.bincount(texts.documents, weights=sums.numpy(), minlength=size).astype(np.float64)
 
 
 def trace(model: Any, proof: Proof, edit: Edit, *, target: float = MATCHED_TARGET) -> dict[str, Any]:
-    """The curve of one method around the smallest strength that leaves `target` of the concept's mass.
+    """Trace one method's curve around the smallest strength that leaves `target` of the concept's mass.
 
-    Strengths double from 0.5 until the target is reached and once more, or until 64 is passed; then the crossing is
-    narrowed down. Returns
-    plain values: `reached`; `strength` (None when never reached); `points`, ascending in strength, with the sums by
-    document `mass` and, where damage was measured, `damage` and `likelihood`; `near`, the neighbours at the crossing.
+    Strengths double from 0.5 until the target is reached and once more, or until 64 is passed. Then the crossing is
+    narrowed down.
+
+    Args:
+        model: The loaded base model.
+        proof: What edits are measured on.
+        edit: The edit.
+        target: The wanted mass, as a fraction of the base's.
+
+    Returns:
+        Plain values. `reached` says whether the target was reached. `strength` is the strength at the crossing, None
+        when never reached. `points` ascend in strength. Each has `strength`, `fraction` (the mass left) and the sums by
+        document `mass`. Where damage was measured, it also has the sums `damage` and `likelihood`. `near` has the
+        neighbours' sums at the crossing. Sums are float64 [documents].
     """
     masses: dict[float, NDArray[np.float64]] = {}
     if not edit.does_something:
@@ -140,9 +198,11 @@ def trace(model: Any, proof: Proof, edit: Edit, *, target: float = MATCHED_TARGE
 
 
 def _narrowed(left: Any, before: tuple[float, float], after: tuple[float, float], target: float) -> float:
-    """The strength of the crossing between two points (strength, fraction), by interpolating the fraction's logarithm.
+    """Find the strength of the crossing between two points (strength, fraction).
 
-    The bracket stays around the crossing, and a step never falls within a tenth of its ends."""
+    It interpolates the fraction's logarithm. The bracket stays around the crossing, and a step never falls within a
+    tenth of its ends.
+    """
     strength = after[0]
     for _ in range(REFINEMENTS):
         share = math.log(before[1] / target) / math.log(before[1] / max(after[1], 1e-12))
@@ -155,19 +215,42 @@ def _narrowed(left: Any, before: tuple[float, float], after: tuple[float, float]
 
 
 def describe(edit: Edit) -> dict[str, int]:
-    """How many neuron vectors an edit changes, and in how many matrices."""
+    """Count how many neuron vectors an edit changes, and in how many matrices.
+
+    Args:
+        edit: The edit.
+
+    Returns:
+        The counts `vectors` and `matrices`.
+    """
     rows = {(change.matrix, change.layer, change.expert, int(row)) for change in edit.changes for row in change.rows}
     rows |= {("out", clamp.layer, None, int(row)) for clamp in edit.clamps for row in clamp.rows}
     return {"vectors": len(rows), "matrices": len({entry[:3] for entry in rows})}
 
 
 def kept_ratio(numerator: NDArray[np.float64] | None, base: NDArray[np.float64] | None) -> float:
-    """`sum / base sum`, not-a-number where either is missing."""
+    """Compute `sum / base sum`.
+
+    Args:
+        numerator: float64 [documents], or None.
+        base: float64 [documents], or None.
+
+    Returns:
+        The ratio. Not-a-number where either is missing or the base sums to 0.
+    """
     if numerator is None or base is None or not base.sum():
         return math.nan
     return float(np.asarray(numerator).sum() / base.sum())
 
 
 def perplexity_rise(likelihood: NDArray[np.float64], base: dict[str, NDArray[np.float64]]) -> float:
-    """`perplexity / base perplexity - 1` from summed log-likelihoods by document."""
+    """Compute `perplexity / base perplexity - 1` from summed log-likelihoods by document.
+
+    Args:
+        likelihood: float64 [documents], the edited model's log-likelihoods in nats.
+        base: The base's sums (see `Proof.base`).
+
+    Returns:
+        The relative rise of the perplexity.
+    """
     return math.expm1(float((base["likelihood"].sum() - np.asarray(likelihood).sum()) / base["predicted"].sum()))

@@ -1,4 +1,7 @@
-"""Damage at matched removal, resampled over documents (maths only: arrays in, numbers out)."""
+"""Damage at matched removal, resampled over documents.
+
+This module holds mathematics only: arrays go in, numbers come out.
+"""
 
 import math
 from collections.abc import Sequence
@@ -10,9 +13,17 @@ from rotate_edit.evaluation.statistics import DRAWS, Difference, Estimate, Measu
 
 
 def document_weights(documents: int, *, draws: int = DRAWS, seed: int = 0) -> NDArray[np.float64]:
-    """How often each document is drawn: float64 [1 + draws, documents], the first row once each (the data itself).
+    """Draw how often each document occurs in each bootstrap draw.
 
     One table for all methods and concepts keeps every comparison paired.
+
+    Args:
+        documents: Number of documents.
+        draws: How many times the documents are resampled.
+        seed: Seed of the random numbers.
+
+    Returns:
+        float64 [1 + draws, documents]. The first row is all ones, which is the data itself.
     """
     generator = np.random.default_rng(seed)
     drawn = generator.multinomial(documents, np.full(documents, 1 / documents), size=draws)
@@ -28,13 +39,26 @@ def log_damage_at(
     *,
     target: float = 0.1,
 ) -> NDArray[np.float64]:
-    """Logarithm of the damage where the concept's mass falls to `target` of the base's, float64 [draws].
+    """Compute the logarithm of the damage where the concept's mass falls to `target` of the base's.
 
-    masses, damages: [strengths, documents] sums of a document's positions at ascending strengths; base_mass, counts:
-    [documents], the base's mass and the positions behind the damage; weights: [draws, documents]. As in
-    `statistics.matched_removal` the logarithms of mass and damage are linear in the strength between two strengths,
-    at the first pair that crosses; a draw that does not cross among the strengths is extrapolated from the nearest
-    pair. Raises ValueError with fewer than two strengths.
+    As in `statistics.matched_removal`, the logarithms of mass and damage are linear in the strength between two
+    strengths. The first pair that crosses is used. A draw that does not cross among the strengths is extrapolated from
+    the nearest pair.
+
+    Args:
+        masses: [strengths, documents], sums of the concept's probability over a document's positions, at ascending
+            strengths.
+        base_mass: [documents], the base's sums of the same.
+        damages: [strengths, documents], sums of the KL divergence over a document's positions, in nats.
+        counts: [documents], the number of positions behind the damage.
+        weights: float64 [draws, documents], from `document_weights`.
+        target: The wanted mass, as a fraction of the base's.
+
+    Returns:
+        float64 [draws], the natural logarithm of the mean damage in nats per position.
+
+    Raises:
+        ValueError: With fewer than two strengths.
     """
     table = np.asarray(masses, dtype=np.float64)
     if len(table) < 2:
@@ -54,10 +78,14 @@ def log_damage_at(
 
 
 def pooled_ratio(log_ratios: Sequence[NDArray[np.float64]]) -> Difference:
-    """Geometric mean over concepts of a ratio of damages, its 95 % interval and its two-sided p against ratio 1.
+    """Pool a ratio of damages over concepts by the geometric mean.
 
-    log_ratios: for each concept the logarithms [1 + draws] from the same `document_weights`, so that a document
-    counts as often in every concept. Draws that are not finite are left out.
+    Args:
+        log_ratios: For each concept the logarithms float64 [1 + draws]. All come from the same `document_weights`, so a
+            document counts as often in every concept. Draws that are not finite are left out.
+
+    Returns:
+        The ratio with its 95 % interval, and its two-sided p-value against ratio 1.
     """
     pooled = np.mean(np.stack(list(log_ratios)), axis=0)
     found = measure(Estimate(float(pooled[0]), pooled[1:], len(log_ratios)))

@@ -1,4 +1,7 @@
-"""What a result was made with, so that it can be told from another and made again; nothing here names a person."""
+"""What a result was made with, so that it can be identified and made again.
+
+Nothing here names a person.
+"""
 
 import hashlib
 import importlib.metadata
@@ -19,7 +22,16 @@ REPORTED_VERSIONS = ("torch", "transformers", "lm_eval", "peft", "safetensors", 
 
 
 def provenance(checkpoint: Checkpoint, seed: int, device: str) -> dict[str, Any]:
-    """Versions, the base's identity, seed, device and time, as plain JSON."""
+    """Collect versions, the base's identity, seed, device and time.
+
+    Args:
+        checkpoint: The base.
+        seed: The run's seed.
+        device: The device, for instance "cpu".
+
+    Returns:
+        Plain JSON values by name. The time is UTC in ISO format.
+    """
     return {
         "rotate_edit": __version__,
         "versions": {name: importlib.metadata.version(name) for name in REPORTED_VERSIONS},
@@ -33,7 +45,13 @@ def provenance(checkpoint: Checkpoint, seed: int, device: str) -> dict[str, Any]
 
 
 def hardware() -> dict[str, Any]:
-    """What a result was computed on, in kinds and sizes; no name of a machine or a person."""
+    """Describe what a result was computed on, in kinds and sizes.
+
+    There is no name of a machine or a person in it.
+
+    Returns:
+        System, machine type, processor, number of cores, and names of the GPU models.
+    """
     gpus = [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
     return {
         "system": platform.system(),
@@ -54,7 +72,14 @@ def _processor() -> str:
 
 
 def weights_hash(checkpoint: Checkpoint) -> str | None:
-    """One hash of all weights, or None when they are too many to be hashed as a matter of course."""
+    """Hash all weights of a checkpoint.
+
+    Args:
+        checkpoint: The checkpoint.
+
+    Returns:
+        SHA-256 as 64 hexadecimal digits. None when the weights are too many to be hashed as a matter of course.
+    """
     tensors = identity(checkpoint)["tensors"]
     if set(tensors) != set(checkpoint.stored):
         return None
@@ -62,5 +87,9 @@ def weights_hash(checkpoint: Checkpoint) -> str | None:
 
 
 def peak_memory() -> float:
-    """The largest memory this process has used, in megabytes."""
+    """Return the largest memory this process has used.
+
+    Returns:
+        The memory in mebibytes.
+    """
     return held_memory() / 1024**2

@@ -1,7 +1,8 @@
-"""Does an erased concept come back? Fine-tune the edited model on paragraphs about it and ask again.
+"""Does an erased concept come back after fine-tuning on paragraphs about it?
 
-The paragraphs tell nothing of what is asked, so an accuracy that returns was still in the weights. The settings are
-EMBER's (arXiv 2606.03695): at most 100 paragraphs, 2 epochs, AdamW at 1e-5, one paragraph at a time, 256 tokens.
+The edited model is fine-tuned on the paragraphs and asked again. The paragraphs do not contain what is asked. So an
+accuracy that returns was still in the weights. The settings are EMBER's (arXiv 2606.03695): at most 100 paragraphs, 2
+epochs, AdamW at 1e-5, one paragraph at a time, 256 tokens.
 """
 
 import random
@@ -25,7 +26,18 @@ from rotate_edit.evaluation.variants import Variant, opened
 
 @dataclass(frozen=True)
 class Training:
-    """How the model is fine-tuned: all parameters, AdamW, a constant learning rate, one paragraph a step."""
+    """How the model is fine-tuned.
+
+    All parameters are trained by AdamW at a constant learning rate, one paragraph a step.
+
+    Attributes:
+        paragraphs: At most this many paragraphs are used.
+        epochs: Number of passes over the paragraphs.
+        learning_rate: AdamW's learning rate, constant.
+        weight_decay: AdamW's weight decay.
+        tokens: At most this many tokens of each paragraph are used.
+        seed: Seed of the order of the paragraphs and of dropout.
+    """
 
     paragraphs: int = 100
     epochs: int = 2
@@ -46,10 +58,22 @@ def relearned(
     step: str = "relearn",
     after_epoch: Callable[[], None] | None = None,
 ) -> Iterator[list[float]]:
-    """Fine-tune the model as it stands; its weights are put back bit for bit when the block ends.
+    """Fine-tune the model as it stands, and put its weights back bit for bit when the block ends.
 
-    after_epoch: called after each epoch, the model in evaluation mode. Yields the mean loss of each epoch in nats a
-    token. Raises BadInput when there is no text to train on.
+    Args:
+        model: The loaded model.
+        tokenizer: Its tokenizer.
+        paragraphs: The texts to train on.
+        training: How to train.
+        report: Called with progress.
+        step: Name of the step in the progress.
+        after_epoch: Called after each epoch, with the model in evaluation mode.
+
+    Yields:
+        The mean loss of each epoch, in nats per token.
+
+    Raises:
+        BadInput: When there is no text to train on.
     """
     saved = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     kept = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
@@ -118,13 +142,29 @@ def relearn(
     probe: Callable[[Any], float] | None = None,
     report: Report = silent,
 ) -> dict[str, Any]:
-    """Ask about the edited concepts before and after relearning: the base, and every variant, plain JSON.
+    """Ask about the edited concepts before and after relearning, on the base and on every variant.
 
-    The base is fine-tuned too: what it gains says how much the paragraphs teach. For each model: accuracy before and
-    after; for each variant `regained`, the share of what it had lost that came back, and `kept`, what is left of the
-    base's accuracy above chance after relearning; `epochs`, the accuracy after each epoch; `probe`, where a probe of
-    the model is given (its concept mass, for instance), its value before and after each epoch. Raises BadInput when
-    the items hold no multiple-choice items or no paragraphs about the concepts.
+    The base is fine-tuned too. What it gains says how much the paragraphs teach.
+
+    Args:
+        model: The loaded base model.
+        tokenizer: Its tokenizer.
+        variants: The edited models.
+        plan: What is asked.
+        items: The evaluation items, with multiple-choice tasks and paragraphs for relearning.
+        training: How to train. By default EMBER's settings.
+        probe: A function from the model to one number, for instance its concept mass.
+        report: Called with progress.
+
+    Returns:
+        Plain JSON with `training`, `paragraphs` (how many were used) and `models` by name. Each model has `before` and
+        `after`, its accuracies. `regained` is the share of what it had lost that came back. `kept` is what is left of
+        the base's accuracy above chance after relearning. `losses` is the mean loss of each epoch in nats per token.
+        `epochs` is the accuracy after each epoch. With a probe, `probe` has its value before relearning and after each
+        epoch.
+
+    Raises:
+        BadInput: When the items hold no multiple-choice items or no paragraphs about the concepts.
     """
     training = training or Training()
     wanted = {name.casefold() for name in plan.concepts}

@@ -1,8 +1,8 @@
-"""Fractions kept, intervals and paired tests (maths only: arrays in, numbers out).
+"""Fractions kept, confidence intervals and paired tests.
 
-Everything random takes a seed, so the same numbers give the same interval. Formulas: the fractions kept,
-efficacy, specificity and harmonic mean are those of the EMBER benchmark (arXiv 2606.03695); the sources of the
-statistics stand with each function.
+This module holds mathematics only: arrays go in, numbers come out. Everything random takes a seed, so the same numbers
+give the same interval. The fractions kept, efficacy, specificity and harmonic mean are those of the EMBER benchmark
+(arXiv 2606.03695). The sources of the other statistics stand with each function.
 """
 
 import itertools
@@ -21,11 +21,17 @@ CELLS_AT_ONCE = 4_000_000
 
 @dataclass(frozen=True)
 class Measure:
-    """One measured number beside the base model's.
+    """One measured number, with its interval and the base model's number.
 
-    value; low and high: its 95 % interval; n: how many items (texts, prompts, neurons) stand behind it;
-    standard_error; baseline: the base model's number, None where there is none. Not-a-number is a legal value
-    and means that the items cannot answer the question.
+    Not-a-number is a legal value. It means that the items cannot answer the question.
+
+    Attributes:
+        value: The measured number, float, in the unit of the measure.
+        low: Lower end of the 95 % interval, float, in the same unit.
+        high: Upper end of the 95 % interval, float, in the same unit.
+        n: Number of items (texts, prompts, neurons) behind the value.
+        standard_error: Standard error of the value, float, in the same unit.
+        baseline: The base model's number, or None where there is none.
     """
 
     value: float
@@ -36,11 +42,23 @@ class Measure:
     baseline: float | None = None
 
     def against(self, baseline: float) -> "Measure":
-        """The same measure with the base model's number beside it."""
+        """Return the same measure with the base model's number beside it.
+
+        Args:
+            baseline: The base model's number, in the unit of the measure.
+
+        Returns:
+            A copy with `baseline` set.
+        """
         return replace(self, baseline=float(baseline))
 
     def plain(self) -> dict[str, float | int | None]:
-        """Plain JSON values; not-a-number and infinities become None, which strict JSON can hold."""
+        """Return the measure as plain JSON values.
+
+        Returns:
+            The fields by name. Not-a-number and infinities become None, because strict JSON cannot hold them.
+            `baseline` is left out when there is none.
+        """
         fields = {"value": self.value, "low": self.low, "high": self.high, "standard_error": self.standard_error}
         plain: dict[str, float | int | None] = {
             name: float(number) if math.isfinite(number) else None for name, number in fields.items()
@@ -51,21 +69,34 @@ class Measure:
         return plain
 
     def text(self) -> str:
-        """For a terminal: "0.912 (0.87 to 0.95, n = 200; base 0.980)"."""
+        """Format the measure for a terminal: "0.912 (0.87 to 0.95, n = 200; base 0.980)".
+
+        Returns:
+            One line of text.
+        """
         base = "" if self.baseline is None else f"; base {self.baseline:.4g}"
         return f"{self.value:.4g} ({self.low:.3g} to {self.high:.3g}, n = {self.n}{base})"
 
     def markdown(self) -> str:
-        """For a Markdown table cell: the value in bold, then interval, n and the base model's number."""
+        """Format the measure for a Markdown table cell.
+
+        Returns:
+            The value in bold, then the interval, n and the base model's number.
+        """
         base = "" if self.baseline is None else f"; base {self.baseline:.4g}"
         return f"**{self.value:.4g}** [{self.low:.3g}, {self.high:.3g}], n = {self.n}{base}"
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A number with its bootstrap distribution, so that estimates can be combined before an interval is taken.
+    """A number with its bootstrap distribution.
 
-    value; draws: float64 [draws], the same quantity on resampled items; n: items behind it.
+    Estimates can be combined before an interval is taken.
+
+    Attributes:
+        value: The number on the items themselves, float.
+        draws: float64 [draws], the same quantity on resampled items.
+        n: Number of items behind it.
     """
 
     value: float
@@ -74,7 +105,15 @@ class Estimate:
 
 
 def measure(estimate: Estimate) -> Measure:
-    """The percentile interval and standard error of an estimate; draws that are not numbers are left out."""
+    """Take the percentile interval and the standard error of an estimate.
+
+    Args:
+        estimate: The number with its draws. Draws that are not finite are left out.
+
+    Returns:
+        The estimate as a Measure. Interval and standard error are not-a-number when no draw is left or the value is not
+        finite.
+    """
     draws = estimate.draws[np.isfinite(estimate.draws)]
     if draws.size == 0 or not math.isfinite(estimate.value):
         return Measure(estimate.value, math.nan, math.nan, estimate.n, math.nan)
@@ -84,10 +123,18 @@ def measure(estimate: Estimate) -> Measure:
 
 
 def resampled_means(columns: ArrayLike, *, draws: int = DRAWS, seed: int = 0) -> NDArray[np.float64]:
-    """Means of resampled items: columns [n, k] (rows are items, resampled together), result float64 [draws, k].
+    """Compute the column means of resampled items.
 
-    The nonparametric bootstrap (Efron 1979). Rows that are equal are counted, not repeated: drawing how often
-    each distinct row occurs is the same distribution and makes right/wrong items almost free.
+    This is the nonparametric bootstrap (Efron 1979). Equal rows are counted, not repeated. Drawing how often each
+    distinct row occurs gives the same distribution. It makes right/wrong items almost free.
+
+    Args:
+        columns: Numbers [n, k] or [n]. Rows are items and are resampled together.
+        draws: How many times the items are resampled.
+        seed: Seed of the random numbers.
+
+    Returns:
+        float64 [draws, k], the mean of each column in each draw. All not-a-number when there are no items.
     """
     table = np.asarray(columns, dtype=np.float64)
     if table.ndim == 1:
@@ -116,7 +163,17 @@ def bootstrap(
     draws: int = DRAWS,
     seed: int = 0,
 ) -> Estimate:
-    """Estimate of a function of column means: columns [n, k]; statistic maps means [m, k] to values [m]."""
+    """Estimate a function of column means.
+
+    Args:
+        columns: Numbers [n, k] or [n]. Rows are items and are resampled together.
+        statistic: Maps means float64 [m, k] to values float64 [m].
+        draws: How many times the items are resampled.
+        seed: Seed of the random numbers.
+
+    Returns:
+        The statistic of the items, with its draws.
+    """
     table = np.asarray(columns, dtype=np.float64)
     if table.ndim == 1:
         table = table[:, None]
@@ -127,12 +184,33 @@ def bootstrap(
 
 
 def mean(values: ArrayLike, *, draws: int = DRAWS, seed: int = 0) -> Measure:
-    """The mean of values [n] with its bootstrap interval."""
+    """Take the mean of values with its bootstrap interval.
+
+    Args:
+        values: Numbers [n], one per item.
+        draws: How many times the items are resampled.
+        seed: Seed of the random numbers.
+
+    Returns:
+        The mean, in the unit of the values.
+    """
     return measure(bootstrap(values, lambda means: means[:, 0], draws=draws, seed=seed))
 
 
 def ratio_of_sums(numerator: ArrayLike, denominator: ArrayLike, *, draws: int = DRAWS, seed: int = 0) -> Measure:
-    """`sum(numerator) / sum(denominator)` with items [n] (texts) resampled whole, for means over positions."""
+    """Compute `sum(numerator) / sum(denominator)` with its bootstrap interval.
+
+    Items (texts) are resampled whole. Use it for means over positions.
+
+    Args:
+        numerator: Numbers [n], one sum per item.
+        denominator: Numbers [n], one count or sum per item.
+        draws: How many times the items are resampled.
+        seed: Seed of the random numbers.
+
+    Returns:
+        The ratio.
+    """
     columns = np.stack([np.asarray(numerator, dtype=float), np.asarray(denominator, dtype=float)], axis=1)
     return measure(bootstrap(columns, lambda means: means[:, 0] / means[:, 1], draws=draws, seed=seed))
 
@@ -141,9 +219,23 @@ def ratio_of_sums(numerator: ArrayLike, denominator: ArrayLike, *, draws: int = 
 
 
 def kept_accuracy(base: ArrayLike, edited: ArrayLike, chance: float, *, draws: int = DRAWS, seed: int = 0) -> Estimate:
-    """`clip((accuracy - chance) / (base accuracy - chance), 0, 1)` of paired right/wrong items [n].
+    """Estimate the fraction of the accuracy above chance that the edit kept.
 
-    chance: the accuracy of guessing, in [0, 1). Draws in which the base is not above chance are not-a-number.
+    The formula is `clip((accuracy - chance) / (base accuracy - chance), 0, 1)`. Draws in which the base is not above
+    chance are not-a-number.
+
+    Args:
+        base: The base model's right/wrong items [n], 0 or 1.
+        edited: The edited model's right/wrong items [n], in the same order.
+        chance: The accuracy of guessing, in [0, 1).
+        draws: How many times the items are resampled.
+        seed: Seed of the random numbers.
+
+    Returns:
+        The fraction kept, in [0, 1].
+
+    Raises:
+        ValueError: When the two lists differ in length.
     """
 
     def kept(means: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -154,7 +246,22 @@ def kept_accuracy(base: ArrayLike, edited: ArrayLike, chance: float, *, draws: i
 
 
 def kept_probability(base: ArrayLike, edited: ArrayLike, *, draws: int = DRAWS, seed: int = 0) -> Estimate:
-    """`min(1, mean P / mean base P)` of paired probabilities [n] (cloze tasks)."""
+    """Estimate the fraction of the probability that the edit kept (cloze tasks).
+
+    The formula is `min(1, mean P / mean base P)`.
+
+    Args:
+        base: The base model's probabilities [n].
+        edited: The edited model's probabilities [n], in the same order.
+        draws: How many times the items are resampled.
+        seed: Seed of the random numbers.
+
+    Returns:
+        The fraction kept, in [0, 1].
+
+    Raises:
+        ValueError: When the two lists differ in length.
+    """
     return bootstrap(
         _paired(base, edited), lambda means: np.minimum(1, means[:, 1] / means[:, 0]), draws=draws, seed=seed
     )
@@ -163,9 +270,20 @@ def kept_probability(base: ArrayLike, edited: ArrayLike, *, draws: int = DRAWS, 
 def kept_perplexity(
     base: ArrayLike, edited: ArrayLike, tokens: ArrayLike, *, draws: int = DRAWS, seed: int = 0
 ) -> Estimate:
-    """`min(1, base perplexity / perplexity)` of paired texts.
+    """Estimate the fraction kept of paired texts: `min(1, base perplexity / perplexity)`.
 
-    base, edited: summed log-likelihoods in nats [n]; tokens: how many tokens (or words) each text has [n].
+    Args:
+        base: The base model's summed log-likelihoods [n], in nats.
+        edited: The edited model's summed log-likelihoods [n], in nats.
+        tokens: How many tokens (or words) each text has [n].
+        draws: How many times the texts are resampled.
+        seed: Seed of the random numbers.
+
+    Returns:
+        The fraction kept, in [0, 1].
+
+    Raises:
+        ValueError: When `base` and `edited` differ in length.
     """
     columns = np.concatenate([_paired(base, edited), np.asarray(tokens, dtype=float)[:, None]], axis=1)
     return bootstrap(
@@ -177,13 +295,36 @@ def kept_perplexity(
 
 
 def efficacy(kept: Estimate) -> Estimate:
-    """Removal: `1 - kept` on the concept's own items."""
+    """Turn the fraction kept on the concept's own items into the removal: `1 - kept`.
+
+    Args:
+        kept: The fraction kept, in [0, 1].
+
+    Returns:
+        The fraction removed, in [0, 1].
+    """
     return Estimate(1 - kept.value, 1 - kept.draws, kept.n)
 
 
 def regained(base: ArrayLike, edited: ArrayLike, after: ArrayLike, *, draws: int = DRAWS, seed: int = 0) -> Estimate:
-    """`clip((after - edited) / (base - edited), 0, 1)` of mean accuracies on the same items [n]: what relearning
-    brought back of what the edit took. Not-a-number where the edit took nothing."""
+    """Estimate how much relearning brought back of what the edit took.
+
+    The formula is `clip((after - edited) / (base - edited), 0, 1)` of mean accuracies on the same items. It is
+    not-a-number where the edit took nothing.
+
+    Args:
+        base: The base model's right/wrong items [n], 0 or 1.
+        edited: The edited model's items [n] before relearning.
+        after: The edited model's items [n] after relearning.
+        draws: How many times the items are resampled.
+        seed: Seed of the random numbers.
+
+    Returns:
+        The share regained, in [0, 1].
+
+    Raises:
+        ValueError: When `base` and `edited` differ in length.
+    """
     columns = np.concatenate([_paired(base, edited), np.asarray(after, dtype=float)[:, None]], axis=1)
 
     def share(means: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -194,7 +335,17 @@ def regained(base: ArrayLike, edited: ArrayLike, after: ArrayLike, *, draws: int
 
 
 def mean_kept(kept: Sequence[Estimate]) -> Estimate:
-    """The mean over tasks, each task with its own resampled items."""
+    """Average fractions kept over tasks, each task with its own resampled items.
+
+    Args:
+        kept: One estimate per task.
+
+    Returns:
+        The mean over tasks. Its `n` is the number of all items.
+
+    Raises:
+        ValueError: When there is no task.
+    """
     if not kept:
         raise ValueError("a mean over tasks needs at least one task")
     draws = np.mean([one.draws for one in kept], axis=0)
@@ -202,23 +353,47 @@ def mean_kept(kept: Sequence[Estimate]) -> Estimate:
 
 
 def specificity(general: Sequence[Estimate], neighbours: Sequence[Estimate]) -> Estimate:
-    """Harmonic mean of the mean kept over general tasks and the mean kept over neighbours.
+    """Combine the fractions kept on general tasks and on neighbours.
 
-    When one of the two groups has no task the other's mean stands alone.
+    It is the harmonic mean of the two groups' means. When one group has no task, the other group's mean stands alone.
+
+    Args:
+        general: One estimate per general task.
+        neighbours: One estimate per neighbour task.
+
+    Returns:
+        The specificity, in [0, 1].
+
+    Raises:
+        ValueError: When neither group has a task.
     """
     groups = [mean_kept(group) for group in (general, neighbours) if group]
     return groups[0] if len(groups) == 1 else harmonic(*groups)
 
 
 def harmonic(*estimates: Estimate) -> Estimate:
-    """Harmonic mean, 0 as soon as one of them is 0 or less; draws are combined one by one."""
+    """Take the harmonic mean of estimates. Their draws are combined one by one.
+
+    Args:
+        estimates: The estimates, with equal numbers of draws.
+
+    Returns:
+        The harmonic mean. It is 0 as soon as one of the estimates is 0 or less.
+    """
     draws = harmonic_mean(np.stack([one.draws for one in estimates]))
     value = harmonic_mean(np.array([[one.value] for one in estimates]))
     return Estimate(float(value[0]), draws, sum(one.n for one in estimates))
 
 
 def harmonic_mean(values: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Harmonic mean over the first axis of [k, m], 0 where any entry is 0 or less, result [m]."""
+    """Take the harmonic mean over the first axis.
+
+    Args:
+        values: float64 [k, m].
+
+    Returns:
+        float64 [m]. It is 0 where any entry is 0 or less, and not-a-number where any entry is.
+    """
     with np.errstate(divide="ignore", invalid="ignore"):
         mean_values = values.shape[0] / (1 / values).sum(axis=0)
     result = np.where((values <= 0).any(axis=0), 0.0, mean_values)
@@ -229,7 +404,17 @@ def harmonic_mean(values: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def wilson(successes: int, n: int) -> Measure:
-    """A share with Wilson's score interval (Wilson 1927): it holds its level for small n and near 0 and 1."""
+    """Compute a share with Wilson's score interval (Wilson 1927).
+
+    The interval holds its level for small n and near 0 and 1.
+
+    Args:
+        successes: Number of successes.
+        n: Number of items.
+
+    Returns:
+        The share, in [0, 1]. All numbers are not-a-number when `n` is 0.
+    """
     if n <= 0:
         return Measure(math.nan, math.nan, math.nan, 0, math.nan)
     z = NormalDist().inv_cdf(0.5 + CONFIDENCE / 2)
@@ -242,15 +427,36 @@ def wilson(successes: int, n: int) -> Measure:
 
 
 def above_chance(successes: int, n: int, chance: float) -> bool:
-    """Whether the whole 95 % Wilson interval of an accuracy lies above chance: only then the task is used."""
+    """Tell whether the whole 95 % Wilson interval of an accuracy lies above chance.
+
+    A task is used only when it does.
+
+    Args:
+        successes: Number of right answers.
+        n: Number of items.
+        chance: The accuracy of guessing, in [0, 1).
+
+    Returns:
+        True when the lower end of the interval is above chance.
+    """
     return n > 0 and wilson(successes, n).low > chance
 
 
 def mcnemar_exact(base: ArrayLike, edited: ArrayLike) -> float:
-    """Two-sided exact p-value of McNemar's test (1947) for paired right/wrong items [n].
+    """Compute the two-sided exact p-value of McNemar's test (1947).
 
-    Under the null the items that changed are fair coin flips: with `b` lost and `c` gained,
-    `p = min(1, 2 P(Binomial(b + c, 1/2) <= min(b, c)))`, summed in whole numbers.
+    Under the null hypothesis the items that changed are fair coin flips. With `b` lost and `c` gained, `p = min(1, 2
+    P(Binomial(b + c, 1/2) <= min(b, c)))`, summed in whole numbers.
+
+    Args:
+        base: The base model's right/wrong items [n], 0 or 1.
+        edited: The edited model's right/wrong items [n], in the same order.
+
+    Returns:
+        The p-value, in (0, 1].
+
+    Raises:
+        ValueError: When the two lists differ in length.
     """
     pairs = _paired(base, edited) > 0.5
     lost = int((pairs[:, 0] & ~pairs[:, 1]).sum())
@@ -269,7 +475,12 @@ def mcnemar_exact(base: ArrayLike, edited: ArrayLike) -> float:
 
 @dataclass(frozen=True)
 class Difference:
-    """Edited minus base on the same items: the mean difference as a Measure, and a two-sided p-value."""
+    """The edited model minus the base model on the same items.
+
+    Attributes:
+        measure: The mean difference with its interval.
+        p: Two-sided p-value against no difference.
+    """
 
     measure: Measure
     p: float
@@ -282,23 +493,52 @@ def difference(
     draws: int = DRAWS,
     seed: int = 0,
 ) -> Difference:
-    """A difference that is a function of column means (see `bootstrap`), tested against 0.
+    """Estimate a difference that is a function of column means, tested against 0.
 
-    p = `2 min(P(difference* <= 0), P(difference* >= 0))` over the bootstrap draws, with one added to both counts
-    (Davison and Hinkley 1997, 4.2), so it is never 0.
+    The p-value is `2 min(P(difference* <= 0), P(difference* >= 0))` over the bootstrap draws. One is added to both
+    counts (Davison and Hinkley 1997, 4.2), so it is never 0.
+
+    Args:
+        columns: Numbers [n, k] or [n] (see `bootstrap`).
+        statistic: Maps means float64 [m, k] to differences float64 [m].
+        draws: How many times the items are resampled.
+        seed: Seed of the random numbers.
+
+    Returns:
+        The difference and its p-value.
     """
     return tested(bootstrap(columns, statistic, draws=draws, seed=seed))
 
 
 def tested(estimate: Estimate) -> Difference:
-    """An estimate of a difference with its bootstrap p-value against 0 (see `difference`)."""
+    """Test an estimate of a difference against 0 with its bootstrap draws (see `difference`).
+
+    Args:
+        estimate: The difference with its draws.
+
+    Returns:
+        The difference and its p-value. The p-value is not-a-number when there are no items.
+    """
     below, above = (estimate.draws <= 0).sum(), (estimate.draws >= 0).sum()
     p = min(1.0, 2 * (min(below, above) + 1) / (len(estimate.draws) + 1)) if estimate.n else math.nan
     return Difference(measure(estimate), float(p))
 
 
 def paired_bootstrap(base: ArrayLike, edited: ArrayLike, *, draws: int = DRAWS, seed: int = 0) -> Difference:
-    """Mean of `edited - base` over paired items [n], with the base's mean beside it."""
+    """Estimate the mean of `edited - base` over paired items.
+
+    Args:
+        base: The base model's numbers [n].
+        edited: The edited model's numbers [n], in the same order.
+        draws: How many times the items are resampled.
+        seed: Seed of the random numbers.
+
+    Returns:
+        The mean difference, with the base's mean beside it.
+
+    Raises:
+        ValueError: When the two lists differ in length.
+    """
     pairs = _paired(base, edited)
     found = difference(pairs[:, 1] - pairs[:, 0], lambda means: means[:, 0], draws=draws, seed=seed)
     return replace(found, measure=found.measure.against(float(pairs[:, 0].mean()) if len(pairs) else math.nan))
@@ -307,7 +547,21 @@ def paired_bootstrap(base: ArrayLike, edited: ArrayLike, *, draws: int = DRAWS, 
 def paired_perplexity(
     base: ArrayLike, edited: ArrayLike, tokens: ArrayLike, *, draws: int = DRAWS, seed: int = 0
 ) -> Difference:
-    """Perplexity of the edited minus that of the base model; arguments as in `kept_perplexity`."""
+    """Estimate the perplexity of the edited model minus that of the base model.
+
+    Args:
+        base: The base model's summed log-likelihoods [n], in nats.
+        edited: The edited model's summed log-likelihoods [n], in nats.
+        tokens: How many tokens (or words) each text has [n].
+        draws: How many times the texts are resampled.
+        seed: Seed of the random numbers.
+
+    Returns:
+        The difference of perplexities, with the base's perplexity beside it.
+
+    Raises:
+        ValueError: When `base` and `edited` differ in length.
+    """
     columns = np.concatenate([_paired(base, edited), np.asarray(tokens, dtype=float)[:, None]], axis=1)
 
     def statistic(means: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -318,13 +572,35 @@ def paired_perplexity(
 
 
 def paired_accuracy(base: ArrayLike, edited: ArrayLike, *, draws: int = DRAWS, seed: int = 0) -> Difference:
-    """Difference of two accuracies on the same items: bootstrap interval, exact McNemar p."""
+    """Estimate the difference of two accuracies on the same items.
+
+    Args:
+        base: The base model's right/wrong items [n], 0 or 1.
+        edited: The edited model's right/wrong items [n], in the same order.
+        draws: How many times the items are resampled.
+        seed: Seed of the random numbers.
+
+    Returns:
+        The difference with its bootstrap interval and its exact McNemar p-value.
+
+    Raises:
+        ValueError: When the two lists differ in length.
+    """
     return replace(paired_bootstrap(base, edited, draws=draws, seed=seed), p=mcnemar_exact(base, edited))
 
 
 @dataclass(frozen=True)
 class Pair:
-    """Two levels of the same items, their difference and the fraction kept, all from one resampling."""
+    """Two levels of the same items, their difference and the fraction kept.
+
+    All four come from one resampling.
+
+    Attributes:
+        base: The base model's level.
+        edited: The edited model's level.
+        difference: Edited minus base, with its p-value.
+        kept: The fraction kept, in [0, 1].
+    """
 
     base: Measure
     edited: Measure
@@ -333,7 +609,22 @@ class Pair:
 
 
 def paired_probabilities(base: ArrayLike, edited: ArrayLike, *, draws: int = DRAWS, seed: int = 0) -> Pair:
-    """Paired probabilities [n]: what `mean`, `paired_bootstrap` and `kept_probability` say, in one resampling."""
+    """Compare paired probabilities in one resampling.
+
+    The result is what `mean`, `paired_bootstrap` and `kept_probability` return.
+
+    Args:
+        base: The base model's probabilities [n].
+        edited: The edited model's probabilities [n], in the same order.
+        draws: How many times the items are resampled.
+        seed: Seed of the random numbers.
+
+    Returns:
+        Both means, their difference and the fraction kept.
+
+    Raises:
+        ValueError: When the two lists differ in length.
+    """
     table = _paired(base, edited)
     # The point itself is the first row of what every formula below is applied to.
     before, after = np.vstack([table.mean(axis=0), resampled_means(table, draws=draws, seed=seed)]).T
@@ -348,9 +639,22 @@ def paired_probabilities(base: ArrayLike, edited: ArrayLike, *, draws: int = DRA
 def paired_perplexities(
     base: ArrayLike, edited: ArrayLike, tokens: ArrayLike, *, draws: int = DRAWS, seed: int = 0
 ) -> Pair:
-    """Paired texts: two perplexities, and what `paired_perplexity` and `kept_perplexity` say, in one resampling.
+    """Compare the perplexities of paired texts in one resampling.
 
-    base, edited: summed log-likelihoods in nats [n]; tokens: how many tokens (or words) each text has [n].
+    The result is both perplexities, and what `paired_perplexity` and `kept_perplexity` return.
+
+    Args:
+        base: The base model's summed log-likelihoods [n], in nats.
+        edited: The edited model's summed log-likelihoods [n], in nats.
+        tokens: How many tokens (or words) each text has [n].
+        draws: How many times the texts are resampled.
+        seed: Seed of the random numbers.
+
+    Returns:
+        Both perplexities, their difference and the fraction kept.
+
+    Raises:
+        ValueError: When `base` and `edited` differ in length.
     """
     table = np.concatenate([_paired(base, edited), np.asarray(tokens, dtype=float)[:, None]], axis=1)
     before, after, length = np.vstack([table.mean(axis=0), resampled_means(table, draws=draws, seed=seed)]).T
@@ -368,10 +672,22 @@ def _estimate(column: NDArray[np.float64], n: int) -> Estimate:
 
 
 def paired_log_ratio(base: ArrayLike, other: ArrayLike, *, draws: int = DRAWS, seed: int = 0) -> Difference:
-    """Geometric mean of `other / base` over paired positive numbers [n] (for instance one KL per concept).
+    """Estimate the geometric mean of `other / base` over paired positive numbers.
 
-    The bootstrap runs on the mean of the logarithms; value and interval are exponentiated, p is that of the
-    mean logarithm being 0, standard_error is on the log scale.
+    An example is one KL divergence per concept. The bootstrap runs on the mean of the logarithms. Value and interval
+    are exponentiated. The p-value is that of the mean logarithm being 0. The standard error is on the log scale.
+
+    Args:
+        base: Positive numbers [n].
+        other: Positive numbers [n], in the same order.
+        draws: How many times the pairs are resampled.
+        seed: Seed of the random numbers.
+
+    Returns:
+        The ratio, with baseline 1, and its p-value.
+
+    Raises:
+        ValueError: When a number is not positive, or the two lists differ in length.
     """
     pairs = _paired(base, other)
     if (pairs <= 0).any():
@@ -383,7 +699,14 @@ def paired_log_ratio(base: ArrayLike, other: ArrayLike, *, draws: int = DRAWS, s
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Holm's step-down correction (1979): adjusted p-values in the order given; not-a-number stays out of it."""
+    """Adjust p-values by Holm's step-down correction (1979).
+
+    Args:
+        p_values: The p-values. Those that are not-a-number stay out of the correction.
+
+    Returns:
+        The adjusted p-values, in the order given.
+    """
     order = sorted((p, index) for index, p in enumerate(p_values) if not math.isnan(p))
     adjusted = [math.nan] * len(p_values)
     largest = 0.0
@@ -398,7 +721,12 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 @dataclass(frozen=True)
 class Crossing:
-    """Where a curve reaches the wanted removal: the strength, and the damage there."""
+    """The point at which a curve reaches the wanted removal.
+
+    Attributes:
+        strength: The strength at the crossing.
+        damage: The damage there, KL divergence in nats.
+    """
 
     strength: float
     damage: float
@@ -407,12 +735,23 @@ class Crossing:
 def matched_removal(
     strengths: Sequence[float], masses: Sequence[float], damages: Sequence[float], *, target: float = 0.1
 ) -> Crossing | None:
-    """Damage at the smallest strength at which the concept's mass has fallen to `target` of the base's.
+    """Find the damage at the smallest strength that reaches the wanted removal.
 
-    strengths: ascending, all >= 0; masses: the concept's probability mass as a fraction of the base's; damages:
-    KL in nats. Between two points the logarithms of mass and damage are taken as linear in the strength; a
-    curve that starts above 0 is given the point (0, mass 1, damage 0), from which damage grows as the square
-    of the strength, as a KL does. None when the curve never gets there.
+    The removal is reached when the concept's mass has fallen to `target` of the base's. Between two points the
+    logarithms of mass and damage are taken as linear in the strength. A curve that starts above 0 is given the point
+    (0, mass 1, damage 0). From there the damage grows as the square of the strength, as a KL divergence does.
+
+    Args:
+        strengths: Strengths [n], ascending, all >= 0.
+        masses: The concept's probability mass [n], as a fraction of the base's.
+        damages: KL divergences [n], in nats.
+        target: The wanted mass, as a fraction of the base's.
+
+    Returns:
+        The crossing, or None when the curve never gets there.
+
+    Raises:
+        ValueError: When the strengths do not ascend or the lists differ in length.
     """
     points = [(float(s), float(m), float(d)) for s, m, d in zip(strengths, masses, damages, strict=True)]
     if any(later[0] <= earlier[0] for earlier, later in itertools.pairwise(points)):
@@ -436,7 +775,19 @@ def matched_removal(
 
 
 def crossing_strength(strengths: Sequence[float], masses: Sequence[float], *, target: float = 0.1) -> float | None:
-    """The smallest strength at which the mass falls to `target` of the base's (see `matched_removal`), or None."""
+    """Find the smallest strength at which the mass falls to `target` of the base's.
+
+    Args:
+        strengths: Strengths [n], ascending, all >= 0 (see `matched_removal`).
+        masses: The concept's probability mass [n], as a fraction of the base's.
+        target: The wanted mass, as a fraction of the base's.
+
+    Returns:
+        The strength, or None when the curve never gets there.
+
+    Raises:
+        ValueError: When the strengths do not ascend or the lists differ in length.
+    """
     crossing = matched_removal(strengths, masses, [0.0] * len(strengths), target=target)
     return None if crossing is None else crossing.strength
 

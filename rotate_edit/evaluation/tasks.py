@@ -1,8 +1,8 @@
-"""Evaluation tasks: lm-eval's YAML definitions over local JSON lines, read without running anything in them.
+"""Evaluation tasks: lm-eval's YAML definitions over local JSON lines, read without running any code in them.
 
-A folder of items holds lm-eval task definitions (`*.yaml`) whose data files lie beside them, and, where it has
-them, texts, prompts and generation prompts under fixed names. `evals/demo` is one, `evals/local` holds definitions
-for data that the user brings, and `concept_tasks` writes one from any text.
+A folder of items holds lm-eval task definitions (`*.yaml`), whose data files lie beside them. It may also hold texts,
+prompts and generation prompts under fixed names. `evals/demo` is such a folder. `evals/local` holds definitions for
+data that the user brings. `text_tasks` writes such a folder from any text.
 """
 
 import hashlib
@@ -48,9 +48,14 @@ EMBER_PARAGRAPHS = "relearn_paragraphs.json"
 class Task:
     """One evaluation task.
 
-    name: lm-eval's; config: lm-eval's settings without the data (None for a task that lm-eval brings itself and is
-    known by its name alone); splits: the rows of each data split; test: which split is scored; version: the
-    definition's; has_code: whether it was let through by `allow_code`.
+    Attributes:
+        name: The task's name in lm-eval.
+        config: lm-eval's settings without the data. None for a task that lm-eval brings itself and that is known by its
+            name alone.
+        splits: The rows of each data split, by the split's name.
+        test: Name of the split that is scored.
+        version: Version of the definition.
+        has_code: Whether `allow_code` let the definition through.
     """
 
     name: str
@@ -71,16 +76,31 @@ class Task:
         return "" if self.config is None else KINDS[self.config["output_type"]]
 
     def with_rows(self, rows: Sequence[Row]) -> "Task":
-        """The same task on other rows."""
+        """Return the same task on other rows.
+
+        Args:
+            rows: The rows that take the place of the scored split.
+
+        Returns:
+            A copy of the task.
+        """
         return replace(self, splits={**self.splits, self.test: tuple(rows)})
 
     def content_hash(self) -> str:
-        """SHA-256 of definition and data: two tasks with the same hash ask the same questions."""
+        """Hash definition and data. Two tasks with the same hash ask the same questions.
+
+        Returns:
+            SHA-256 as 64 hexadecimal digits.
+        """
         content = {"name": self.name, "config": self.config, "splits": self.splits, "test": self.test}
         return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
 
     def for_lm_eval(self) -> "str | dict[str, Any]":
-        """What `lm_eval.tasks.TaskManager.load` takes: a name, or a configuration that carries its data."""
+        """Return what `lm_eval.tasks.TaskManager.load` takes.
+
+        Returns:
+            A name, or a configuration that carries its data.
+        """
         if self.config is None:
             return self.name
         return {**self.config, "custom_dataset": partial(_as_datasets, self.name, dict(self.splits))}
@@ -104,9 +124,14 @@ def _as_datasets(name: str, splits: dict[str, tuple[Row, ...]], **_: Any) -> dic
 class Items:
     """A folder of evaluation items.
 
-    tasks: its task definitions; texts: named lists of texts (for concept mass and collateral KL), each row with
-    `text` and, where known, `concept` and `contains`; prompts: neutral prompts; generation: rows with `prompt` and
-    `concept`; relearning: paragraphs by concept.
+    Attributes:
+        name: Name of the folder.
+        tasks: Its task definitions.
+        texts: Named lists of texts, for concept mass and collateral KL divergence. Each row has `text` and, where
+            known, `concept` and `contains`.
+        prompts: Neutral prompts.
+        generation: Rows with `prompt` and `concept`.
+        relearning: Paragraphs by concept.
     """
 
     name: str
@@ -118,7 +143,17 @@ class Items:
 
 
 def items_folder(name: str | Path) -> Path:
-    """Where items lie: a folder, or one of those under the package's own `evals` by its name. Raises BadInput."""
+    """Find the folder in which items lie.
+
+    Args:
+        name: A folder, or the name of a folder in the package's own `evals`.
+
+    Returns:
+        The folder.
+
+    Raises:
+        BadInput: When there is no such folder.
+    """
     if Path(name).is_dir():
         return Path(name)
     bundled = data_folder("evals")
@@ -131,8 +166,17 @@ def items_folder(name: str | Path) -> Path:
 def open_items(name: str | Path, *, data: Path | None = None, allow_code: bool = False) -> Items:
     """Read a folder of items: all its task definitions and the texts and prompts beside them.
 
-    data: where the data files lie when they are not in the folder itself; definitions whose data are not there are
-    left out then. Raises BadInput for a definition or a line that cannot be used.
+    Args:
+        name: A folder, or the name of a bundled one (see `items_folder`).
+        data: The folder of the data files, when they are not in the folder itself. Definitions whose data are not there
+            are then left out.
+        allow_code: Let through definitions that are more than plain data (see `read_task`).
+
+    Returns:
+        The items.
+
+    Raises:
+        BadInput: When a folder is missing, a task is defined twice, or a definition or a line cannot be used.
     """
     folder = items_folder(name)
     where = folder if data is None else data
@@ -166,9 +210,20 @@ def read_task(
 ) -> Task | None:
     """Read one definition with its data.
 
-    data: the folder its data files are relative to, its own by default. Without `allow_code` the definition must be
-    plain data (see PLAIN_KEYS): `!function`, classes, remote datasets and templates that do more than look a field
-    up are refused. Returns None only when `missing_is_none` and the data files are not there. Raises BadInput.
+    Without `allow_code` the definition must be plain data (see `PLAIN_KEYS`). Then `!function`, classes and remote
+    datasets are refused. So are templates that do more than look up a field.
+
+    Args:
+        path: The definition, a YAML file.
+        data: The folder its data files are relative to. By default the folder of the definition.
+        allow_code: Let through definitions that are more than plain data.
+        missing_is_none: Return None, instead of raising, when the data files are not there.
+
+    Returns:
+        The task. None only when `missing_is_none` and the data files are not there.
+
+    Raises:
+        BadInput: When the definition, its data files or one of its rows cannot be used.
     """
     content = _read_definition(path, allow_code=allow_code)
     where = path.parent if data is None else data
@@ -329,7 +384,18 @@ def _rows_if_there(path: Path, required: tuple[str, ...]) -> tuple[Row, ...]:
 
 
 def read_rows(path: Path, required: Sequence[str] = ()) -> tuple[Row, ...]:
-    """Read a file of JSON lines: one object a line, each with the required fields as text. Raises BadInput."""
+    """Read a file of JSON lines.
+
+    Args:
+        path: The file, with one JSON object per line. Empty lines are skipped.
+        required: Fields that each object must have as text.
+
+    Returns:
+        The objects, in the file's order.
+
+    Raises:
+        BadInput: When the file is not UTF-8, or a line is too long, not a JSON object or lacks a required field.
+    """
     rows = []
     for number, line in enumerate(_lines(path), start=1):
         if not line.strip():
@@ -382,10 +448,20 @@ def _relearning(folder: Path) -> dict[str, tuple[str, ...]]:
 def read_ember(path: Path, split: str | None = None) -> tuple[Row, ...]:
     """Read multiple-choice items in EMBER's layout, `{concept: {split: [{q, correct_answer, options}]}}`, as rows.
 
-    split: "train" or "test", both when it is None. Every row has question, options, listed (the options with their
-    letters), gold (which option is right), letter, concept, type ("QA" of the concept, or "SimdomQA" of its
-    neighbourhood), role ("concept" or "neighbour") and split. The file may list the right option first every time, so
-    the options are put in an order that depends on the question alone. Raises BadInput.
+    The file may list the right option first every time. So the options are put in an order that depends on the question
+    alone.
+
+    Args:
+        path: The JSON file.
+        split: "train" or "test". None reads both.
+
+    Returns:
+        One row per question. `question` and `options` are texts. `listed` has the options with their letters. `gold` is
+        the index of the right option and `letter` its letter. `concept` is the concept's name. `type` is "QA" for the
+        concept, or "SimdomQA" for its neighbourhood. `role` is "concept" or "neighbour". `split` is the item's split.
+
+    Raises:
+        BadInput: When the file is not valid JSON, holds no items in this layout, or an item cannot be asked.
     """
     content = _json("\n".join(_lines(path)), path.name)
     rows: list[Row] = []

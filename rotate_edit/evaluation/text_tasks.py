@@ -1,7 +1,8 @@
-"""Evaluation items from any text: a concept's cloze items, its neighbours', neutral text, prompts.
+"""Evaluation items made from any text.
 
-The documents are divided into two splits: `choose` for picking a strength, `report` for everything that is
-reported. Passages of one document never stand in both.
+They are a concept's cloze items, its neighbours' cloze items, neutral texts and prompts. The documents are divided into
+two splits. `validation` is for picking a strength, `test` for everything that is reported. Passages of one document
+never stand in both.
 """
 
 import hashlib
@@ -52,7 +53,13 @@ DEFINITIONS = {"text_cloze": (CLOZE, "cloze.jsonl"), "text_neutral": (PERPLEXITY
 
 @dataclass(frozen=True)
 class Finder:
-    """Finds the words of one concept, and of its neighbours, in a text (None where there are none to find)."""
+    """Finds the words of one concept, and of its neighbours, in a text.
+
+    Attributes:
+        concept: Name of the concept.
+        own: Pattern of the concept's words.
+        near: Pattern of the neighbours' words, or None where there are none to find.
+    """
 
     concept: str
     own: re.Pattern[str]
@@ -69,9 +76,22 @@ def items_from_text(
 ) -> Items:
     """Make items from a text file, a folder of them, JSON (lines), or a `datasets` name.
 
-    words, neighbour_words: by concept; tokenizer: of the model that will be asked, because a cloze item is usable
-    only when its context ends where a token ends. Deterministic. Raises BadInput when the text cannot be read, or
-    holds a concept too rarely to measure anything.
+    The result is deterministic.
+
+    Args:
+        source: The text (see `read_documents`).
+        words: Each concept's words, by concept.
+        neighbour_words: The words of each concept's neighbours, by concept.
+        tokenizer: Tokenizer of the model that will be asked. A cloze item is usable only when its context ends where a
+            token ends.
+        plurals: Look for the plurals of the words too.
+
+    Returns:
+        The items, under the name "text".
+
+    Raises:
+        BadInput: When the text cannot be read, holds a concept too rarely to measure anything, or has no neutral
+            passage.
     """
     finders = [
         Finder(name, _pattern(own, plurals), _pattern(near, plurals) if (near := neighbour_words.get(name)) else None)
@@ -133,7 +153,18 @@ def _as_items(texts: dict[str, list[Row]], cloze: list[Row], neutral: list[Row],
 
 
 def save_items(items: Items, folder: Path) -> None:
-    """Write items made from text as a folder that `tasks.open_items` reads: JSON lines and lm-eval definitions."""
+    """Write items made from text as a folder that `tasks.open_items` reads.
+
+    The folder holds JSON lines and lm-eval definitions.
+
+    Args:
+        items: The items, as `items_from_text` makes them.
+        folder: The folder to write. It appears whole or not at all.
+
+    Raises:
+        BadInput: When the folder exists or cannot be written.
+        Failure: When the disk is full or fails.
+    """
     with whole_folder(folder) as written:
         for task in items.tasks:
             settings, file = DEFINITIONS[task.name]
@@ -162,12 +193,28 @@ def _write_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
 
 
 def read_documents(source: str | Path) -> list[str]:
-    """The documents of a text source.
+    """Read the documents of a text source, at most eight million characters of them.
 
-    A folder: each `.txt` file is one (its `.json` and `.jsonl` files hold theirs); a `.txt` file: each paragraph
-    (separated by empty lines, or lines when there are none); `.json`: a list of strings; `.jsonl`: the `text` of each
-    line; anything else is a dataset of the Hub, `name`, `name:configuration` or `name:configuration:split` (`train`
-    when it names none), whose `text` column is read. At most eight million characters are taken. Raises BadInput.
+    The source is one of the following.
+
+    A folder: each `.txt` file is one document. Its `.json` and `.jsonl` files hold theirs.
+
+    A `.txt` file: each paragraph is a document. Paragraphs are separated by empty lines. Without empty lines each line
+    is a document.
+
+    A `.json` file: a list of strings. A `.jsonl` file: the `text` of each line.
+
+    Anything else is a dataset of the Hub: `name`, `name:configuration` or `name:configuration:split`. The split is
+    `train` when none is named. Its `text` column is read.
+
+    Args:
+        source: A folder, a file, or the name of a dataset.
+
+    Returns:
+        The documents, in the source's order.
+
+    Raises:
+        BadInput: When the source does not exist or cannot be read as text.
     """
     path = Path(source)
     if path.is_dir():
@@ -236,7 +283,19 @@ def _from_hub(name: str) -> Iterable[str]:
 
 
 def passages(documents: Sequence[str]) -> dict[str, list[str]]:
-    """Passages of whole sentences by split, in an order that depends on their text alone."""
+    """Divide documents into passages of whole sentences, by split.
+
+    The order of the passages depends on their text alone.
+
+    Args:
+        documents: The documents.
+
+    Returns:
+        The passages of each split (see `SPLITS`). Those of one document are all in one split.
+
+    Raises:
+        BadInput: When there are too few documents for two splits.
+    """
     splits: dict[str, list[str]] = {split: [] for split in SPLITS}
     for document in sorted(set(documents), key=_digest):
         split = SPLITS[_digest(document)[0] % 2]
@@ -252,7 +311,14 @@ def _digest(text: str) -> bytes:
 
 
 def sentences_together(document: str) -> list[str]:
-    """Passages of whole sentences of one paragraph (line) each, of about 360 characters, in the text's order."""
+    """Join the sentences of a document into passages of about 360 characters.
+
+    Args:
+        document: The text. Each of its lines is one paragraph, and no passage crosses a line.
+
+    Returns:
+        The passages in the text's order. Passages of five words or fewer are left out.
+    """
     found: list[str] = []
     for paragraph in document.splitlines():
         passage = ""

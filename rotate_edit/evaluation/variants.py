@@ -1,4 +1,7 @@
-"""Edited models of one base: edits and adapters switched on in its loaded weights, whole checkpoints loaded in turn."""
+"""Edited models of one base.
+
+Edits and adapters are switched on in the base's loaded weights. Whole checkpoints are loaded in turn.
+"""
 
 import json
 import warnings
@@ -15,7 +18,15 @@ from rotate_edit.errors import BadInput
 
 @dataclass(frozen=True)
 class Variant:
-    """One edited model: an edit (at its own strength or at `strength`), a LoRA adapter's folder, or a checkpoint's."""
+    """One edited model: an edit, a LoRA adapter or a checkpoint.
+
+    Attributes:
+        name: Name of the model.
+        edit: The edit, or None.
+        strength: Strength of the edit. None takes the edit's own strength.
+        adapter: Folder of the LoRA adapter, or None.
+        checkpoint: Folder of the checkpoint, or None.
+    """
 
     name: str
     edit: Edit | None = None
@@ -25,9 +36,18 @@ class Variant:
 
 
 def read_variants(folders: list[Path]) -> list[Variant]:
-    """What each folder holds: a run folder (its edit), an edit, an adapter or a checkpoint, under different names.
+    """Read what each folder holds: a run folder (its edit), an edit, an adapter or a checkpoint.
 
-    A name is the folder's own, with its parent's before it where two would be the same. Raises BadInput.
+    A variant's name is that of its folder. Where two would be the same, the parent's name stands before it.
+
+    Args:
+        folders: The folders.
+
+    Returns:
+        One variant per folder, under different names.
+
+    Raises:
+        BadInput: When two variants have the same name, or a folder holds none of these.
     """
     plain = [folder.resolve().name for folder in folders]
     names = [
@@ -56,9 +76,17 @@ def _read_variant(folder: Path, name: str) -> Variant:
 
 @contextmanager
 def opened(model: Any, variant: Variant) -> Iterator[Any]:
-    """Yield the variant as a loaded model; the base is as it was before when the block ends.
+    """Yield the variant as a loaded model. The base is as it was before when the block ends.
 
-    model: the loaded base. Raises BadInput when the variant does not fit it.
+    Args:
+        model: The loaded base model.
+        variant: The variant.
+
+    Yields:
+        The loaded model. It is `model` itself for an edit or an adapter.
+
+    Raises:
+        BadInput: When the variant does not fit the base.
     """
     if variant.edit is not None:
         with applied(model, variant.edit, variant.strength):
@@ -85,7 +113,7 @@ def _adapted(model: Any, folder: Path) -> Iterator[None]:
 
     try:
         with warnings.catch_warnings():
-            # PEFT still asks transformers for what it renames; it is not the user's business.
+            # PEFT still uses a name that transformers has deprecated; the user cannot change that.
             warnings.simplefilter("ignore", FutureWarning)
             wrapped = PeftModel.from_pretrained(model, str(folder), local_files_only=True)
     except (ValueError, RuntimeError, KeyError, TypeError, OSError) as error:

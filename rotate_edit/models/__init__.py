@@ -1,1 +1,1 @@
-"""A model: its files, and the loaded model at work."""
+"""Model files and loaded models."""

@@ -1,7 +1,7 @@
-"""Where each model family keeps its MLP matrices, norms, embedding and head: one row of data a family.
+"""Where each model family keeps its MLP matrices, norms, embedding and head.
 
-A row holds names as they stand in the safetensors files. The same names serve a live `transformers` model, since
-wherever the two differ the row lists both and the one that exists is taken.
+Each family is one row of data. A row holds names as they stand in the safetensors files. The same names serve a loaded
+`transformers` model. Where the two differ, the row lists both names, and the one that exists is taken.
 """
 
 import re
@@ -16,19 +16,38 @@ NEURON_MATRICES = ("gate", "in", "out")
 
 @dataclass(frozen=True)
 class Neuron:
-    """The address of one MLP neuron; `expert` is None in a dense layer. Printed as "L3.N12" or "L10.E3.N123"."""
+    """The address of one MLP neuron.
+
+    It is printed as "L3.N12" or "L10.E3.N123".
+
+    Attributes:
+        layer: Index of the transformer block, from 0.
+        neuron: Index of the neuron in its layer or expert, from 0.
+        expert: Index of the expert, from 0; None in a dense layer.
+    """
 
     layer: int
     neuron: int
     expert: int | None = None
 
     def __str__(self) -> str:
+        """Return the address as text, for instance "L3.N12"."""
         expert = "" if self.expert is None else f".E{self.expert}"
         return f"L{self.layer}{expert}.N{self.neuron}"
 
 
 def parse_neuron(text: str) -> Neuron:
-    """Read "L3.N12" or "L10.E3.N123" back. Raises BadInput when the text is not such an address."""
+    """Read a neuron's address from text.
+
+    Args:
+        text: An address such as "L3.N12" or "L10.E3.N123". Spaces around it are ignored.
+
+    Returns:
+        The address.
+
+    Raises:
+        BadInput: If the text is not such an address.
+    """
     found = re.fullmatch(r"L(\d{1,6})(?:\.E(\d{1,6}))?\.N(\d{1,9})", text.strip(), flags=re.ASCII)
     if found is None:
         raise BadInput(f"{quoted(text)} is not the address of a neuron; write it as L3.N12, or L10.E3.N123.")
@@ -38,11 +57,14 @@ def parse_neuron(text: str) -> Neuron:
 
 @dataclass(frozen=True)
 class Place:
-    """Where one matrix lies.
+    """Where one matrix lies in the files or in a loaded model.
 
-    name: the tensor, below the body's prefix, with {layer} and {expert} to fill in; neurons: whether a neuron is a
-    row or a column of the stored tensor; part, parts: the tensor holds `parts` equal blocks along the neuron axis
-    and this matrix is number `part`; stacked: the first dimension of the tensor is the expert.
+    Attributes:
+        name: Name of the tensor, below the body's prefix, with {layer} and {expert} to fill in.
+        neurons: "rows" or "columns": which of them is a neuron in the stored tensor.
+        part: Number of the block that holds this matrix, from 0.
+        parts: Number of equal blocks along the neuron axis that the tensor holds.
+        stacked: Whether the first dimension of the tensor is the expert.
     """
 
     name: str
@@ -59,20 +81,35 @@ Places = Mapping[str, Place]
 class Architecture:
     """One family of models.
 
-    family, model_type: the name people use and the one in `config.json`; when: further config entries that must
-    hold for this row; text_config: where the language model's part of a multimodal config stands;
-    bodies: prefixes under which everything but the head stands (the first that exists counts);
-    dense: the matrices of a dense layer; experts: those of a mixture-of-experts layer, one mapping for each
-    way they are stored; out_bias: what the MLP adds whatever its neurons do; attention_out: what the attention
-    heads write; embedding, heads: the tables (heads are full names); head_bias: full name;
-    embedding_projection, head_projection: matrices between a narrow table and the residual stream, each
-    [to, from]; pre_mlp_norms (the first that exists counts), post_mlp_norm, final_norm; norm_kind: "rms" or
-    "layer"; norm_offset: added to a stored gain (Gemma stores gain - 1); parallel: attention and MLP read the same
-    residual stream (True, False or the config key that says so); tied_by_default: what a config means that says
-    nothing; layers_key, experts_keys: config entries that count (the first that exists); residual_scale,
-    embedding_scale, logit_scale, logit_divisor: config entries that multiply (or divide) what a block adds, the
-    embedding and the logits; embedding_scaled_by_root: the embedding is multiplied by the square root of d_model
-    (Gemma).
+    Attributes:
+        family: The name people use.
+        model_type: The name in `config.json`.
+        dense: The matrices of a dense layer.
+        bodies: Prefixes under which everything but the head stands. The first that exists counts.
+        when: Further config entries that must hold for this row.
+        text_config: Config key of the language model's part in a multimodal config; None if the config is flat.
+        experts: The matrices of a mixture-of-experts layer, one mapping for each way they are stored.
+        out_bias: Name of the bias that the MLP adds whatever its neurons do; None if there is none.
+        attention_out: The matrix with which the attention heads write.
+        embedding: Name of the embedding table.
+        heads: Full names of the output head's table.
+        head_bias: Full name of the head's bias; None if there is none.
+        embedding_projection: Name of the matrix [to, from] between a narrow embedding and the residual stream.
+        head_projection: Name of the matrix [to, from] between the residual stream and a narrow head.
+        pre_mlp_norms: Names of the norm before the MLP. The first that exists counts.
+        post_mlp_norm: Name of the norm after the MLP; None if there is none.
+        final_norm: Name of the norm before the head; None if there is none.
+        norm_kind: "rms" or "layer".
+        norm_offset: Number added to a stored gain (Gemma stores gain - 1).
+        parallel: Whether attention and MLP read the same residual stream: True, False, or the config key that says so.
+        tied_by_default: What a config means that does not say whether the head is tied.
+        layers_key: Config entry that counts the layers.
+        experts_keys: Config entries that count the experts. The first that exists counts.
+        residual_scale: Config entry that multiplies what a block adds.
+        embedding_scale: Config entry that multiplies the embedding.
+        embedding_scaled_by_root: Whether the embedding is multiplied by the square root of d_model (Gemma).
+        logit_scale: Config entry that multiplies the logits.
+        logit_divisor: Config entry that divides the logits.
     """
 
     family: str
@@ -160,7 +197,7 @@ _GPT2 = Architecture(
     family="GPT-2",
     model_type="gpt2",
     bodies=("transformer.", ""),
-    # GPT-2 keeps its matrices as [from, to], so neurons are columns of what reads and rows of what writes.
+    # GPT-2 keeps its matrices as [from, to]. So neurons are columns of the reading matrix and rows of the writing one.
     dense=MappingProxyType(
         {
             "in": Place("h.{layer}.mlp.c_fc.weight", "columns"),
@@ -256,7 +293,8 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         norm_kind="layer",
         parallel="use_parallel_residual",
     ),
-    # Only opt-350m norms after each addition; it has no final norm, and the MLP reads what the attention norm left.
+    # Only opt-350m applies a norm after each addition. It has no final norm, and its MLP reads the attention norm's
+    # output.
     replace(
         _OPT,
         family="OPT (norm after the block)",
@@ -324,13 +362,25 @@ ARCHITECTURES: tuple[Architecture, ...] = (
 
 @dataclass(frozen=True)
 class Switch:
-    """From which layer on a published study projects with the unembedding, for models whose config says all this."""
+    """The layer from which a published study projects with the unembedding.
+
+    Attributes:
+        layer: The first layer that the study projects with the unembedding.
+        config: Config entries of the studied model. The switch applies to models whose config has them all.
+    """
 
     layer: int
     config: Mapping[str, object]
 
     def describes(self, config: Mapping[str, object]) -> bool:
-        """Whether a model's config is that of the studied model."""
+        """Tell whether a model's config is that of the studied model.
+
+        Args:
+            config: The language model's config.
+
+        Returns:
+            True if every entry of the studied model's config is the same.
+        """
         return all(config.get(key) == value for key, value in self.config.items())
 
 
@@ -353,16 +403,24 @@ REFUSED: Mapping[str, str] = MappingProxyType(
 
 
 def architecture_of(config: Mapping[str, object]) -> Architecture:
-    """The row of the table that describes a model, found from its `config.json` as a dictionary.
+    """Find the row of the table that describes a model.
 
-    Raises BadInput, by name, for quantised checkpoints, for families that cannot be edited and for unknown ones.
+    Args:
+        config: The model's `config.json` as a dictionary.
+
+    Returns:
+        The row of the model's family.
+
+    Raises:
+        BadInput: If the config names no model type, the checkpoint is quantised, or the family is unknown or cannot be
+            edited. The message names the type.
     """
     model_type = config.get("model_type")
     if not isinstance(model_type, str):
         raise BadInput("config.json names no model_type; only checkpoints in the Hugging Face layout can be opened.")
     if model_type in REFUSED:
         raise BadInput(f"models of type {model_type} cannot be edited: {REFUSED[model_type]}.")
-    # A multimodal model may say it of its language model alone, and compressed-tensors once had a key of its own.
+    # A multimodal model may quantise its language model alone, and compressed-tensors once had its own key.
     inner = config.get("text_config")
     places = (config, inner) if isinstance(inner, Mapping) else (config,)
     keys = ("quantization_config", "compression_config")
@@ -384,7 +442,18 @@ def architecture_of(config: Mapping[str, object]) -> Architecture:
 
 
 def body_of(architecture: Architecture, names: Collection[str]) -> str:
-    """The prefix under which this model keeps its body; `names` are its tensors or parameters. Raises BadInput."""
+    """Find the prefix under which a model keeps everything but its head.
+
+    Args:
+        architecture: The model's row of the table.
+        names: The model's tensors or parameters.
+
+    Returns:
+        The prefix, for instance "model.".
+
+    Raises:
+        BadInput: If no name is the embedding of this family.
+    """
     for body in architecture.bodies:
         if body + architecture.embedding in names:
             return body
@@ -401,10 +470,21 @@ def locate(
     layer: int | None = None,
     expert: int | None = None,
 ) -> Place | None:
-    """Where a matrix of this model lies, with the tensor's full name, or None when the model has no such matrix.
+    """Find where a matrix of a model lies.
 
-    names: the checkpoint's tensors or the live model's parameters. matrix: "gate", "in", "out", "attention_out",
-    "out_bias", "embedding" or "unembedding"; "unembedding" is None when the head is tied and not stored itself.
+    Args:
+        architecture: The model's row of the table.
+        names: The checkpoint's tensors or the loaded model's parameters.
+        matrix: "gate", "in", "out", "attention_out", "out_bias", "embedding" or "unembedding".
+        layer: Index of the layer; None for the tables.
+        expert: Index of the expert; None in a dense layer.
+
+    Returns:
+        The place with the tensor's full name; None if the model has no such matrix. "unembedding" gives None when the
+        head is tied and not stored itself.
+
+    Raises:
+        BadInput: If no name is the embedding of this family.
     """
     if matrix == "unembedding":
         return next((Place(head) for head in architecture.heads if head in names), None)

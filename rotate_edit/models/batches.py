@@ -1,4 +1,4 @@
-"""Texts as batches of token ids, and what a loaded model predicts on them."""
+"""Batches of token ids made from texts, and what a loaded model predicts on them."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -20,8 +20,12 @@ TOKENS_IN_A_BATCH = 4096
 class Passages:
     """Tokenised texts in batches of similar length.
 
-    batches: int64 [rows, length] each, padded on the right with 0 (a causal model never looks there); lengths:
-    int64 [rows] of each batch; order: which text each row is, int64 [rows] of each batch; texts: how many texts.
+    Attributes:
+        batches: One int64 [rows, length] tensor for each batch. Rows are padded on the right with 0, where a causal
+            model never looks.
+        lengths: One int64 [rows] tensor for each batch: the number of real tokens in each row.
+        order: One int64 [rows] tensor for each batch: which text each row is.
+        texts: Number of texts.
     """
 
     batches: tuple[Tensor, ...]
@@ -30,7 +34,7 @@ class Passages:
     texts: int
 
     def tokens(self) -> int:
-        """How many tokens there are, padding not counted."""
+        """Count the tokens, without the padding."""
         return int(sum(int(lengths.sum()) for lengths in self.lengths))
 
 
@@ -42,11 +46,23 @@ def tokenise(
     longest: int | None = None,
     token_limit: int | None = None,
 ) -> Passages:
-    """Tokenise texts with the tokenizer's own special tokens and put them in batches of similar length.
+    """Tokenise texts and put them in batches of similar length.
 
-    longest: a text's tokens after that many are cut off (the model's context length); token_limit: texts are
-    taken in the order given until they hold that many tokens together. Texts without a token are left out.
-    Raises BadInput when no token is left.
+    The tokenizer adds its own special tokens. Texts without a token are left out.
+
+    Args:
+        tokenizer: A transformers tokenizer.
+        texts: The texts.
+        vocabulary_size: Number of tokens in the model's vocabulary. It bounds the size of a batch.
+        longest: Longest text in tokens (the model's context length). Tokens after it are cut off. None for no limit.
+        token_limit: Total number of tokens wanted. Texts are taken in the order given until they reach it. None for no
+            limit.
+
+    Returns:
+        The texts in batches.
+
+    Raises:
+        BadInput: If no token is left.
     """
     rows: list[list[int]] = []
     total = 0
@@ -62,7 +78,15 @@ def tokenise(
 
 
 def batched(rows: Sequence[Sequence[int]], vocabulary_size: int) -> Passages:
-    """Rows of token ids, none of them empty, in batches of similar length."""
+    """Put rows of token ids in batches of similar length.
+
+    Args:
+        rows: Token ids of each text. No row may be empty.
+        vocabulary_size: Number of tokens in the model's vocabulary. It bounds the size of a batch.
+
+    Returns:
+        The rows in batches, longest rows first.
+    """
     limit = max(1, min(TOKENS_IN_A_BATCH, CELLS_IN_A_BATCH // vocabulary_size))
     by_length = sorted(range(len(rows)), key=lambda index: -len(rows[index]))
     batches, lengths, order = [], [], []
@@ -81,25 +105,61 @@ def batched(rows: Sequence[Sequence[int]], vocabulary_size: int) -> Passages:
 
 
 def log_probabilities(model: Any, passages: Passages) -> Iterator[Tensor]:
-    """Next-token log-probabilities of every batch: float32 [rows, length, vocabulary], padding included."""
+    """Predict the next token at every position of every batch.
+
+    Args:
+        model: A loaded transformers model.
+        passages: The texts.
+
+    Yields:
+        Log-probabilities in nats for each batch, float32 [rows, length, vocabulary], padding included.
+    """
     for logits in next_logits(model, passages):
         yield torch.log_softmax(logits.float(), dim=-1)
 
 
 def pass_through(model: Any, passages: Passages) -> Iterator[Tensor]:
-    """Run every batch for what hooks see of it, and yield it [rows, length]. Hardly any prediction is computed."""
+    """Run every batch through the model for what hooks see of it.
+
+    Hardly any prediction is computed.
+
+    Args:
+        model: A loaded transformers model.
+        passages: The texts.
+
+    Yields:
+        Token ids of each batch after it has run, int64 [rows, length].
+    """
     for batch, _ in zip(passages.batches, next_logits(model, passages, logits_to_keep=1), strict=True):
         yield batch
 
 
 def next_logits(model: Any, passages: Passages, **options: Any) -> Iterator[Tensor]:
+    """Compute the next-token logits of every batch.
+
+    Args:
+        model: A loaded transformers model.
+        passages: The texts.
+        **options: Further arguments of the model's forward pass.
+
+    Yields:
+        Logits of each batch, [rows, length, vocabulary] in the model's dtype and on its device, padding included.
+    """
     device = next(model.parameters()).device
     for batch in passages.batches:
         with torch.no_grad():
-            # No attention mask: with the padding on the right a causal model's other positions do not see it.
+            # No attention mask is needed: the padding is on the right, where a causal model does not look.
             yield model(input_ids=batch.to(device), use_cache=False, **options).logits
 
 
 def real_positions(batch: Tensor, lengths: Tensor) -> Tensor:
-    """Which positions of a batch [rows, length] are no padding: bool [rows, length]."""
+    """Tell which positions of a batch are not padding.
+
+    Args:
+        batch: Token ids, int64 [rows, length].
+        lengths: Number of real tokens in each row, int64 [rows].
+
+    Returns:
+        True at real positions, bool [rows, length].
+    """
     return torch.arange(batch.shape[1])[None, :] < lengths[:, None]

@@ -1,4 +1,7 @@
-"""Open a checkpoint folder or Hub model and read single tensors, matrices and rows, without building a model."""
+"""Open a checkpoint folder or a Hub model and read single tensors, matrices and rows.
+
+No model is built for this.
+"""
 
 import hashlib
 import json
@@ -46,12 +49,19 @@ SMALL = 1 << 30
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint on disk, opened: every header read and checked, no weight read.
+    """An opened checkpoint on disk: every header is read and checked, and no weight is read.
 
-    folder: where its files are; source: a name safe to print ("demo", the Hub id, or the folder's own name);
-    config: config.json; architecture: its row of the table; stored: where every tensor lies; headers: for each
-    shard, the SHA-256 of its header; revision: the Hub commit or None; hub: the Hub model or None; record: what an
-    earlier edit by this package left in the folder (see `patch`), or None.
+    Attributes:
+        folder: Folder of its files.
+        source: A name safe to print: "demo", the Hub id, or the folder's own name.
+        config: Content of `config.json`.
+        architecture: Its row of the table of model families.
+        stored: Where every tensor lies, by its name.
+        headers: SHA-256 of each shard's header, by the shard's name.
+        revision: The Hub commit; None for a folder.
+        hub: The Hub model; None for a folder.
+        record: What an earlier edit by this package left in the folder (see `rotate_edit.edits.writing.patch`); None if
+            there was none.
     """
 
     folder: Path
@@ -66,23 +76,23 @@ class Checkpoint:
 
     @property
     def text_config(self) -> dict:
-        """The language model's part of the config (all of it, unless the model is multimodal)."""
+        """The language model's part of the config: all of it, unless the model is multimodal."""
         key = self.architecture.text_config
         return self.config if key is None else self.config[key]
 
     @property
     def size(self) -> int:
-        """Bytes of all its tensors."""
+        """Size of all its tensors in bytes."""
         return sum(stored.end - stored.start for stored in self.stored.values())
 
     @property
     def layers(self) -> int:
-        """How many transformer blocks the model has."""
+        """Number of transformer blocks."""
         return int(self.text_config[self.architecture.layers_key])
 
     @property
     def hidden_size(self) -> int:
-        """d_model: the width of the residual stream."""
+        """The width d_model of the residual stream."""
         projection = self._projection(self.architecture.embedding_projection)
         if projection is not None:
             return self.stored[projection].shape[0]
@@ -90,7 +100,7 @@ class Checkpoint:
 
     @property
     def vocabulary_size(self) -> int:
-        """Rows of the embedding table (often a few more than the tokenizer has tokens)."""
+        """Number of rows of the embedding table, often a few more than the tokenizer has tokens."""
         return self.stored[self.place("embedding").name].shape[0]
 
     @cached_property
@@ -106,9 +116,9 @@ class Checkpoint:
 
     @property
     def published_switch(self) -> int | None:
-        """The first layer that a study of this very model projects with the unembedding; None when there is no study.
+        """The first layer that a study of this very model projects with the unembedding.
 
-        0 for a tied head, whose two tables are one.
+        It is None if there is no study. It is 0 for a tied head, whose two tables are one.
         """
         if self.tied:
             return 0
@@ -116,42 +126,87 @@ class Checkpoint:
 
     @property
     def matrices(self) -> tuple[str, ...]:
-        """Which of "gate", "in", "out" its neurons have."""
+        """Which of "gate", "in" and "out" its neurons have."""
         expert = None if self.experts_in(0) is None else 0
         return tuple(name for name in NEURON_MATRICES if self._find(name, 0, expert) is not None)
 
     @property
     def experts(self) -> int | None:
-        """How many experts a mixture-of-experts layer has, None in a dense model."""
+        """Number of experts in a mixture-of-experts layer; None in a dense model."""
         counts = [count for count in map(self.experts_in, range(self.layers)) if count is not None]
         return max(counts, default=None)
 
     @property
     def neurons(self) -> int:
-        """Neurons of one layer, or of one expert (the largest number, when layers differ)."""
+        """Number of neurons in one layer or one expert; the largest number if layers differ."""
         return max(self.neurons_in(layer) for layer in range(self.layers))
 
     def experts_in(self, layer: int) -> int | None:
-        """How many experts this layer has; None when it is dense."""
+        """Count the experts of a layer.
+
+        Args:
+            layer: Index of the layer.
+
+        Returns:
+            The number of experts; None if the layer is dense.
+        """
         if not self.architecture.experts or self._find("out", layer, None) is not None:
             return None
         return next(int(self.text_config[key]) for key in self.architecture.experts_keys if key in self.text_config)
 
     def neurons_in(self, layer: int) -> int:
-        """How many neurons this layer, or each of its experts, has."""
+        """Count the neurons of a layer, or of each of its experts.
+
+        Args:
+            layer: Index of the layer.
+
+        Returns:
+            The number of neurons.
+
+        Raises:
+            BadInput: If the model has no such layer.
+        """
         place = self.place("out", layer, None if self.experts_in(layer) is None else 0)
         return matrix_shape(self.stored[place.name], place)[0]
 
     def has(self, matrix: str, layer: int | None = None, expert: int | None = None) -> bool:
-        """Whether the files hold a matrix; a tied head is not one of its own."""
+        """Tell whether the files hold a matrix of their own; a tied head is not one.
+
+        Args:
+            matrix: A name as in `architectures.locate`.
+            layer: Index of the layer; None for the tables.
+            expert: Index of the expert; None in a dense layer.
+
+        Returns:
+            True if the files hold it.
+        """
         return self._find(matrix, layer, expert) is not None
 
     def has_file(self, file: str) -> bool:
-        """Whether the folder or the Hub model has a file of this name."""
+        """Tell whether the folder or the Hub model has a file.
+
+        Args:
+            file: Name of the file.
+
+        Returns:
+            True if it is there.
+        """
         return file in self.hub.files if self.hub else (self.folder / file).is_file()
 
     def place(self, matrix: str, layer: int | None = None, expert: int | None = None) -> Place:
-        """Where a matrix lies in the files. Raises BadInput when the model has no such matrix, layer or expert."""
+        """Find where a matrix lies in the files.
+
+        Args:
+            matrix: A name as in `architectures.locate`. "unembedding" gives the embedding when the head is tied.
+            layer: Index of the layer; None for the tables.
+            expert: Index of the expert; None in a dense layer.
+
+        Returns:
+            The place with the tensor's full name.
+
+        Raises:
+            BadInput: If the model has no such matrix, layer or expert.
+        """
         if layer is not None and not 0 <= layer < self.layers:
             raise BadInput(f"{self.source} has no layer {layer}; its layers are 0 to {self.layers - 1}.")
         experts = None if layer is None or matrix not in NEURON_MATRICES else self.experts_in(layer)
@@ -171,7 +226,11 @@ class Checkpoint:
 
     @property
     def edits(self) -> list[dict]:
-        """What is recorded of the edits that this package has already written into it, oldest first."""
+        """Records of the edits that this package has already written into it, oldest first.
+
+        Raises:
+            BadInput: If the folder's record is not a record of edits.
+        """
         edits = [] if self.record is None else self.record.get("edits")
         if not isinstance(edits, list) or not all(
             isinstance(edit, dict) and isinstance(edit.get("edit"), str) and isinstance(edit.get("tensors"), dict)
@@ -181,7 +240,18 @@ class Checkpoint:
         return edits
 
     def path(self, file: str) -> Path:
-        """The path of one of its files, fetched from the Hub when it is not there yet. Raises BadInput."""
+        """Return the path of one of its files, and fetch it from the Hub when it is not there yet.
+
+        Args:
+            file: Name of the file.
+
+        Returns:
+            The file's path.
+
+        Raises:
+            BadInput: If the Hub model has no such file, or the name leads out of the folder.
+            Failure: If the download fails.
+        """
         if self.hub is not None:
             hub.fetch(self.hub, file)
         return file_inside(self.folder, file)
@@ -195,10 +265,21 @@ class Checkpoint:
 
 
 def open_checkpoint(model: str | Path, revision: str | None = None) -> Checkpoint:
-    """Open "demo" (the bundled model), a folder, or a Hub id (with an optional revision).
+    """Open a checkpoint without reading its weights.
 
-    Only config, index and headers are read; from the Hub only they are fetched. Raises BadInput, in one sentence,
-    for a missing folder, pickled weights, unsupported or quantised models and damaged files.
+    Only config, index and headers are read. From the Hub only they are fetched.
+
+    Args:
+        model: "demo" (the bundled model), a folder, or a Hub id.
+        revision: Branch, tag or commit of a Hub model; None for its main branch.
+
+    Returns:
+        The opened checkpoint.
+
+    Raises:
+        BadInput: If the folder is missing, the weights are pickled, the model is unsupported or quantised, or a file is
+            damaged. The message is one sentence.
+        Failure: If the Hub cannot be read.
     """
     found: HubModel | None = None
     model = os.path.expanduser(model)
@@ -325,13 +406,36 @@ def _matrices_of(architecture: Architecture, expert: int | None) -> Iterable[str
 
 
 def read_tensor(checkpoint: Checkpoint, name: str) -> Tensor:
-    """A whole tensor in its stored dtype and shape. Raises BadInput when there is none of this name."""
+    """Read a whole tensor.
+
+    Args:
+        checkpoint: The opened checkpoint.
+        name: Full name of the tensor.
+
+    Returns:
+        The tensor in its stored dtype and shape.
+
+    Raises:
+        BadInput: If there is no tensor of this name, or it cannot be read.
+    """
     stored = _named(checkpoint, name)
     return read_stored(checkpoint.path(stored.file), stored)
 
 
 def read_rows(checkpoint: Checkpoint, name: str, rows: Tensor) -> Tensor:
-    """The named rows (int64 [n]) of a tensor, in its stored dtype; the others are not read. Raises BadInput."""
+    """Read some rows of a tensor; the others are not read.
+
+    Args:
+        checkpoint: The opened checkpoint.
+        name: Full name of the tensor.
+        rows: Indices of the rows, int64 [n].
+
+    Returns:
+        The rows [n, ...] in the stored dtype.
+
+    Raises:
+        BadInput: If there is no such tensor or row, or it cannot be read.
+    """
     stored = _named(checkpoint, name)
     return read_stored_rows(checkpoint.path(stored.file), stored, rows)
 
@@ -345,16 +449,39 @@ def _named(checkpoint: Checkpoint, name: str) -> Stored:
 def read_matrix(
     checkpoint: Checkpoint, layer: int, matrix: str, expert: int | None = None, neurons: Tensor | None = None
 ) -> Tensor:
-    """Neuron vectors as rows: float32 [n, d_model], all of them or the named ones (int64 [n]).
+    """Read neuron vectors as rows.
 
-    matrix: "gate", "in", "out", or "attention_out" (a row is what one channel of the heads writes). Raises BadInput
-    for a layer, expert, matrix or neuron that the model does not have.
+    Args:
+        checkpoint: The opened checkpoint.
+        layer: Index of the layer.
+        matrix: "gate", "in", "out" or "attention_out" (a row is what one channel of the heads writes).
+        expert: Index of the expert; None in a dense layer.
+        neurons: Indices of the wanted neurons, int64 [n]; None for all.
+
+    Returns:
+        The vectors, float32 [n, d_model].
+
+    Raises:
+        BadInput: If the model does not have the layer, expert, matrix or neuron.
     """
     return read_place(checkpoint, checkpoint.place(matrix, layer, expert), expert, neurons).float().contiguous()
 
 
 def read_place(checkpoint: Checkpoint, place: Place, expert: int | None, neurons: Tensor | None = None) -> Tensor:
-    """Like read_matrix, for a matrix whose place is known, in the stored dtype. Raises BadInput."""
+    """Read neuron vectors as rows from a matrix whose place is known.
+
+    Args:
+        checkpoint: The opened checkpoint.
+        place: Where the matrix lies.
+        expert: Index of the expert; None in a dense layer.
+        neurons: Indices of the wanted neurons, int64 [n]; None for all.
+
+    Returns:
+        The vectors [n, d_model] in the stored dtype.
+
+    Raises:
+        BadInput: If there is no such tensor or neuron, or it cannot be read.
+    """
     whole = _named(checkpoint, place.name)
     count, width = matrix_shape(whole, place)
     if neurons is not None and len(neurons) and not (int(neurons.min()) >= 0 and int(neurons.max()) < count):
@@ -369,23 +496,51 @@ def read_place(checkpoint: Checkpoint, place: Place, expert: int | None, neurons
 
 
 def read_embedding(checkpoint: Checkpoint) -> Tensor:
-    """The input embedding as it enters the residual stream (scale aside): float32 [vocabulary, d_model]."""
+    """Read the input embedding as it enters the residual stream, apart from its scale.
+
+    Args:
+        checkpoint: The opened checkpoint.
+
+    Returns:
+        The table, float32 [vocabulary, d_model].
+
+    Raises:
+        BadInput: If the table cannot be read.
+    """
     table = read_tensor(checkpoint, checkpoint.place("embedding").name).float()
     projection = checkpoint._projection(checkpoint.architecture.embedding_projection)
     return table if projection is None else table @ read_tensor(checkpoint, projection).float().T
 
 
 def read_unembedding(checkpoint: Checkpoint) -> Tensor:
-    """The unembedding, float32 [vocabulary, d_model] (rows are tokens); the embedding when the head is tied."""
+    """Read the unembedding; it is the embedding when the head is tied.
+
+    Args:
+        checkpoint: The opened checkpoint.
+
+    Returns:
+        The table, float32 [vocabulary, d_model]. Rows are tokens.
+
+    Raises:
+        BadInput: If the table cannot be read.
+    """
     table = read_tensor(checkpoint, checkpoint.place("unembedding").name).float()
     projection = checkpoint._projection(checkpoint.architecture.head_projection)
     return table if projection is None else table @ read_tensor(checkpoint, projection).float()
 
 
 def read_norm(checkpoint: Checkpoint, which: str | tuple[str, int]) -> Tensor | None:
-    """The gain of a norm, float32 [d_model], Gemma's 1 added: "final", ("mlp", layer) or ("after mlp", layer).
+    """Read the gain of a norm. Gemma's 1 is added.
 
-    None when the model has no such norm.
+    Args:
+        checkpoint: The opened checkpoint.
+        which: "final", ("mlp", layer) for the norm before the MLP, or ("after mlp", layer).
+
+    Returns:
+        The gain, float32 [d_model]; None if the model has no such norm.
+
+    Raises:
+        BadInput: If the gain cannot be read.
     """
     architecture = checkpoint.architecture
     kind, layer = (which, None) if isinstance(which, str) else which
@@ -402,7 +557,16 @@ def read_norm(checkpoint: Checkpoint, which: str | tuple[str, int]) -> Tensor | 
 
 
 def read_equal(checkpoint: Checkpoint, first: str, second: str) -> bool:
-    """Whether two tensors hold the same bytes."""
+    """Tell whether two tensors hold the same bytes.
+
+    Args:
+        checkpoint: The opened checkpoint.
+        first: Full name of one tensor.
+        second: Full name of the other.
+
+    Returns:
+        True if dtype, shape and bytes are the same.
+    """
     left, right = checkpoint.stored[first], checkpoint.stored[second]
     if (left.dtype, left.shape) != (right.dtype, right.shape):
         return False
@@ -410,7 +574,18 @@ def read_equal(checkpoint: Checkpoint, first: str, second: str) -> bool:
 
 
 def tensor_hash(checkpoint: Checkpoint, name: str) -> str:
-    """SHA-256 of a tensor's stored bytes."""
+    """Hash a tensor's stored bytes.
+
+    Args:
+        checkpoint: The opened checkpoint.
+        name: Full name of the tensor.
+
+    Returns:
+        The SHA-256 in hexadecimal.
+
+    Raises:
+        BadInput: If there is no such tensor, or it cannot be read.
+    """
     stored = _named(checkpoint, name)
     path = checkpoint.path(stored.file)
     digest = hashlib.sha256()
@@ -420,12 +595,23 @@ def tensor_hash(checkpoint: Checkpoint, name: str) -> str:
 
 
 def identity(checkpoint: Checkpoint, tensors: Iterable[str] = (), full: bool | None = None) -> dict:
-    """What tells this checkpoint from any other, as plain JSON without paths or user names.
+    """Describe what tells this checkpoint from any other.
 
-    source, revision (Hub commit), hub (the Hub's own file hashes), files (SHA-256 of config.json and the tokenizer
-    files), headers (of each shard's header), tensors (of the named tensors' bytes; of every tensor when `full`, and
-    by default when they fill less than a gigabyte), edits (the ids of the edits that this package has already
-    written into it, oldest first).
+    The keys are: source; revision (the Hub commit); hub (the Hub's own file hashes); files (SHA-256 of `config.json`
+    and the tokenizer files); headers (SHA-256 of each shard's header); tensors (SHA-256 of tensors' bytes); edits (ids
+    of the edits that this package has already written into it, oldest first).
+
+    Args:
+        checkpoint: The opened checkpoint.
+        tensors: Names of the tensors to hash.
+        full: Whether to hash every tensor. None hashes them all when they fill at most 1 GiB and the model is a
+            folder.
+
+    Returns:
+        Plain JSON without paths or user names.
+
+    Raises:
+        BadInput: If a file or tensor cannot be read, or the folder's record is not a record of edits.
     """
     files = {}
     for file in ("config.json", *TOKENIZER_FILES):
@@ -448,13 +634,31 @@ def identity(checkpoint: Checkpoint, tensors: Iterable[str] = (), full: bool | N
 
 
 def companions(checkpoint: Checkpoint) -> dict[str, bool]:
-    """The files beside the shards by name, and whether each may go into a patched checkpoint (an allow-list)."""
+    """List the files beside the shards.
+
+    Args:
+        checkpoint: The opened checkpoint.
+
+    Returns:
+        For each file name, whether it may go into a patched checkpoint. An allow-list decides.
+    """
     names = set(checkpoint.hub.files) if checkpoint.hub else {entry.name for entry in checkpoint.folder.iterdir()}
     return {name: may_be_copied(name) for name in sorted(names - set(checkpoint.headers) - {EDIT_RECORD})}
 
 
 def complete(checkpoint: Checkpoint) -> Path:
-    """The folder, with everything in it that loading needs (fetched from the Hub where it is missing)."""
+    """Fetch everything that loading needs from the Hub where it is missing.
+
+    Args:
+        checkpoint: The opened checkpoint.
+
+    Returns:
+        The complete folder.
+
+    Raises:
+        BadInput: If the Hub model lacks a file.
+        Failure: If a download fails.
+    """
     if checkpoint.hub is not None:
         allowed = [name for name, may in companions(checkpoint).items() if may]
         hub.fetch_all(checkpoint.hub, [*checkpoint.headers, *allowed])
@@ -464,7 +668,22 @@ def complete(checkpoint: Checkpoint) -> Path:
 def load_model(
     model: Checkpoint | str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
 ) -> "PreTrainedModel":
-    """The live transformers model of a checkpoint or folder, in evaluation mode; only safetensors, no remote code."""
+    """Load a checkpoint as a transformers model in evaluation mode.
+
+    Only safetensors files are read, and no remote code runs.
+
+    Args:
+        model: An opened checkpoint, or what `open_checkpoint` takes.
+        device: Device of the model.
+        dtype: Dtype of the parameters.
+
+    Returns:
+        The loaded model.
+
+    Raises:
+        BadInput: If the checkpoint cannot be opened.
+        Failure: If a download fails.
+    """
     from transformers import AutoModelForCausalLM
 
     from rotate_edit.console import without_foreign_bars
@@ -479,7 +698,18 @@ def load_model(
 
 
 def load_tokenizer(model: Checkpoint | str | Path) -> "PreTrainedTokenizerBase":
-    """The tokenizer of a checkpoint or folder, without remote code. Raises BadInput when it has none that works."""
+    """Load the tokenizer of a checkpoint, without remote code.
+
+    Args:
+        model: An opened checkpoint, or what `open_checkpoint` takes.
+
+    Returns:
+        The tokenizer.
+
+    Raises:
+        BadInput: If the checkpoint has no tokenizer that works.
+        Failure: If a download fails.
+    """
     from transformers import AutoTokenizer
 
     checkpoint = model if isinstance(model, Checkpoint) else open_checkpoint(model)

@@ -15,7 +15,7 @@ TOKENIZER_FILES = (
     "vocab.txt",
     "merges.txt",
 )
-# What stands beside the weights and may go into a patched folder: nothing that runs, nothing hidden.
+# Files beside the weights that may go into a patched folder. None of them runs, and none is hidden.
 COMPANIONS = (
     "config.json",
     "generation_config.json",
@@ -37,5 +37,14 @@ COMPANIONS = (
 
 
 def may_be_copied(name: str) -> bool:
-    """Whether a file beside the weights may go into a patched folder: by allow-list, and never out of a subfolder."""
+    """Tell whether a file beside the weights may go into a patched folder.
+
+    An allow-list decides. A file in a subfolder is never copied.
+
+    Args:
+        name: Name of the file, relative to the checkpoint folder.
+
+    Returns:
+        True if it may be copied.
+    """
     return "/" not in name and any(fnmatch.fnmatchcase(name, pattern) for pattern in COMPANIONS)

@@ -1,4 +1,4 @@
-"""What a loaded model writes."""
+"""Generate text with a loaded model."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -17,10 +17,23 @@ def generate(
     temperature: float = 1.0,
     rows_at_once: int = 64,
 ) -> list[list[str]]:
-    """Continue each prompt: `samples` texts a prompt, without the prompt.
+    """Continue each prompt with generated texts.
 
-    Greedy when seed is None, else drawn from the whole vocabulary at `temperature`. The same seed draws the same
-    random numbers for base and edited model; torch's own generator is left as it was.
+    The texts come without the prompt. The same seed draws the same random numbers for the base and the edited model.
+    Torch's own generator is left as it was.
+
+    Args:
+        model: A loaded transformers model.
+        tokenizer: Its tokenizer.
+        prompts: The prompts.
+        new_tokens: Most tokens in a continuation.
+        samples: Number of continuations for each prompt.
+        seed: Seed of the draw from the whole vocabulary; None for greedy decoding.
+        temperature: Temperature of the draw. Greedy decoding ignores it.
+        rows_at_once: Most continuations generated in one batch.
+
+    Returns:
+        For each prompt, a list of `samples` texts.
     """
     device = next(model.parameters()).device
     encoded = [list(ids) for ids in tokenizer(list(prompts), add_special_tokens=True)["input_ids"]]
@@ -59,7 +72,14 @@ def generate(
 
 
 def padding_token(tokenizer: Any) -> int:
-    """A token to fill rows up with."""
+    """Choose a token to pad rows with.
+
+    Args:
+        tokenizer: A transformers tokenizer.
+
+    Returns:
+        The id of its padding, end or beginning token, in this order; 0 if it has none.
+    """
     for index in (tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.bos_token_id):
         if index is not None:
             return int(index)
@@ -67,5 +87,12 @@ def padding_token(tokenizer: Any) -> int:
 
 
 def first_token(tokenizer: Any) -> int:
-    """The token that a text from nothing starts with."""
+    """Choose the token with which a text without a prompt starts.
+
+    Args:
+        tokenizer: A transformers tokenizer.
+
+    Returns:
+        The id of its beginning token, or of its padding token if it has none.
+    """
     return int(tokenizer.bos_token_id if tokenizer.bos_token_id is not None else padding_token(tokenizer))

@@ -1,4 +1,4 @@
-"""What the layers of a loaded model compute, kept while it reads texts."""
+"""Record what the layers of a loaded model compute while it reads texts."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -14,9 +14,13 @@ from rotate_edit.models.parameters import live_parameter
 
 
 @dataclass(frozen=True)
-class Seen:
-    """One layer at the wanted positions of a text: neurons' activations float32 [positions, neurons] (the input of
-    the MLP's last matrix) and the residual stream after the layer float32 [positions, d_model]."""
+class LayerActivations:
+    """What one layer computed at the wanted positions of texts.
+
+    Attributes:
+        neurons: Activations of the neurons (the input of the MLP's last matrix), float32 [positions, neurons].
+        residual: The residual stream after the layer, float32 [positions, d_model].
+    """
 
     neurons: Tensor
     residual: Tensor
@@ -24,7 +28,19 @@ class Seen:
 
 @contextmanager
 def recorded(model: Any, layers: Sequence[int]) -> Iterator[dict[int, dict[str, Tensor]]]:
-    """Keeps what layers compute in the last forward pass: by layer `neurons` and `residual`, [rows, length, ...]."""
+    """Keep what layers compute in the last forward pass.
+
+    Args:
+        model: A loaded transformers model.
+        layers: Indices of the layers.
+
+    Yields:
+        For each layer, `neurons` [rows, length, neurons] and `residual` [rows, length, d_model]. Every forward pass
+        replaces them.
+
+    Raises:
+        BadInput: If a layer is a mixture of experts.
+    """
     kept: dict[int, dict[str, Tensor]] = {layer: {} for layer in layers}
     handles = []
 
@@ -54,7 +70,18 @@ def recorded(model: Any, layers: Sequence[int]) -> Iterator[dict[int, dict[str, 
 
 
 def layer_modules(model: Any, layer: int) -> tuple[torch.nn.Module, torch.nn.Module]:
-    """The module that holds a layer's `out` matrix, and the whole block. Raises BadInput for a mixture of experts."""
+    """Find the module of a layer's `out` matrix and the layer's whole block.
+
+    Args:
+        model: A loaded transformers model.
+        layer: Index of the layer.
+
+    Returns:
+        The module that holds the `out` matrix, and the block.
+
+    Raises:
+        BadInput: If the layer is a mixture of experts.
+    """
     try:
         _, place = live_parameter(model, "out", layer)
     except BadInput as error:
@@ -66,8 +93,21 @@ def layer_modules(model: Any, layer: int) -> tuple[torch.nn.Module, torch.nn.Mod
     return model.get_submodule(name), model.get_submodule(name.split(f".{layer}.")[0] + f".{layer}")
 
 
-def record(model: Any, passages: Passages, layers: Sequence[int], next_ids: Tensor | None) -> dict[int, Seen]:
-    """What every layer computes on texts, at the positions before one of `next_ids` (at all positions without)."""
+def record(model: Any, passages: Passages, layers: Sequence[int], next_ids: Tensor | None) -> dict[int, LayerActivations]:
+    """Record what layers compute on texts.
+
+    Args:
+        model: A loaded transformers model.
+        passages: The texts.
+        layers: Indices of the layers.
+        next_ids: Token ids, int64 [n]. Only positions before one of these tokens are kept. None keeps all positions.
+
+    Returns:
+        For each layer, what it computed at the kept positions, on the CPU.
+
+    Raises:
+        BadInput: If a layer is a mixture of experts.
+    """
     found: dict[int, list[tuple[Tensor, Tensor]]] = {layer: [] for layer in layers}
     with recorded(model, layers) as kept:
         for index, _ in enumerate(log_probabilities(model, passages)):
@@ -83,6 +123,6 @@ def record(model: Any, passages: Passages, layers: Sequence[int], next_ids: Tens
                 chosen = wanted.to(neurons.device)
                 found[layer].append((neurons[chosen].float().cpu(), values["residual"][chosen].float().cpu()))
     return {
-        layer: Seen(torch.cat([one for one, _ in pieces]), torch.cat([other for _, other in pieces]))
+        layer: LayerActivations(torch.cat([one for one, _ in pieces]), torch.cat([other for _, other in pieces]))
         for layer, pieces in found.items()
     }

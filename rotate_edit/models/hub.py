@@ -1,6 +1,6 @@
-"""Fetch single files of a model from the Hugging Face Hub, or from its cache, and nothing else.
+"""Fetch single files of a model from the Hugging Face Hub or from its cache.
 
-Everything goes through `huggingface_hub`: its cache and its layout, its own store of tokens, its offline mode, its
+Everything goes through `huggingface_hub`. It brings its cache and layout, its store of tokens, its offline mode and its
 resuming of broken downloads.
 """
 
@@ -16,7 +16,12 @@ CONFIG = "config.json"
 
 @dataclass(frozen=True)
 class HubFile:
-    """One file of a Hub model: size in bytes and SHA-256 as the Hub states them, None where it does not."""
+    """One file of a Hub model.
+
+    Attributes:
+        size: Size in bytes as the Hub states it; None where it does not.
+        sha256: SHA-256 as the Hub states it; None where it does not.
+    """
 
     size: int | None
     sha256: str | None
@@ -24,7 +29,14 @@ class HubFile:
 
 @dataclass(frozen=True)
 class HubModel:
-    """A model on the Hub at one commit. folder: its snapshot in the local cache, filled file by file."""
+    """A model on the Hub at one commit.
+
+    Attributes:
+        name: The Hub id.
+        revision: The commit.
+        folder: Its snapshot in the local cache, filled file by file.
+        files: Its files by name.
+    """
 
     name: str
     revision: str
@@ -33,15 +45,33 @@ class HubModel:
 
 
 def looks_like_hub_id(text: str) -> bool:
-    """Whether a text has the form of a Hub id: "owner/name" or an old single name."""
+    """Tell whether a text has the form of a Hub id: "owner/name" or an old single name.
+
+    Args:
+        text: The text.
+
+    Returns:
+        True if it has that form.
+    """
     part = r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,94}[A-Za-z0-9])?"
     return re.fullmatch(rf"{part}(?:/{part})?", text, flags=re.ASCII) is not None and ".." not in text
 
 
 def find_model(name: str, revision: str | None = None) -> HubModel:
-    """Ask the Hub which commit is meant and which files it has; without a network the cache answers.
+    """Ask the Hub which commit is meant and which files it has.
 
-    Raises BadInput when there is no such model or revision, it may not be read, or neither Hub nor cache has it.
+    Without a network the local cache answers.
+
+    Args:
+        name: The Hub id.
+        revision: Branch, tag or commit; None for the main branch.
+
+    Returns:
+        The model at that commit.
+
+    Raises:
+        BadInput: If there is no such model or revision, it may not be read, or neither Hub nor cache has it.
+        Failure: If its config cannot be downloaded.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HFValidationError, HTTPError, RepositoryNotFoundError, RevisionNotFoundError
@@ -58,9 +88,9 @@ def find_model(name: str, revision: str | None = None) -> HubModel:
             "log in with `hf auth login` and accept its licence if it is gated."
         ) from error
     except (OSError, HTTPError):
-        # No network, a failing Hub, or HF_HUB_OFFLINE: what was downloaded before may do.
+        # There is no network, the Hub fails, or HF_HUB_OFFLINE is set. An earlier download may be enough.
         return _find_in_cache(name, revision)
-    # By the name of the branch, so that the cache notes which commit it stood for and finds it offline.
+    # The branch is asked for by name, so that the cache notes its commit and finds it offline.
     folder = _download(name, revision or "main", CONFIG).parent
     if folder.name != info.sha:
         info = HfApi().model_info(name, revision=folder.name, files_metadata=True)
@@ -91,12 +121,29 @@ def _find_in_cache(name: str, revision: str | None) -> HubModel:
 
 
 def is_here(model: HubModel, file: str) -> bool:
-    """Whether the file is in the cache already."""
+    """Tell whether a file is in the cache already.
+
+    Args:
+        model: The Hub model.
+        file: Name of the file.
+
+    Returns:
+        True if it is there.
+    """
     return (model.folder / file).is_file()
 
 
 def fetch(model: HubModel, file: str) -> None:
-    """See to it that a file is in the snapshot folder, downloading it when it is not. Raises BadInput, Failure."""
+    """Download a file into the snapshot folder when it is not there yet.
+
+    Args:
+        model: The Hub model.
+        file: Name of the file.
+
+    Raises:
+        BadInput: If the model has no such file, it may not be read, or the Hub cannot be reached.
+        Failure: If the download fails.
+    """
     if is_here(model, file):
         return
     if file not in model.files:
@@ -121,9 +168,18 @@ def _download(name: str, revision: str, file: str) -> Path:
 
 
 def fetch_header(model: HubModel, file: str) -> tuple[bytes, int]:
-    """The length word and header of a safetensors file on the Hub, and the file's size, without its weights.
+    """Read the header of a safetensors file on the Hub, without its weights.
 
-    Raises BadInput when the file is not there, Failure when the Hub cannot be read.
+    Args:
+        model: The Hub model.
+        file: Name of the file.
+
+    Returns:
+        The length word and the header as bytes, and the file's size in bytes.
+
+    Raises:
+        BadInput: If the file is not there.
+        Failure: If the Hub cannot be read.
     """
     from huggingface_hub import HfFileSystem
     from huggingface_hub.errors import HTTPError
@@ -146,7 +202,16 @@ def fetch_header(model: HubModel, file: str) -> tuple[bytes, int]:
 
 
 def fetch_all(model: HubModel, files: Iterable[str]) -> None:
-    """See to it that all these files are in the snapshot folder, several at a time. Raises BadInput, Failure."""
+    """Download the files that are missing from the snapshot folder, several at a time.
+
+    Args:
+        model: The Hub model.
+        files: Names of the files.
+
+    Raises:
+        BadInput: If the model has no such file.
+        Failure: If a download fails.
+    """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HTTPError
 
@@ -165,10 +230,21 @@ def fetch_all(model: HubModel, files: Iterable[str]) -> None:
 def publish(
     name: str, files: Mapping[str, Path], *, message: str, private: bool = False, overwrite: bool = False
 ) -> str:
-    """Commit files (by their names there) to a model repository, made when it is not there; return the commit.
+    """Commit files to a model repository on the Hub, which is made if it is not there.
 
-    Raises BadInput without a token that may write there, and when the repository holds files already, unless
-    `overwrite`; Failure when the Hub cannot be reached or fails.
+    Args:
+        name: The Hub id of the repository.
+        files: Local paths by the files' names in the repository.
+        message: The commit message.
+        private: Whether a new repository is private.
+        overwrite: Whether the repository may hold files already.
+
+    Returns:
+        The commit.
+
+    Raises:
+        BadInput: If no token may write there, or the repository holds files already and `overwrite` is False.
+        Failure: If the Hub cannot be reached or fails.
     """
     from huggingface_hub import CommitOperationAdd, HfApi, get_token
     from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabled

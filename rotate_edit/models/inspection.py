@@ -1,4 +1,4 @@
-"""What was recognised in a checkpoint and what an edit could reach, as plain data."""
+"""Describe as plain data what was recognised in a checkpoint and what an edit can change."""
 
 from rotate_edit.models.architectures import NEURON_MATRICES
 from rotate_edit.models.checkpoint import Checkpoint
@@ -11,9 +11,17 @@ REACH_WORDS = {
 
 
 def inspect_model(checkpoint: Checkpoint) -> dict:
-    """Family, sizes, tables, norms, scales and reach of a checkpoint as JSON values; no weight is read.
+    """Describe a checkpoint: family, sizes, tables, norms, scales and reach. No weight is read.
 
-    reach: how many vectors of each matrix an edit can change.
+    Args:
+        checkpoint: The opened checkpoint.
+
+    Returns:
+        JSON values by name. `bytes` is a size in bytes. `reach` says how many vectors of each matrix an edit can
+        change.
+
+    Raises:
+        BadInput: If the folder's record is not a record of edits.
     """
     architecture, config = checkpoint.architecture, checkpoint.text_config
     parallel = architecture.parallel
@@ -59,7 +67,14 @@ def inspect_model(checkpoint: Checkpoint) -> dict:
 
 
 def reach(checkpoint: Checkpoint) -> dict[str, int]:
-    """How many vectors of each matrix an edit can change."""
+    """Count the vectors of each matrix that an edit can change.
+
+    Args:
+        checkpoint: The opened checkpoint.
+
+    Returns:
+        The number of vectors by matrix; matrices without any are left out.
+    """
     counts = dict.fromkeys(NEURON_MATRICES, 0)
     for layer in range(checkpoint.layers):
         for matrix in checkpoint.matrices:
@@ -72,7 +87,14 @@ def reach(checkpoint: Checkpoint) -> dict[str, int]:
 
 
 def described(found: dict) -> list[list[str]]:
-    """The same for a person: rows of a name and a text."""
+    """Format the result of `inspect_model` for a person.
+
+    Args:
+        found: What `inspect_model` returned.
+
+    Returns:
+        Rows of a name and a text.
+    """
     rows = [["family", f"{found['family']} (model_type {found['model_type']})"]]
     if found["revision"]:
         rows.append(["revision", found["revision"]])

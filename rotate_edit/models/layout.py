@@ -1,4 +1,4 @@
-"""How a matrix of neuron vectors lies inside a stored tensor or a live parameter."""
+"""How a matrix of neuron vectors lies inside a stored tensor or a parameter of a loaded model."""
 
 from dataclasses import replace
 
@@ -10,7 +10,18 @@ from rotate_edit.models.safetensors_file import Stored
 
 
 def matrix_shape(stored: Stored, place: Place) -> tuple[int, int]:
-    """Neurons and d_model of a matrix that lies at `place` in a stored tensor. Raises BadInput."""
+    """Compute the shape of a matrix inside a stored tensor.
+
+    Args:
+        stored: The stored tensor.
+        place: Where the matrix lies.
+
+    Returns:
+        The number of neurons, and d_model.
+
+    Raises:
+        BadInput: If the tensor is not a matrix or cannot be divided into the parts of the place.
+    """
     shape = stored.shape[1:] if place.stacked else stored.shape
     if len(shape) == 1:
         shape = (1, *shape)
@@ -23,7 +34,18 @@ def matrix_shape(stored: Stored, place: Place) -> tuple[int, int]:
 
 
 def neuron_rows(tensor: Tensor, place: Place, expert: int | None = None) -> Tensor:
-    """A view of a stored or live tensor as [neurons, d_model], whatever its orientation; writes go through it."""
+    """View a tensor as neuron vectors, whatever its orientation.
+
+    Writing to the view changes the tensor.
+
+    Args:
+        tensor: A stored tensor or a parameter of a loaded model.
+        place: Where the matrix lies in it.
+        expert: Index of the expert in a tensor that stacks experts; None means the first.
+
+    Returns:
+        The view [neurons, d_model] in the tensor's dtype.
+    """
     if place.stacked:
         tensor = tensor[0 if expert is None else expert]
     if tensor.ndim == 1:
@@ -35,7 +57,16 @@ def neuron_rows(tensor: Tensor, place: Place, expert: int | None = None) -> Tens
 
 
 def expert_slice(stored: Stored, place: Place, expert: int | None) -> Stored:
-    """The bytes of one expert in a tensor that stacks them; the tensor itself otherwise."""
+    """Find the bytes of one expert in a tensor that stacks experts.
+
+    Args:
+        stored: The stored tensor.
+        place: Where the matrix lies.
+        expert: Index of the expert; None means the first.
+
+    Returns:
+        The expert's part of the tensor; the tensor itself if it does not stack experts.
+    """
     if not place.stacked:
         return stored
     size = (stored.end - stored.start) // stored.shape[0]

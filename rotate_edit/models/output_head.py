@@ -1,6 +1,7 @@
-"""The end of a loaded model: from what its last MLP writes to its prediction, so that a change there needs one part.
+"""The output head of a loaded model: everything from what its last MLP writes to its prediction.
 
-It calls the model's own modules, in float32, so that every norm, scale and cap is as the model has it.
+A change in the last MLP needs only this part to be computed again. The functions call the model's own modules in
+float32. So every norm, scale and cap is as the model has it.
 """
 
 import copy
@@ -18,16 +19,18 @@ from rotate_edit.models.hooks import layer_modules
 from rotate_edit.models.parameters import live_parameter
 
 Function = Callable[[Tensor], Tensor]
-# Positions whose predictions are looked at together.
+# Number of positions whose predictions are computed together.
 AT_ONCE = 4000
 
 
 @dataclass(frozen=True)
 class Positions:
-    """What the last layer holds at positions of texts, on the model's device, float32.
+    """What the last layer holds at positions of texts, float32 on the model's device.
 
-    neurons: [n, neurons], the input of the MLP's last matrix; residual: [n, d_model], the residual stream before the
-    last norm; written: [n, d_model], what the MLP wrote before the norm after it (None where there is no such norm).
+    Attributes:
+        neurons: The input of the MLP's last matrix, [n, neurons].
+        residual: The residual stream before the last norm, [n, d_model].
+        written: What the MLP wrote before the norm after it, [n, d_model]; None where there is no such norm.
     """
 
     neurons: Tensor
@@ -35,17 +38,28 @@ class Positions:
     written: Tensor | None
 
     def at(self, places: Tensor) -> "Positions":
-        """Some of the positions."""
+        """Select some of the positions.
+
+        Args:
+            places: Indices, int64 [m], or a mask, bool [n].
+
+        Returns:
+            The selected positions.
+        """
         return Positions(
             self.neurons[places], self.residual[places], None if self.written is None else self.written[places]
         )
 
 
 @dataclass(frozen=True)
-class Tail:
-    """The functions after the last MLP: its own norm (None for most), the last norm, and the head with its scales.
+class OutputHead:
+    """The functions of the output head, which follow the last MLP.
 
-    added: what a block multiplies its MLP's part by.
+    Attributes:
+        after_mlp: The MLP's own norm, from [n, d_model] to [n, d_model]; None for most models.
+        norm: The last norm, from [n, d_model] to [n, d_model].
+        head: The head with its scales and cap, from [n, d_model] to logits [n, V].
+        added: Factor by which a block multiplies what its MLP adds.
     """
 
     after_mlp: Function | None
@@ -54,7 +68,15 @@ class Tail:
     added: float
 
     def moved(self, positions: Positions, change: Tensor) -> Tensor:
-        """The residual stream [n, d_model] when the MLP writes `change` [n, d_model] more."""
+        """Compute the residual stream after a change of what the MLP writes.
+
+        Args:
+            positions: What the last layer holds without the change, at n positions.
+            change: What the MLP writes in addition, float32 [n, d_model].
+
+        Returns:
+            The residual stream before the last norm, float32 [n, d_model].
+        """
         if self.after_mlp is None or positions.written is None:
             return positions.residual + self.added * change
         return positions.residual + self.added * (
@@ -62,12 +84,29 @@ class Tail:
         )
 
     def log_probabilities(self, residual: Tensor) -> Tensor:
-        """Of every next token, [n, V]."""
+        """Compute the log-probabilities of every next token.
+
+        Args:
+            residual: The residual stream before the last norm, float32 [n, d_model].
+
+        Returns:
+            Log-probabilities in nats, float32 [n, V].
+        """
         return self.head(self.norm(residual)).log_softmax(-1)
 
 
-def tail_of(model: Any) -> Tail:
-    """The tail of a dense model. Raises BadInput for a mixture of experts."""
+def output_head_of(model: Any) -> OutputHead:
+    """Build the output head of a dense model.
+
+    Args:
+        model: A loaded transformers model.
+
+    Returns:
+        The output head, with float32 copies of the model's modules.
+
+    Raises:
+        BadInput: If the model is a mixture of experts.
+    """
     config = model.config.get_text_config()
     architecture = architecture_of(model.config.to_dict())
     last, after = _norms(model)
@@ -80,7 +119,7 @@ def tail_of(model: Any) -> Tail:
         logits = factor * head(project(normed))
         return cap * torch.tanh(logits / cap) if cap else logits
 
-    return Tail(
+    return OutputHead(
         _float32(after) if after is not None else None,
         _float32(last),
         predict,
@@ -89,13 +128,31 @@ def tail_of(model: Any) -> Tail:
 
 
 def logit_factor(model: Any) -> float:
-    """What a model multiplies by what its head gives."""
+    """Compute the factor by which a model multiplies what its head gives.
+
+    Args:
+        model: A loaded transformers model.
+
+    Returns:
+        The factor.
+    """
     config, architecture = model.config.get_text_config(), architecture_of(model.config.to_dict())
     return _number(config, architecture.logit_scale) / _number(config, architecture.logit_divisor)
 
 
 def positions(model: Any, texts: Passages) -> Positions:
-    """One pass over texts: what the tail starts from at every position. Raises BadInput for a mixture of experts."""
+    """Record what the output head starts from, at every position of texts, in one pass.
+
+    Args:
+        model: A loaded transformers model.
+        texts: The texts.
+
+    Returns:
+        What the last layer holds at all real positions, batch after batch.
+
+    Raises:
+        BadInput: If the model is a mixture of experts.
+    """
     last, after = _norms(model)
     kept: dict[str, Tensor] = {}
     found: dict[str, list[Tensor]] = {}
@@ -125,7 +182,7 @@ def _removed(handle: Any) -> AbstractContextManager[Any]:
 
 
 def _out(model: Any) -> tuple[torch.nn.Module, str]:
-    """The module of the last layer's `out` matrix, and the prefix of the body that it stands in."""
+    """Find the module of the last layer's `out` matrix, and the prefix of the body that holds it."""
     layer = model.config.get_text_config().num_hidden_layers - 1
     out, _ = layer_modules(model, layer)
     pattern = architecture_of(model.config.to_dict()).dense["out"].name.format(layer=layer)
@@ -133,7 +190,7 @@ def _out(model: Any) -> tuple[torch.nn.Module, str]:
 
 
 def _norms(model: Any) -> tuple[torch.nn.Module, torch.nn.Module | None]:
-    """The norm before the head, and the one between the last MLP and the residual stream where there is one."""
+    """Find the norm before the head, and the one between the last MLP and the residual stream (None without one)."""
     architecture = architecture_of(model.config.to_dict())
     layer = model.config.get_text_config().num_hidden_layers - 1
     last = _module(model, architecture.final_norm)
@@ -145,7 +202,7 @@ def _norms(model: Any) -> tuple[torch.nn.Module, torch.nn.Module | None]:
 
 
 def _module(model: Any, name: str | None) -> torch.nn.Module | None:
-    """The module of a tensor's name in the body; None where the model has none."""
+    """Find the module of a tensor's name in the body; None where the model has none."""
     if name is None:
         return None
     try:

@@ -1,4 +1,4 @@
-"""The parameters of a loaded model by the matrix that they hold."""
+"""Find the parameters of a loaded model by the matrix that they hold."""
 
 import torch
 
@@ -9,10 +9,21 @@ from rotate_edit.models.architectures import Architecture, Place, architecture_o
 def live_parameter(
     model: torch.nn.Module, matrix: str, layer: int | None = None, expert: int | None = None
 ) -> tuple[torch.nn.Parameter, Place]:
-    """The parameter of a loaded transformers model that holds a matrix, and how the neurons lie in it.
+    """Find the parameter of a loaded model that holds a matrix.
 
-    matrix: as in MatrixChange, or "attention_out". Raises BadInput when the model has no such matrix or the
-    parameter does not hold plain numbers (quantised, or left on disk).
+    Args:
+        model: A loaded transformers model.
+        matrix: A name as in `MatrixChange`, or "attention_out". "unembedding" gives the embedding when the head is
+            tied.
+        layer: Index of the layer; None for the tables.
+        expert: Index of the expert; None in a dense layer.
+
+    Returns:
+        The parameter, and how the neurons lie in it.
+
+    Raises:
+        BadInput: If the model has no such matrix, or the parameter does not hold plain numbers (quantised, or left on
+            disk).
     """
     architecture = _architecture(model)
     parameters = dict(model.named_parameters())

@@ -1,7 +1,8 @@
-"""Safetensors files read by hand: header checked, single tensors or rows fetched by their place in the file.
+"""Read safetensors files directly: check the header and fetch single tensors or rows by their place in the file.
 
-The format: eight bytes with the header's length (little endian), a JSON header that gives every tensor's dtype,
-shape and byte range, then the bytes. Files are hostile until their header has been checked here.
+A file begins with eight bytes that hold the header's length (little endian). Then comes a JSON header with every
+tensor's dtype, shape and byte range. Then come the bytes of the tensors. A file is untrusted until its header has been
+checked here.
 """
 
 import json
@@ -34,8 +35,15 @@ EDITABLE = ("F16", "BF16", "F32", "F64")
 
 @dataclass(frozen=True)
 class Stored:
-    """One tensor in a file: file (its name in the checkpoint folder), dtype as safetensors writes it ("BF16"),
-    shape, and the bytes [start, end) it fills, counted from the beginning of the file."""
+    """Where one tensor lies in a file.
+
+    Attributes:
+        file: Name of the file in the checkpoint folder.
+        dtype: Dtype as safetensors writes it, for instance "BF16".
+        shape: Shape of the tensor.
+        start: First byte of the tensor, counted from the beginning of the file.
+        end: The byte after its last one, counted in the same way.
+    """
 
     file: str
     dtype: str
@@ -45,17 +53,21 @@ class Stored:
 
     @property
     def elements(self) -> int:
-        """How many numbers it holds."""
+        """Number of elements."""
         return math.prod(self.shape)
 
     @property
     def itemsize(self) -> int:
-        """Bytes of one element."""
+        """Size of one element in bytes."""
         return _SIZES[self.dtype]
 
     @property
     def torch_dtype(self) -> torch.dtype:
-        """The torch dtype of the tensor. Raises BadInput for a dtype that cannot be read (packed or exotic ones)."""
+        """The torch dtype of the tensor.
+
+        Raises:
+            BadInput: If the dtype cannot be read as numbers (packed or unusual ones).
+        """
         if self.dtype not in _DTYPES:
             raise BadInput(f"{self.file} stores a tensor as {self.dtype}, which cannot be read as numbers.")
         return _DTYPES[self.dtype]
@@ -63,7 +75,13 @@ class Stored:
 
 @dataclass(frozen=True)
 class Header:
-    """A checked header: tensors in the file's order, metadata, and `raw`, the length word and JSON as they stand."""
+    """A checked header.
+
+    Attributes:
+        tensors: The tensors by name, in the file's order.
+        metadata: The header's metadata.
+        raw: The length word and the JSON as they stand in the file.
+    """
 
     tensors: dict[str, Stored]
     metadata: dict[str, str]
@@ -71,9 +89,17 @@ class Header:
 
 
 def read_header(path: Path, file: str | None = None) -> Header:
-    """Read and check the header of a safetensors file; `file` is the name to report (default: the path's own).
+    """Read and check the header of a safetensors file.
 
-    Raises BadInput when the file cannot be read, is truncated, or its header is not a consistent one.
+    Args:
+        path: Path of the file.
+        file: Name to use in messages; None for the path's own name.
+
+    Returns:
+        The checked header.
+
+    Raises:
+        BadInput: If the file cannot be read or is truncated, or its header is not consistent.
     """
     file = file or path.name
     try:
@@ -89,7 +115,19 @@ def read_header(path: Path, file: str | None = None) -> Header:
 
 
 def parse_header(raw: bytes, size: int, file: str) -> Header:
-    """Check a header given as bytes (length word and JSON), for a file of `size` bytes. Raises BadInput."""
+    """Check a header that is given as bytes.
+
+    Args:
+        raw: The length word and the JSON.
+        size: Size of the whole file in bytes.
+        file: Name of the file for messages.
+
+    Returns:
+        The checked header.
+
+    Raises:
+        BadInput: If the header is cut short, is not valid JSON, or does not describe the file.
+    """
     if len(raw) < 8 or int.from_bytes(raw[:8], "little") != len(raw) - 8:
         raise BadInput(f"{file} is not a whole safetensors file: its header is cut short or longer than allowed.")
     try:
@@ -121,7 +159,7 @@ def _without_repeats(pairs: list[tuple[str, object]]) -> dict[str, object]:
 
 def _stored(name: str, entry: object, data_start: int, size: int, file: str) -> Stored:
     wrong = BadInput(f"{file} is damaged: its header entry for {quoted(name)} is not a possible tensor.")
-    # Names are shown in messages and reports, so they have to be plain text of a sensible length.
+    # Messages and reports show the names, so a name has to be plain text of a sensible length.
     if not name.isprintable() or len(name) > LONGEST_NAME:
         raise wrong
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
@@ -144,7 +182,19 @@ def _stored(name: str, entry: object, data_start: int, size: int, file: str) -> 
 
 
 def read_bytes(path: Path, start: int, end: int) -> Tensor:
-    """The bytes [start, end) of a file as a writable uint8 tensor. Raises BadInput when the file ends before."""
+    """Read the bytes [start, end) of a file.
+
+    Args:
+        path: Path of the file.
+        start: First byte.
+        end: The byte after the last one.
+
+    Returns:
+        The bytes as a writable tensor, uint8 [end - start].
+
+    Raises:
+        BadInput: If the file cannot be read or ends before `end`.
+    """
     content = torch.empty(end - start, dtype=torch.uint8)
     view = content.numpy().data
     done = 0
@@ -164,13 +214,36 @@ def read_bytes(path: Path, start: int, end: int) -> Tensor:
 
 
 def read_stored(path: Path, stored: Stored) -> Tensor:
-    """A whole tensor in its stored dtype and shape. Raises BadInput when it cannot be read."""
+    """Read a whole tensor.
+
+    Args:
+        path: Path of the file.
+        stored: Where the tensor lies.
+
+    Returns:
+        The tensor in its stored dtype and shape.
+
+    Raises:
+        BadInput: If the tensor cannot be read.
+    """
     dtype = stored.torch_dtype
     return read_bytes(path, stored.start, stored.end).view(dtype).reshape(stored.shape)
 
 
 def read_stored_rows(path: Path, stored: Stored, rows: Tensor) -> Tensor:
-    """The named rows (int64 [n]) of a tensor's first dimension, in its stored dtype, without reading the others."""
+    """Read some rows of a tensor's first dimension, without reading the others.
+
+    Args:
+        path: Path of the file.
+        stored: Where the tensor lies.
+        rows: Indices of the rows, int64 [n].
+
+    Returns:
+        The rows [n, ...] in the stored dtype.
+
+    Raises:
+        BadInput: If there is no such row, or the tensor cannot be read.
+    """
     dtype = stored.torch_dtype
     if not stored.shape or (len(rows) and not (int(rows.min()) >= 0 and int(rows.max()) < stored.shape[0])):
         raise BadInput(f"{stored.file} holds a tensor of shape {list(stored.shape)} that has no such row.")

@@ -1,4 +1,7 @@
-"""The text that a model writes itself, kept between runs: writing it takes longer than most of what then reads it."""
+"""Self-generated text: text that a model writes without a prompt, kept between runs.
+
+Writing it takes longer than most of the work that then reads it.
+"""
 
 import hashlib
 import importlib.metadata
@@ -17,16 +20,28 @@ from rotate_edit.models.generation import first_token, padding_token
 VERSION = 1
 
 
-def own_text(model: Any, tokenizer: Any, *, tokens: int, seed: int) -> Passages:
-    """`keys.own_samples`, read from the cache folder when the same weights have written it before under the same
-    settings, device, threads and versions."""
+def self_text(model: Any, tokenizer: Any, *, tokens: int, seed: int) -> Passages:
+    """Return self-generated text of a model, from the cache folder if it is there.
+
+    The cache is used when the same weights wrote the text under the same settings. Device, number of threads and
+    versions must be the same as well.
+
+    Args:
+        model: A loaded transformers model.
+        tokenizer: Its tokenizer.
+        tokens: Number of tokens, as in `write_samples`.
+        seed: Seed of the draw.
+
+    Returns:
+        The samples in batches, as `write_samples` returns them.
+    """
     vocabulary_size = model.config.get_text_config().vocab_size
     key = _key(model, tokenizer, tokens, seed)
     file = cache_folder() / f"text-{key}.json"
     rows = _read(file, vocabulary_size)
     if rows is not None:
         return batched(rows, vocabulary_size)
-    written = own_samples(model, tokenizer, tokens=tokens, seed=seed)
+    written = write_samples(model, tokenizer, tokens=tokens, seed=seed)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(file, json.dumps(torch.cat(written.batches)[torch.cat(written.order).argsort()].tolist()))
@@ -52,7 +67,7 @@ def _key(model: Any, tokenizer: Any, tokens: int, seed: int) -> str:
 
 
 def _read(file: Path, vocabulary_size: int) -> list[list[int]] | None:
-    """Rows of token ids; None when there are none or the file is damaged, since a cache may always be."""
+    """Read rows of token ids; None when there are none or the file is damaged, as a cache may always be."""
     try:
         rows = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -69,11 +84,20 @@ SAMPLE_LENGTH = 100
 SAMPLES_AT_ONCE = 128
 
 
-def own_samples(model: Any, tokenizer: Any, *, tokens: int, seed: int) -> Passages:
-    """About `tokens` tokens that the model writes from nothing, at temperature 1, in samples of 100.
+def write_samples(model: Any, tokenizer: Any, *, tokens: int, seed: int) -> Passages:
+    """Generate text with a model, without a prompt and at temperature 1, in samples of 100 tokens.
 
-    Samples go on after an end of text, as training texts do. torch's own generator is left as it was; the same seed,
+    A sample goes on after an end of text, as training texts do. Torch's own generator is left as it was. The same seed,
     device and number of threads give the same samples.
+
+    Args:
+        model: A loaded transformers model.
+        tokenizer: Its tokenizer.
+        tokens: About how many tokens are generated in all.
+        seed: Seed of the draw.
+
+    Returns:
+        The samples in batches.
     """
     device = next(model.parameters()).device
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", None) or SAMPLE_LENGTH

@@ -25,10 +25,20 @@ NAME_LENGTH = 96
 
 
 def write_cards(folder: Path, base_model: str | None = None, name: str | None = None) -> list[Path]:
-    """Write README.md into model/ and adapter/ of a run folder, where they exist; return what was written.
+    """Write README.md into model/ and adapter/ of a run folder, where they exist.
 
-    base_model: the Hub id of the base, when the run took it from a folder; name: the edited model's own id. The
-    base's own card stays beside it as README.base.md. Raises BadInput when the folder holds no edit.
+    The base's own card stays beside it as README.base.md.
+
+    Args:
+        folder: The run folder.
+        base_model: The Hub id of the base, when the run took it from a folder.
+        name: The edited model's own id.
+
+    Returns:
+        The paths of the files written.
+
+    Raises:
+        BadInput: When the folder holds no edit or no readable recipe.
     """
     edit = load_edit(folder / "edit")
     result = read_json(folder, EVALUATION) if (folder / EVALUATION).is_file() else {}
@@ -47,13 +57,20 @@ def write_cards(folder: Path, base_model: str | None = None, name: str | None = 
 
 
 def base_metadata(path: Path) -> dict[str, Any]:
-    """What an edited model inherits from its base's card: licence and language, where the card states them."""
+    """Read what an edited model inherits from its base's card: licence and language.
+
+    Args:
+        path: The base's card.
+
+    Returns:
+        Those of `INHERITED` that the card states. Empty when there is no readable card.
+    """
     try:
         text = path.read_text(encoding="utf-8")
         found = re.match(r"---\s*\n(.*?)\n---\s*\n", text, flags=re.DOTALL)
         content = yaml.safe_load(found[1]) if found else None
     except (OSError, UnicodeDecodeError, yaml.YAMLError):
-        # A base without a card, or with one that is not one, has nothing to hand down.
+        # A base without a readable card passes nothing on.
         return {}
     if not isinstance(content, dict):
         return {}
@@ -76,7 +93,20 @@ def card(
     base_model: str | None = None,
     name: str | None = None,
 ) -> str:
-    """The text of a card. result: evaluation.json's content, empty when nothing was measured; kind: of `KINDS`."""
+    """Compose the text of a card.
+
+    Args:
+        edit: The edit.
+        result: Content of evaluation.json. Empty when nothing was measured.
+        recipe: The recipe's text.
+        inherited: What the base's card hands down (see `base_metadata`).
+        kind: One of `KINDS`.
+        base_model: The Hub id of the base, when the run took it from a folder.
+        name: The edited model's own id.
+
+    Returns:
+        Markdown with a metadata block.
+    """
     import jinja2
 
     base = edit.base
@@ -202,7 +232,17 @@ def _evaluation_results(result: Mapping[str, Any]) -> list[Any]:
 
 
 def card_metadata(text: str) -> dict[str, Any]:
-    """The metadata block of a card. Raises BadInput when there is none."""
+    """Read the metadata block of a card.
+
+    Args:
+        text: The card.
+
+    Returns:
+        The metadata as plain JSON values.
+
+    Raises:
+        BadInput: When there is no block that can be read.
+    """
     from huggingface_hub import ModelCard
 
     try:

@@ -1,7 +1,7 @@
-"""What all figures share: palette, type, a canvas in pixels, and a figure as SVG text for a page or as PNG bytes.
+"""What all figures share: palette, type, a canvas in pixels, and output as SVG text or PNG bytes.
 
-An SVG for a page carries no colour of its own: each is a CSS variable (`--ink`, `--blue`, ...) with the light one as
-its fallback, so that the page decides between light and dark. Every size is in pixels.
+An SVG for a page carries no colour of its own. Each colour is a CSS variable (`--ink`, `--blue`, ...) with the light
+one as its fallback. So the page decides between light and dark. Every size is in pixels.
 """
 
 import io
@@ -39,7 +39,11 @@ WIDE, NARROW = 800, 352
 
 @contextmanager
 def style() -> Iterator[None]:
-    """Matplotlib's settings for all figures, in force inside the block."""
+    """Put matplotlib's settings for all figures in force inside the block.
+
+    Yields:
+        Nothing.
+    """
     import matplotlib
 
     settings: Any = {
@@ -60,13 +64,21 @@ def style() -> Iterator[None]:
         "lines.solid_capstyle": "round",
     }
     with matplotlib.rc_context(settings), warnings.catch_warnings():
-        # A token may be in any script; a page brings its own fonts, so a missing glyph here is no news.
+        # A token may be in any script; a page brings its own fonts, so a glyph missing here does not matter.
         warnings.filterwarnings("ignore", message="Glyph .* missing")
         yield
 
 
 def canvas(width: float, height: float) -> "Figure":
-    """An empty figure of that many pixels."""
+    """Make an empty figure.
+
+    Args:
+        width: Width in pixels.
+        height: Height in pixels.
+
+    Returns:
+        The figure.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -76,16 +88,37 @@ def canvas(width: float, height: float) -> "Figure":
 
 
 def axes_at(figure: "Figure", left: float, top: float, width: float, height: float) -> "Axes":
-    """Axes by pixels from the figure's upper left corner."""
+    """Add axes at a place given in pixels from the figure's upper left corner.
+
+    Args:
+        figure: The figure.
+        left: Distance from the left edge in pixels.
+        top: Distance from the upper edge in pixels.
+        width: Width in pixels.
+        height: Height in pixels.
+
+    Returns:
+        The axes.
+    """
     whole_width, whole_height = figure.get_size_inches() * 72
     box = (left / whole_width, 1 - (top + height) / whole_height, width / whole_width, height / whole_height)
     return figure.add_axes(box)
 
 
 def svg(figure: "Figure", name: str, title: str, description: str) -> str:
-    """The figure as an SVG element for a page: coloured by CSS variables, its ids prefixed by `name`.
+    """Write the figure as an SVG element for a page.
 
-    title and description are read out by screen readers; hostile text in them and in the figure stays text.
+    It is coloured by CSS variables, and its ids are prefixed by `name`. Untrusted text in the title, the description
+    and the figure stays text.
+
+    Args:
+        figure: The figure.
+        name: Prefix of the ids, unique on the page.
+        title: Title, read out by screen readers.
+        description: Description, read out by screen readers.
+
+    Returns:
+        The SVG element as text.
     """
     stream = io.StringIO()
     with style():
@@ -130,7 +163,15 @@ def _for_page(element: ElementTree.Element, name: str) -> None:
 
 
 def png(figure: "Figure", *, pixels_per_unit: float = 2.0) -> bytes:
-    """The figure as a PNG on a white page, for places that show no SVG."""
+    """Write the figure as a PNG on a white page, for places that show no SVG.
+
+    Args:
+        figure: The figure.
+        pixels_per_unit: Image pixels for one pixel of the figure.
+
+    Returns:
+        The bytes of the PNG file.
+    """
     stream = io.BytesIO()
     with style():
         figure.savefig(stream, format="png", dpi=72 * pixels_per_unit, facecolor="white", metadata={"Software": None})

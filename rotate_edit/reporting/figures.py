@@ -1,6 +1,7 @@
-"""The report's figures: plain data in, a matplotlib figure out (`drawing` turns it into SVG or PNG).
+"""The report's figures: plain data goes in, a matplotlib figure comes out.
 
-Every size is in pixels; every figure has a wide form for a page and a narrow one for a phone.
+`drawing` turns the figure into SVG or PNG. Every size is in pixels. Every figure has a wide form for a page and a
+narrow one for a phone.
 """
 
 import itertools
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Colour, dash pattern and marker of each edit method, the same in every report, so that no method is told by hue alone.
+# Colour, dash pattern and marker of each edit method, the same in every report. No method is marked by hue alone.
 STYLES: dict[str, tuple[str, Any, str]] = {
     "fitted": ("blue", "-", "o"),
     "keyed": ("blue", (0, (1, 2)), "s"),
@@ -47,7 +48,15 @@ NEAR_SPOTS = 8
 
 @dataclass(frozen=True)
 class CurvePoint:
-    """One strength of one method: the concept's mass as a fraction of the base's, the damage (nats), its interval."""
+    """One strength of one method.
+
+    Attributes:
+        strength: The edit's strength.
+        mass: The concept's mass, as a fraction of the base's.
+        damage: The damage, KL divergence in nats.
+        low: Lower end of the damage's interval, in nats.
+        high: Upper end of the damage's interval, in nats.
+    """
 
     strength: float
     mass: float
@@ -58,10 +67,17 @@ class CurvePoint:
 
 @dataclass(frozen=True)
 class ForestRow:
-    """One task's paired difference (edited - base) with its 95 % interval, in the unit of its panel.
+    """One task's paired difference (edited - base) with its 95 % interval.
 
-    values: what stands beside it ("0.98 → 0.27"); group: concept, neighbour or general; clear: whether the corrected
-    p-value is below 0.05; panel: the unit, one panel each.
+    Attributes:
+        label: Name of the task.
+        group: "concept", "neighbour" or "general".
+        panel: Title of the row's panel, which names the unit. Each unit has a panel of its own.
+        value: The difference, in the unit of its panel.
+        low: Lower end of the interval, in the same unit.
+        high: Upper end of the interval, in the same unit.
+        values: The text beside it, for instance "0.98 → 0.27".
+        clear: Whether the corrected p-value is below 0.05.
     """
 
     label: str
@@ -78,7 +94,14 @@ class ForestRow:
 
 
 def curve_points(rows: Sequence[Mapping[str, Any]]) -> list[CurvePoint]:
-    """The points of a curve of evaluation.json that can be drawn on logarithmic axes, in the order of |strength|."""
+    """Read the points of a curve of evaluation.json that can be drawn on logarithmic axes.
+
+    Args:
+        rows: The curve's rows, with `strength`, `mass` and `collateral_kl`.
+
+    Returns:
+        The points in the order of |strength|.
+    """
     points = []
     for row in rows:
         mass, damage = row.get("mass") or {}, row.get("collateral_kl") or {}
@@ -93,7 +116,17 @@ def curve_points(rows: Sequence[Mapping[str, Any]]) -> list[CurvePoint]:
 
 
 def point_at(points: Sequence[CurvePoint], strength: float | None) -> CurvePoint | None:
-    """The curve at a strength, logarithms of mass and damage linear in between; None outside the measured range."""
+    """Interpolate a curve at a strength.
+
+    The logarithms of mass and damage are linear in between.
+
+    Args:
+        points: The curve, ascending in |strength|.
+        strength: The strength. None gives None.
+
+    Returns:
+        The point. None outside the measured range.
+    """
     for point in points:
         if strength is not None and math.isclose(point.strength, strength, rel_tol=1e-9):
             return point
@@ -119,11 +152,21 @@ def removal_damage(
     target: float | None = 0.1,
     narrow: bool = False,
 ) -> "Figure":
-    """Every method's curve: share of the concept removed (or times amplified) against damage, the chosen point ringed.
+    """Draw every method's curve: removal of the concept against damage.
 
-    Both axes are logarithmic, in what is left of the concept's mass and in nats, so that the straight lines between
-    measured strengths are the interpolation that the comparison at equal removal uses. target: the mass at which the
-    methods are compared.
+    Removal is the share of the concept removed, or how many times it is amplified. A ring marks the chosen point. Both
+    axes are logarithmic, in what is left of the concept's mass and in nats. So straight lines between measured
+    strengths are the interpolation that the comparison at equal removal uses.
+
+    Args:
+        curves: Each method's points, by the method's name.
+        chosen_method: Name of the method that was chosen.
+        strength: Strength of the chosen point. None draws no ring.
+        target: The mass at which methods are compared, as a fraction of the base's. None draws no line.
+        narrow: Draw the form for a phone.
+
+    Returns:
+        The figure.
     """
     drawn = {method: list(points) for method, points in curves.items() if points}
     amplified = any(point.strength < 0 for point in drawn.get(chosen_method, ()))
@@ -190,7 +233,7 @@ def _removal_axis(
         axes.set_xlabel("the concept's probability mass, times the base model's")
         right = max(0.8, furthest)
     else:
-        # The first that has room is shown.
+        # Of two ticks that would overlap, the first in this order is shown.
         shares = (0, 0.9, 0.99, 0.999, 0.9999, 0.5, 0.8, 0.95)
         ticks = {-math.log10(1 - share): f"{100 * share:g} %" for share in shares}
         axes.set_xlabel(
@@ -254,7 +297,7 @@ def _place_labels(axes: "Axes", lines: Mapping[str, Sequence[tuple[float, float]
                 if price < cost:
                     best, cost = box, price
         if best is None or cost >= 4000:
-            # There is no room for it: the table under the figure names every method.
+            # There is no space for it: the table under the figure names every method.
             sample.remove()
             continue
         taken.append(best)
@@ -299,7 +342,13 @@ def _overlap(one: Sequence[float], other: Sequence[float]) -> bool:
 
 @dataclass(frozen=True)
 class EditedNeuron:
-    """Where one edited vector stands: layer, place among the layer's neurons (experts one after another), matrix."""
+    """The place of one edited vector.
+
+    Attributes:
+        layer: Index of the layer.
+        place: Index among the layer's neurons, experts one after another.
+        matrix: "gate", "in" or "out".
+    """
 
     layer: int
     place: int
@@ -307,9 +356,18 @@ class EditedNeuron:
 
 
 def layer_strip(neurons: Sequence[EditedNeuron], layers: int, width: int, *, narrow: bool = False) -> "Figure":
-    """A strip of the model: one row a layer, one tick an edited neuron, and how many there are on the right.
+    """Draw a strip of the model: one row per layer, one tick per edited neuron.
 
-    layers: of the model; width: neurons of a layer. Matrices have a colour and a lane of their own in each row.
+    The number of edited neurons stands on the right. Each matrix has a colour and a lane of its own in every row.
+
+    Args:
+        neurons: The edited vectors.
+        layers: Number of layers of the model.
+        width: Number of neurons of a layer.
+        narrow: Draw the form for a phone.
+
+    Returns:
+        The figure.
     """
     row = min(24.0, max(6.0, 420 / layers))
     height = row * layers
@@ -360,7 +418,7 @@ def _draw_counts(figure: "Figure", counts: Sequence[int], *, left: float, row: f
     axes.set_axis_off()
     written: list[int] = []
     for layer, count in sorted(enumerate(counts), key=lambda pair: -pair[1]):
-        # The largest are written first; in a tall model the others have no room.
+        # The largest are written first; in a tall model there is no space for the others.
         if count and all(abs(layer - other) >= step for other in written):
             written.append(layer)
             axes.annotate(
@@ -382,9 +440,17 @@ def _draw_counts(figure: "Figure", counts: Sequence[int], *, left: float, row: f
 
 
 def forest(rows: Sequence[ForestRow], *, narrow: bool = False) -> "Figure":
-    """Every difference with its 95 % interval, a panel with its own scale for each unit, zero marked.
+    """Draw every difference with its 95 % interval, and mark zero.
 
-    A filled point is a difference that chance does not explain (after correction), an open one is not.
+    Each unit has a panel with its own scale. A filled point is a difference that chance does not explain (after
+    correction). An open point is one that chance may explain.
+
+    Args:
+        rows: The differences.
+        narrow: Draw the form for a phone.
+
+    Returns:
+        The figure.
     """
     panels: dict[str, list[ForestRow]] = {}
     for row in rows:

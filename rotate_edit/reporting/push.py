@@ -1,4 +1,4 @@
-"""A run's edited checkpoint or adapter to the Hugging Face Hub, by a list of files that may go there."""
+"""Publish a run's edited checkpoint or adapter on the Hugging Face Hub, by a list of allowed files."""
 
 import json
 from dataclasses import dataclass
@@ -23,7 +23,13 @@ ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "README.md"
 
 @dataclass(frozen=True)
 class Pushed:
-    """What was published: the repository's id, its commit, and the files by their names there."""
+    """What was published.
+
+    Attributes:
+        repository: Id of the Hub repository.
+        commit: Id of its commit.
+        files: The files, by their names there.
+    """
 
     repository: str
     commit: str
@@ -31,11 +37,21 @@ class Pushed:
 
 
 def files_to_push(folder: Path, *, adapter: bool = False, undo: bool = False) -> dict[str, Path]:
-    """The files of a run folder that are published, by their names on the Hub: a list of what may go, nothing else.
+    """List the files of a run folder that are published. Nothing else may be.
 
-    The checkpoint (or with `adapter` the adapter) stands at the top, the edit in edit/, and what is needed to repeat
-    the run beside it. undo: with the undo file, which holds what was removed. Raises BadInput when something that has
-    to be there is missing or is a link.
+    The checkpoint, or with `adapter` the adapter, stands at the top. The edit is in edit/. What is needed to repeat the
+    run stands beside it.
+
+    Args:
+        folder: The run folder.
+        adapter: Publish the adapter instead of the checkpoint.
+        undo: Publish the undo file too, which holds what was removed.
+
+    Returns:
+        The files' paths, by their names on the Hub.
+
+    Raises:
+        BadInput: When something that has to be there is missing or is a link.
     """
     inner = folder / ("adapter" if adapter else "model")
     if not inner.is_dir():
@@ -68,12 +84,27 @@ def push(
     base_model: str | None = None,
     overwrite: bool = False,
 ) -> Pushed:
-    """Publish a run folder's checkpoint or adapter as one commit of a Hub repository, which is made if need be.
+    """Publish a run folder's checkpoint or adapter as one commit of a Hub repository.
 
-    The card is written again with the repository's name, and with base_model, the base's Hub id when the run took the
-    base from a folder. A checkpoint that is not what its edit says, or an adapter that is not the run's, is not
-    published. Raises BadInput for a folder or name that cannot be, without a token, and when the repository holds files
-    already (unless `overwrite`); Failure when the Hub fails.
+    The repository is made if need be. The card is written again with the repository's name. A checkpoint that is not
+    what its edit says is not published. Neither is an adapter that is not the run's.
+
+    Args:
+        folder: The run folder.
+        repository: Id of the Hub repository, owner/name.
+        private: Make a new repository private.
+        adapter: Publish the adapter instead of the checkpoint.
+        undo: Publish the undo file too, which holds what was removed.
+        base_model: The base's Hub id, when the run took the base from a folder.
+        overwrite: Publish even when the repository holds files already.
+
+    Returns:
+        What was published.
+
+    Raises:
+        BadInput: When the folder or a name cannot be used, or there is no token. Also when the repository holds files
+            already (unless `overwrite`).
+        Failure: When the Hub fails.
     """
     for name in (repository, *([base_model] if base_model else [])):
         if not hub.looks_like_hub_id(name) or "/" not in name:
@@ -99,7 +130,10 @@ def push(
 
 
 def _recorded(folder: Path) -> str | None:
-    """The hash of the adapter as the run left it; of a folder without a record, such as `edit` writes, the present."""
+    """Return the hash of the adapter as the run left it.
+
+    A folder without a record, such as `edit` writes, gives the adapter's present hash.
+    """
     if not (folder / REPRODUCE).is_file():
         return hashes(folder).get("adapter")
     known = read_json(folder, REPRODUCE).get("hashes")
@@ -107,6 +141,9 @@ def _recorded(folder: Path) -> str | None:
 
 
 def _name_base(path: Path, base_model: str) -> None:
-    """PEFT looks for the base under this entry, which stays empty when a run takes its base from a folder."""
+    """Write the base's id into the adapter's configuration, where PEFT looks for it.
+
+    The entry stays empty when a run takes its base from a folder.
+    """
     content = read_json(path.parent, path.name) | {"base_model_name_or_path": base_model}
     write_atomically(path, json.dumps(content, indent=1, allow_nan=False) + "\n")

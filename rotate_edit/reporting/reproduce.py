@@ -1,4 +1,7 @@
-"""What a run needs to be done again, and what came of it: reproduce.json, and how a second run differs from it."""
+"""What a run needs to be done again, and what came of it.
+
+Both are in reproduce.json. This module also finds how a second run differs from the first.
+"""
 
 import hashlib
 import json
@@ -26,7 +29,14 @@ ADAPTER = "adapter/adapter_model.safetensors"
 
 @dataclass(frozen=True)
 class Difference:
-    """One difference of a second run: how bad it is (of `SEVERITIES`), in what, what it was and what it is now."""
+    """One difference of a second run.
+
+    Attributes:
+        severity: One of `SEVERITIES`.
+        what: What differs.
+        before: What it was.
+        now: What it is now.
+    """
 
     severity: str
     what: str
@@ -38,6 +48,18 @@ def write_reproduction(folder: Path, recipe: Recipe, result: Mapping[str, Any]) 
     """Write reproduce.json into a run folder: recipe, hashes, numbers, versions, hardware and seeds.
 
     The home folder of whoever ran it is `~` in it.
+
+    Args:
+        folder: The run folder.
+        recipe: The run's recipe.
+        result: Content of evaluation.json.
+
+    Returns:
+        The content of reproduce.json.
+
+    Raises:
+        BadInput: When a file of the run cannot be read or the folder cannot be written.
+        Failure: When the disk is full or fails.
     """
     known = result["provenance"]
     edited = (folder / "edit" / EDIT_JSON).is_file()
@@ -59,7 +81,18 @@ def write_reproduction(folder: Path, recipe: Recipe, result: Mapping[str, Any]) 
 
 
 def hashes(folder: Path) -> dict[str, str]:
-    """What a run has made, by name: the identity of its edit, every tensor it changed, its adapter."""
+    """Collect the hashes of what a run has made.
+
+    Args:
+        folder: The run folder.
+
+    Returns:
+        The identity of its edit, the SHA-256 of every tensor it changed and of its adapter, by name. What is not there
+        is left out.
+
+    Raises:
+        BadInput: When a file of the edit cannot be read.
+    """
     found = {}
     if (folder / "edit" / EDIT_JSON).is_file():
         found["edit"] = str(read_json(folder / "edit", EDIT_JSON).get("identity"))
@@ -72,8 +105,17 @@ def hashes(folder: Path) -> dict[str, str]:
 
 
 def numbers(result: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Every number of an evaluation with its interval: strengths, summary, measures, base and edited by item, and the
-    damage of every method where a tenth of a concept is left."""
+    """List every number of an evaluation with its interval.
+
+    These are the strengths, the summary, the measures, and base and edited by item. The damage of every method where a
+    tenth of a concept is left is listed too.
+
+    Args:
+        result: Content of evaluation.json.
+
+    Yields:
+        A name, and `value`, `low`, `high` and `n` (None where there is none).
+    """
     for concept in result.get("concepts") or []:
         if isinstance(concept.get("strength"), int | float):
             yield f"strength of {concept['name']}", _number(concept["strength"])
@@ -99,9 +141,17 @@ def _number(value: float | None, low: float | None = None, high: float | None = 
 
 
 def read_reproduction(path: Path, model: str | None = None) -> tuple[Recipe, dict[str, Any]]:
-    """A reproduce.json as hostile input: its recipe, checked, and its content.
+    """Read a reproduce.json as untrusted input.
 
-    model: takes the place of the recipe's, for a base that lies somewhere else here. Raises BadInput.
+    Args:
+        path: The file.
+        model: Takes the place of the recipe's model, for a base that lies somewhere else here.
+
+    Returns:
+        The recipe, checked, and the file's content.
+
+    Raises:
+        BadInput: When the file cannot be read, lacks a part, or holds a number or a recipe that cannot be used.
     """
     content = read_json(path.parent, path.name, strict=True)
     if content.get("format") != FORMAT or content.get("version") != VERSION:
@@ -119,7 +169,15 @@ def read_reproduction(path: Path, model: str | None = None) -> tuple[Recipe, dic
 
 
 def check_same_base(content: Mapping[str, Any], checkpoint: Checkpoint) -> None:
-    """Refuse to repeat a run on another base, naming what differs. Raises BadInput."""
+    """Refuse to repeat a run on another base.
+
+    Args:
+        content: Content of reproduce.json.
+        checkpoint: The base at hand.
+
+    Raises:
+        BadInput: When the base differs. It names what differs.
+    """
     differences = base_differences(dict(content["base"]), checkpoint)
     if differences:
         named = ", ".join(differences[:4]) + (f" and {len(differences) - 4} more" if len(differences) > 4 else "")
@@ -129,11 +187,18 @@ def check_same_base(content: Mapping[str, Any], checkpoint: Checkpoint) -> None:
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[Difference]:
-    """How a second run differs from the first, the worst first; both are contents of reproduce.json.
+    """Find how a second run differs from the first.
 
     On the same hardware with the same versions everything must be identical. Elsewhere hashes may differ by rounding
-    (minor), and a number must lie in the first run's interval (minor), or it is serious. Other versions and other
+    (minor). A number there must lie in the first run's interval (minor), or it is serious. Other versions and other
     hardware are notes.
+
+    Args:
+        before: Content of the first run's reproduce.json.
+        now: Content of the second run's.
+
+    Returns:
+        The differences, the worst first.
     """
     found = []
     for part in ("versions", "hardware"):

@@ -25,8 +25,8 @@ from rotate_edit.evaluation import curves, measures, statistics
 from rotate_edit.evaluation.evaluate import texts_about
 from rotate_edit.models import batches
 from rotate_edit.models.checkpoint import read_unembedding
-from rotate_edit.models.output_head import Positions, Tail, positions, tail_of
-from rotate_edit.models.self_text import own_text
+from rotate_edit.models.output_head import Positions, OutputHead, positions, output_head_of
+from rotate_edit.models.self_text import self_text
 from rotate_edit.pipeline import GROUP_DISTANCES, Opened, locate
 from rotate_edit.recipe import Recipe, parse_recipe
 from rotate_edit.search import pareto
@@ -67,7 +67,7 @@ class Ends:
     base's log-probabilities there [n, V], and the end of the model. The base's answers are the end's own, in float32,
     which a model in bfloat16 does not repeat exactly."""
 
-    tail: Tail
+    tail: OutputHead
     concept: Mapping[str, Positions]
     mass: Mapping[str, float]
     others: Positions
@@ -120,11 +120,11 @@ def prepare(opened: Opened, *, tokens: int = TOKENS, report: Report = silent) ->
     if recipe.edit.method in WHOLE_LAYER:
         groups = [located.ids for located in next(iter(found.values()))]
         rows = {layer: torch.arange(opened.checkpoint.neurons_in(layer)) for layer in last_layers(opened)}
-        samples = own_text(model, opened.tokenizer, tokens=recipe.edit.key_tokens, seed=recipe.seed)
+        samples = self_text(model, opened.tokenizer, tokens=recipe.edit.key_tokens, seed=recipe.seed)
         if recipe.edit.method == "fitted":
             (located,) = found.values()
             report("fit", 0, 1)
-            tail, seen = tail_of(model), positions(model, samples)
+            tail, seen = output_head_of(model), positions(model, samples)
             head = read_unembedding(opened.checkpoint) if recipe.edit.direction == "least-divergence" else None
             moments = last_moments(seen, tail, next(iter(rows)), groups, head)
             rounds, rank = finest_fit(opened)
@@ -144,7 +144,7 @@ def measured_on(prepared: Prepared, known: dict[str, measures.Reference]) -> Pre
     on_rows = recipe.edit.embeddings or any(concept.amplified for concept in recipe.concepts)
     if recipe.edit.method != "fitted" or on_rows:
         return replace(prepared, known=known)
-    tail = tail_of(prepared.model)
+    tail = output_head_of(prepared.model)
     concept, mass = {}, {}
     for name, reference in known.items():
         seen, says = positions(prepared.model, reference.concept), []

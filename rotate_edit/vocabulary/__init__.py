@@ -1,1 +1,1 @@
-"""Tokens, words and what vectors are projected on."""
+"""Tokens, words, and the tables that vectors are projected on."""

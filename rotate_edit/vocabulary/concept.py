@@ -1,4 +1,4 @@
-"""A concept: a name and words, followed to the tokens of one vocabulary, and the channels that belong to it."""
+"""Concepts: from a name and words to the tokens of one vocabulary, and to groups of these tokens."""
 
 import re
 from dataclasses import dataclass
@@ -16,9 +16,12 @@ MOST_OTHER_WORDS = 5
 class TokenSet:
     """The tokens of one concept in one vocabulary.
 
-    name: the concept's name; ids: int64 [n], ascending; words: each usable word with its token ids; left_out: the
-    words that no token stands for; warnings: one sentence for every word that was left out or is followed by its
-    first token only.
+    Attributes:
+        name: The concept's name.
+        ids: Token ids, int64 [n], ascending.
+        words: Token ids of each usable word.
+        left_out: Words that no token stands for.
+        warnings: One sentence for each word that was left out or is followed by its first token only.
     """
 
     name: str
@@ -29,11 +32,17 @@ class TokenSet:
 
 
 def token_texts(tokenizer: Any) -> list[str]:
-    """The text of every token id of a transformers tokenizer, a leading space written as a space.
+    """Decode every token id of a tokenizer on its own.
 
-    Byte-level pieces (GPT-2, Llama 3, Qwen) are decoded through the byte alphabet and SentencePiece's mark is turned
-    into a space, because `decode` would drop the space that tells the beginning of a word. An id without a piece
-    has the empty text.
+    A leading space is kept as a space. `decode` would drop it, although it marks the beginning of a word. So byte-level
+    pieces (GPT-2, Llama 3, Qwen) are decoded through the byte alphabet here. SentencePiece's mark is turned into a
+    space.
+
+    Args:
+        tokenizer: A transformers tokenizer.
+
+    Returns:
+        The text of every token id. An id without a piece has the empty text.
     """
     pieces: list[str] = [""] * (max(tokenizer.get_vocab().values()) + 1)
     for piece, index in tokenizer.get_vocab().items():
@@ -45,7 +54,14 @@ def token_texts(tokenizer: Any) -> list[str]:
 
 
 def plural(word: str) -> str:
-    """The English plural of the last word of a phrase, by the `inflect` library; the word itself if it has none."""
+    """Form the English plural of the last word of a phrase with the `inflect` library.
+
+    Args:
+        word: A word or phrase.
+
+    Returns:
+        The plural; the word itself if it has none.
+    """
     import inflect
 
     engine = inflect.engine()
@@ -55,12 +71,25 @@ def plural(word: str) -> str:
 def find_tokens(
     name: str, words: list[str], tokenizer: Any, texts: list[str], *, plurals: bool = False, required: bool = True
 ) -> TokenSet:
-    """Follow the words of a concept to token ids.
+    """Find the token ids of a concept's words.
 
-    Each word is looked up with and without a leading space, as written and capitalised, and in the plural when
-    `plurals`. A word that the tokenizer splits is followed by its first token only when that token begins at most
-    five other words of the vocabulary; otherwise it is left out. `texts` are the token texts (`token_texts`).
-    Raises BadInput when `required` and no word is left.
+    Each word is looked up with and without a leading space, as written and capitalised. The tokenizer may split a word.
+    Such a word is followed by its first token if that token begins at most five other words of the vocabulary.
+    Otherwise it is left out.
+
+    Args:
+        name: The concept's name.
+        words: The concept's words.
+        tokenizer: A transformers tokenizer.
+        texts: Text of every token id (`token_texts`).
+        plurals: Whether each word is also looked up in the plural.
+        required: Whether at least one word must be usable.
+
+    Returns:
+        The concept's tokens.
+
+    Raises:
+        BadInput: If `required` is True and no word is usable.
     """
     index_of = {text: index for index, text in enumerate(texts) if text}
     known: dict[str, tuple[int, ...]] = {}
@@ -96,11 +125,18 @@ def find_tokens(
 
 
 def group_tokens(rows: Tensor, ids: Tensor, distance: float) -> list[Tensor]:
-    """Divide a concept's tokens into groups that point the same way, each int64, the largest first.
+    """Divide a concept's tokens into groups that point the same way.
 
-    rows: float32 [n, d_model], the tokens' vectors less the vocabulary's mean; ids: int64 [n]. Average linkage on
-    cosine distance, cut at `distance` (2 leaves one group). A concept is seldom one direction: the breeds of dogs are
-    one group and the kennel another, carried by other neurons.
+    A concept is seldom one direction. The breeds of dogs are one group and the kennel another, carried by other
+    neurons. The groups come from average linkage on cosine distance.
+
+    Args:
+        rows: The tokens' vectors less the vocabulary's mean, float32 [n, d_model].
+        ids: Token ids, int64 [n].
+        distance: Cosine distance at which the linkage is cut. 2 leaves one group.
+
+    Returns:
+        Token ids of each group, int64 each, the largest group first.
     """
     from scipy.cluster.hierarchy import fcluster, linkage
 

@@ -1,8 +1,8 @@
-"""From which layer on the unembedding reads neuron vectors better than the embedding: a rule without data.
+"""Choose the layer from which the unembedding reads neuron vectors better than the embedding, without data.
 
-Early layers of an untied model still speak the embedding's language. A table that fits a vector shows it as a sharp
-projection, a few tokens standing far out, so each layer takes the table under which a sample of its vectors has the
-higher excess kurtosis, subject to one switch from embedding to unembedding.
+Vectors in early layers of an untied model still fit the embedding. A table that fits a vector gives a sharp projection,
+in which a few tokens stand far out. So each layer should take the table under which a sample of its vectors has the
+higher excess kurtosis. There is only one switch from embedding to unembedding.
 """
 
 import torch
@@ -10,15 +10,22 @@ from torch import Tensor
 
 from rotate_edit.models.checkpoint import Checkpoint, read_embedding, read_matrix, read_unembedding
 
-# A projection of so many vectors is held at once: 33 MB for a vocabulary of 128,000 tokens.
+# Number of vectors whose projections are held at once: 33 MB for a vocabulary of 128,000 tokens.
 VECTORS_AT_ONCE = 64
 
 
 def sharpness(vectors: Tensor, table: Tensor) -> Tensor:
-    """`sign(k) log(1 + |k|)`, k the excess kurtosis over the tokens, of each vector's projection: float32 [n].
+    """Measure how sharp the projection of each vector on a table is.
 
-    vectors: float32 [n, d_model]; table: float32 [V, d_model]. The tokens' mean is taken off and every token scaled to
-    length 1, so that no table wins by a few long rows.
+    The measure is `sign(k) log(1 + |k|)`, where k is the excess kurtosis over the tokens. The tokens' mean is
+    subtracted, and every token is scaled to length 1. So no table wins by a few long rows.
+
+    Args:
+        vectors: Neuron vectors, float32 [n, d_model].
+        table: Embedding or unembedding, float32 [V, d_model].
+
+    Returns:
+        The sharpness of each vector's projection, float32 [n].
     """
     unit = table - table.mean(0)
     unit /= unit.norm(dim=1, keepdim=True).clamp_min(1e-12)
@@ -33,19 +40,33 @@ def sharpness(vectors: Tensor, table: Tensor) -> Tensor:
 
 
 def best_switch(gains: list[float]) -> int:
-    """The layer from which on to take the unembedding; gains: how much sharper it is than the embedding, by layer.
+    """Choose the first layer that takes the unembedding.
 
-    The switch at s collects the gains from layer s on and the losses below; the smallest s wins a tie.
+    A switch at s collects the gains from layer s on and the losses below.
+
+    Args:
+        gains: For each layer, how much sharper the unembedding is than the embedding.
+
+    Returns:
+        The switch with the largest total. The smallest switch wins a tie.
     """
     totals = [sum(gains[switch:]) - sum(gains[:switch]) for switch in range(len(gains) + 1)]
     return totals.index(max(totals))
 
 
 def measured_switch(checkpoint: Checkpoint, *, neurons: int = 64, seed: int = 0) -> int:
-    """The first layer for which the unembedding is the better projection, from a sample of `out` vectors a layer.
+    """Find the first layer for which the unembedding is the better projection.
 
-    0 for a tied head, of which nothing is read. In a mixture of experts expert 0 is sampled. One table is held in
-    memory at a time, and a copy of it.
+    A sample of `out` vectors is taken from each layer. In a mixture of experts, expert 0 is sampled. One table and a
+    copy of it are held in memory at a time.
+
+    Args:
+        checkpoint: The opened checkpoint.
+        neurons: Number of vectors sampled from each layer.
+        seed: Seed of the samples.
+
+    Returns:
+        The first layer that takes the unembedding. It is 0 for a tied head, of which nothing is read.
     """
     if checkpoint.tied:
         return 0

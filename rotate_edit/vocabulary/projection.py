@@ -1,6 +1,6 @@
 """What the vectors of a checkpoint are projected on, and which tokens of its vocabulary count.
 
-Reads the tables of a checkpoint and applies the formulas of `vocabulary`.
+This reads the tables of a checkpoint and applies the formulas of `rotate_edit.vocabulary.tokens`.
 """
 
 import base64
@@ -23,15 +23,21 @@ RULES = ("auto", "unembedding", "embedding")
 
 @dataclass(frozen=True)
 class VocabularyRules:
-    """How a checkpoint's vocabulary is used; the defaults are the recommended ones.
+    """How a checkpoint's vocabulary is used.
 
-    projection: "unembedding" or "embedding" for every layer, the first layer that takes the unembedding, or "auto"
-    (`first_unembedding_layer`: early layers of an untied model may use the embedding); words_only: only tokens that
-    begin a word and are made of letters count; ignore_undertrained: under-trained tokens get weight 0; level_rarity:
-    the axis on which rare tokens differ from the rest is taken out of the tables (`vocabulary.rarity_axis`);
-    percentile: of the row norms, above which a token weighs 1e-4; fold_norm: multiply by the gain of the norm between
-    the vector and the vocabulary; centred: subtract the mean token. Special tokens and rows beyond the tokenizer never
-    count.
+    The defaults are the recommended values. Special tokens and rows beyond the tokenizer's last token never count.
+
+    Attributes:
+        projection: "unembedding" or "embedding" for every layer, the first layer that takes the unembedding, or "auto".
+            "auto" chooses that layer with `first_unembedding_layer`; early layers of an untied model may use the
+            embedding.
+        words_only: Whether only tokens count that begin a word and are made of letters.
+        ignore_undertrained: Whether under-trained tokens get weight 0.
+        level_rarity: Whether the token-frequency direction is removed from the tables (`tokens.rarity_axis`). Along it,
+            rare tokens differ from the others.
+        percentile: Percentile of the row norms above which a token gets weight 1e-4, in percent.
+        fold_norm: Whether the table is multiplied by the gain of the norm between the vector and the vocabulary.
+        centred: Whether the mean token is subtracted.
     """
 
     projection: str | int = "auto"
@@ -45,11 +51,13 @@ class VocabularyRules:
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """A checkpoint's vocabulary under some rules.
+    """A checkpoint's vocabulary of V tokens under some rules.
 
-    rules: with "auto" settled; texts: of the V tokens ("" where there is none); ignored: bool [V], tokens that do not
-    count in the search; untrained: bool [V], tokens that no training text held, so that means over the vocabulary
-    leave them out.
+    Attributes:
+        rules: The rules, where a projection of "auto" is replaced by a layer.
+        texts: Text of each token; "" where there is none.
+        ignored: Tokens that do not count in the search, bool [V].
+        untrained: Tokens that no training text held, bool [V]. Means over the vocabulary leave them out.
     """
 
     rules: VocabularyRules
@@ -60,10 +68,17 @@ class Vocabulary:
 
 @dataclass(frozen=True)
 class Projections:
-    """The tables that project vectors, on one device.
+    """The tables that vectors are projected on, on one device.
 
-    names: for each layer, which of `tables` it uses; tables: float32 [V, d_model] by name; weights: float32 [V], the
-    token weights under each (both before a norm's gain).
+    The weights are computed before a norm's gain is applied.
+
+    Attributes:
+        checkpoint: The opened checkpoint.
+        rules: The vocabulary's rules.
+        ignored: Tokens that do not count in the search, bool [V].
+        names: For each layer, the name of its table: "unembedding" or "embedding".
+        tables: Tables by name, float32 [V, d_model].
+        weights: Token weights under each table, float32 [V].
     """
 
     checkpoint: Checkpoint
@@ -74,7 +89,18 @@ class Projections:
     weights: dict[str, Tensor]
 
     def of(self, layer: int, matrix: str) -> tuple[Tensor, Tensor]:
-        """The projection [V, d_model] of one layer's matrix and its token weights [V]."""
+        """Return the table and the token weights of one layer's matrix.
+
+        Args:
+            layer: Index of the layer.
+            matrix: "gate", "in" or "out". It decides which norm's gain is used when the rules fold the norm.
+
+        Returns:
+            The table, float32 [V, d_model], and the token weights, float32 [V].
+
+        Raises:
+            BadInput: If a gain cannot be read, or no token has weight 1.
+        """
         name = self.names[layer]
         if not self.rules.fold_norm:
             return self.tables[name], self.weights[name]
@@ -87,11 +113,20 @@ class Projections:
 
 
 def first_unembedding_layer(checkpoint: Checkpoint, rule: str | int) -> int:
-    """The first layer whose vectors the unembedding projects; those before it take the embedding.
+    """Find the first layer whose vectors are projected on the unembedding; the layers before it take the embedding.
 
-    rule: a layer, "unembedding" (0), "embedding" (as many as there are layers), or "auto": the published layer of a
-    model that was studied, else what the weights say (`projection_switch.measured_switch`). Always 0 for a tied head.
-    Raises BadInput for another rule.
+    "auto" takes the published layer of a model that was studied. For other models the weights decide
+    (`layer_choice.measured_switch`).
+
+    Args:
+        checkpoint: The opened checkpoint.
+        rule: A layer, "unembedding" (layer 0), "embedding" (as many as there are layers), or "auto".
+
+    Returns:
+        The layer. It is always 0 for a tied head.
+
+    Raises:
+        BadInput: If the rule is unknown or the model has no such layer.
     """
     named = {"unembedding": 0, "embedding": checkpoint.layers, "auto": checkpoint.published_switch}
     if isinstance(rule, str) and rule not in named:
@@ -105,16 +140,37 @@ def first_unembedding_layer(checkpoint: Checkpoint, rule: str | int) -> int:
 
 
 def projection_names(checkpoint: Checkpoint, rule: str | int) -> tuple[str, ...]:
-    """What each layer's vectors are projected on, "unembedding" or "embedding". Raises BadInput for an unknown rule."""
+    """Name the table on which each layer's vectors are projected.
+
+    Args:
+        checkpoint: The opened checkpoint.
+        rule: A rule as in `first_unembedding_layer`.
+
+    Returns:
+        "unembedding" or "embedding" for each layer.
+
+    Raises:
+        BadInput: If the rule is unknown or the model has no such layer.
+    """
     first = first_unembedding_layer(checkpoint, rule)
     return tuple("embedding" if layer < first else "unembedding" for layer in range(checkpoint.layers))
 
 
 def read_vocabulary(checkpoint: Checkpoint, rules: VocabularyRules, tokenizer: Any = None) -> Vocabulary:
-    """The token texts of a checkpoint and which tokens are ignored under the rules; reads its tokenizer if not given.
+    """Read the token texts of a checkpoint and find the tokens that do not count.
 
-    A projection of "auto" is settled here, once, so that whatever is done with the vocabulary agrees on it.
-    Raises BadInput when no token is left.
+    A projection of "auto" is replaced by a layer here. So everything done with the vocabulary uses the same one.
+
+    Args:
+        checkpoint: The opened checkpoint.
+        rules: The vocabulary's rules.
+        tokenizer: The checkpoint's tokenizer; None reads it from the checkpoint.
+
+    Returns:
+        The vocabulary.
+
+    Raises:
+        BadInput: If no token counts, or the checkpoint has no tokenizer that works.
     """
     tokenizer = tokenizer if tokenizer is not None else load_tokenizer(checkpoint)
     size = checkpoint.vocabulary_size
@@ -144,7 +200,19 @@ def read_vocabulary(checkpoint: Checkpoint, rules: VocabularyRules, tokenizer: A
 
 
 def read_projections(checkpoint: Checkpoint, words: Vocabulary, device: str = "cpu") -> Projections:
-    """Read the tables that the vocabulary's rules need onto a device and weigh their tokens."""
+    """Read the tables that the vocabulary's rules need onto a device, and compute the token weights.
+
+    Args:
+        checkpoint: The opened checkpoint.
+        words: The vocabulary.
+        device: Device of the tables.
+
+    Returns:
+        The tables and weights.
+
+    Raises:
+        BadInput: If no token has weight 1.
+    """
     rules, ignored = words.rules, words.ignored.to(device)
     names = projection_names(checkpoint, rules.projection)
     read = {"unembedding": read_unembedding, "embedding": read_embedding}
@@ -162,14 +230,31 @@ def read_projections(checkpoint: Checkpoint, words: Vocabulary, device: str = "c
 
 
 def mask_to_json(mask: Tensor) -> dict:
-    """A bool mask [V] as plain JSON: how many entries, how many are true, their SHA-256, and the packed bits."""
+    """Write a mask as plain JSON.
+
+    Args:
+        mask: The mask, bool [V], on the CPU.
+
+    Returns:
+        The keys size (number of entries), true (number of true entries), sha256, and zlib (the packed entries).
+    """
     bits = mask.to(torch.uint8).numpy().tobytes()
     packed = base64.b64encode(zlib.compress(bits, 9)).decode("ascii")
     return {"size": len(bits), "true": sum(bits), "sha256": hashlib.sha256(bits).hexdigest(), "zlib": packed}
 
 
 def mask_from_json(entry: dict) -> Tensor:
-    """The mask that `mask_to_json` wrote: bool [V]. Raises BadInput when it is damaged."""
+    """Read a mask that `mask_to_json` wrote.
+
+    Args:
+        entry: The JSON object, which is untrusted.
+
+    Returns:
+        The mask, bool [V], on the CPU.
+
+    Raises:
+        BadInput: If the object is damaged.
+    """
     damaged = BadInput("the mask of ignored tokens in the manifest is damaged.")
     try:
         stream = zlib.decompressobj()

@@ -1,6 +1,6 @@
-"""What a vector is projected on: vocabulary matrices, token weights, under-trained tokens, word masks.
+"""What a vector is projected on: vocabulary matrices, token weights, under-trained tokens and word masks.
 
-Maths only: tensors and token texts in, tensors out.
+This is maths only: tensors and token texts in, tensors out.
 """
 
 import math
@@ -25,11 +25,16 @@ NEVER_IN_UTF8 = frozenset([0xC0, 0xC1, *range(0xF5, 0x100)])
 
 
 def vocabulary_projection(matrix: Tensor, gain: Tensor | None = None, centred: bool = False) -> Tensor:
-    """The matrix U to project on, float [V, d]: `matrix` times the gain of the norm before it, centred if asked.
+    """Compute the matrix on which vectors are projected.
 
-    gain: [d], the scale of the norm that stands between the vector and the vocabulary (final norm for `out`, the
-    block's own norm for `gate`/`in`); None leaves it out. centred: subtract the mean row, so that a projection
-    has mean 0 over the vocabulary.
+    Args:
+        matrix: Embedding or unembedding, float [V, d].
+        gain: Gain of the norm between the vector and the vocabulary, [d]. That is the final norm for `out`, and the
+            block's own norm for `gate` and `in`. None leaves it out.
+        centred: Whether the mean row is subtracted, so that a projection has mean 0 over the vocabulary.
+
+    Returns:
+        The matrix U, float [V, d].
     """
     projected = matrix if gain is None else matrix * gain
     return projected - projected.mean(dim=0) if centred else projected
@@ -38,12 +43,24 @@ def vocabulary_projection(matrix: Tensor, gain: Tensor | None = None, centred: b
 def token_weights(
     unembedding: Tensor, *, ignored: Tensor | None = None, percentile: float = 99.0, overwrite_zero: bool = False
 ) -> Tensor:
-    """How much each token counts in the objective, float32 [V].
+    """Compute how much each token counts in the objective.
 
-    1 for an ordinary token, 1e-4 for one whose row norm in `unembedding` [V, d] lies above `percentile`, 0 where
-    `ignored` (bool [V]) is true; where both apply the smaller counts. `overwrite_zero` repeats the order of the
-    published code, where the norm rule comes last and turns zeros into 1e-4. Raises BadInput when the percentile is
-    not within 0..100, `ignored` has another length, or no token is left.
+    The weight is 1 for an ordinary token. It is 1e-4 for a token whose row norm lies above the percentile. It is 0 for
+    an ignored token. Where both apply, the smaller weight counts.
+
+    Args:
+        unembedding: Table of the tokens, [V, d].
+        ignored: Tokens that do not count, bool [V]; None for none.
+        percentile: Percentile of the row norms, in percent.
+        overwrite_zero: Whether to repeat the order of the published code. There the norm rule comes last and turns
+            zeros into 1e-4.
+
+    Returns:
+        The weights, float32 [V].
+
+    Raises:
+        BadInput: If the percentile is not above 0 and at most 100, `ignored` has another length, or no token has weight
+            1.
     """
     if not 0 < percentile <= 100:
         raise BadInput(f"The norm percentile of the token weights must lie above 0 and at most 100, not {percentile}.")
@@ -61,12 +78,18 @@ def token_weights(
 
 
 def words_mask(pieces: list[str]) -> Tensor:
-    """Which tokens begin a word and are made of letters, bool [V].
+    """Find the tokens that begin a word and are made of letters.
 
-    `pieces` are the vocabulary's raw pieces by token id. A word begins where the piece carries the tokenizer's mark
-    for a leading space: "Ġ" (byte-level BPE), "▁" (sentencepiece) or a space. In a vocabulary without any such mark
-    (WordPiece) a piece begins a word unless it carries the "##" of a continuation. Byte-level pieces are turned back
-    into text first, so that accented letters count as letters.
+    A word begins where the piece carries the tokenizer's mark for a leading space. The mark is "Ġ" (byte-level BPE),
+    "▁" (SentencePiece) or a space. A vocabulary without any such mark is taken for WordPiece. There a piece begins a
+    word unless it carries the "##" of a continuation. Byte-level pieces are turned back into text first, so that
+    accented letters count as letters.
+
+    Args:
+        pieces: The vocabulary's raw pieces by token id.
+
+    Returns:
+        True for these tokens, bool [V].
     """
     marked = any(piece[:1] in "Ġ▁ " for piece in pieces if len(piece) > 1)
     byte_level = any(piece.startswith("Ġ") for piece in pieces)
@@ -80,11 +103,17 @@ def words_mask(pieces: list[str]) -> Tensor:
 
 
 def unused_tokens(pieces: list[str]) -> Tensor:
-    """Tokens that no text can produce, known from their pieces alone, bool [V].
+    """Find the tokens that no text can produce, from their pieces alone.
 
-    Placeholders (`<unused12>`, `<|reserved_special_token_3|>`, `<extra_id_0>`, an empty piece for a row beyond the
-    tokenizer's last token) and single bytes that never occur in UTF-8 (0xC0, 0xC1, 0xF5 to 0xFF), written as `<0xF5>`
-    or as the byte-level alphabet's letters.
+    Some are placeholders: `<unused12>`, `<|reserved_special_token_3|>`, `<extra_id_0>`, or an empty piece for a row
+    beyond the tokenizer's last token. The others are single bytes that never occur in UTF-8 (0xC0, 0xC1, 0xF5 to 0xFF).
+    These are written as `<0xF5>` or as letters of the byte-level alphabet.
+
+    Args:
+        pieces: The vocabulary's raw pieces by token id.
+
+    Returns:
+        True for these tokens, bool [V].
     """
     letters = {_byte_alphabet()[byte] for byte in NEVER_IN_UTF8} if any("Ġ" in piece for piece in pieces) else set()
 
@@ -98,15 +127,27 @@ def unused_tokens(pieces: list[str]) -> Tensor:
 
 
 def undertrained_tokens(unembedding: Tensor, unused: Tensor, *, embedding: Tensor | None = None) -> Tensor:
-    """Tokens that training hardly touched, bool [V], found from the weights alone.
+    """Find the tokens that training hardly touched, from the weights alone.
 
-    After Land & Bartolo, "Fishing for Magikarp" (arXiv 2405.05417): training moves all rows of tokens that never
-    occur the same way, so they stay where the tokens known to be `unused` (bool [V]) lie. Indicator: the cosine of a
-    row with the mean of the unused rows, both less the mean of all rows; a token is under-trained when its cosine is
-    more than three robust standard deviations (median absolute deviation) above the median of the tokens not known
-    to be unused, so that rarely seen pieces of words are found as well as those never seen. When the model keeps its
-    input `embedding` apart (untied), rows whose norm is nearer to that of the unused there count as well, as an
-    unseen input row only decays. Fewer than two unused tokens give no reference: only those are returned.
+    This follows Land & Bartolo, "Fishing for Magikarp" (arXiv 2405.05417). Training moves all rows of tokens that never
+    occur in the same way. So these rows stay where the tokens known to be unused lie.
+
+    The indicator is the cosine of a row with the mean of the unused rows, both less the mean of all rows. Its median is
+    taken over the tokens not known to be unused. A token is under-trained when its cosine lies more than three robust
+    standard deviations (median absolute deviation) above that median. So rarely seen pieces of words are found as well
+    as pieces that were never seen.
+
+    An untied model gives a second sign, because an input row that is never seen only decays. Input rows count as well
+    when their norm is nearer to that of the unused rows.
+
+    Args:
+        unembedding: The unembedding, [V, d].
+        unused: Tokens known to be unused, bool [V].
+        embedding: The input embedding of an untied model, [V, d]; None if tied.
+
+    Returns:
+        True for under-trained tokens, bool [V]. Fewer than two unused tokens give no reference, so then only they are
+        returned.
     """
     unused = unused.to(unembedding.device)
     if int(unused.sum()) < 2 or bool(unused.all()):
@@ -120,11 +161,18 @@ def undertrained_tokens(unembedding: Tensor, unused: Tensor, *, embedding: Tenso
 
 
 def rarity_axis(unembedding: Tensor, untrained: Tensor) -> Tensor | None:
-    """The unit direction [d] from the mean trained row to the mean untrained one; None without an untrained token.
+    """Compute the token-frequency direction, from the mean trained row to the mean untrained row.
 
     Training pushes the rows of rare tokens along this line, the rarer the farther. A search for sharp projections then
-    finds rarity before any meaning: on the demo model, without this axis taken out, no first channel of 600 candidate
-    neurons carried the concept they were chosen for, with it taken out 130 did.
+    finds token frequency before any meaning. This was measured on the demo model with 600 candidate neurons. With the
+    direction left in, no first channel carried the concept for which its neuron was chosen. With it removed, 130 did.
+
+    Args:
+        unembedding: Table of the tokens, [V, d].
+        untrained: Tokens that no training text held, bool [V].
+
+    Returns:
+        The unit direction, float32 [d]; None if no token or every token is untrained.
     """
     untrained = untrained.to(unembedding.device)
     if not bool(untrained.any()) or bool(untrained.all()):
@@ -133,8 +181,11 @@ def rarity_axis(unembedding: Tensor, untrained: Tensor) -> Tensor | None:
 
 
 def _alike(norms: Tensor, group: Tensor) -> Tensor:
-    """Where the logarithm of a norm [V] lies nearer to the median of `group` (bool [V]) than to that of the rest;
-    nowhere when the two medians are less than a factor 1.25 apart."""
+    """Find where the norm of a token is like the norms of a group.
+
+    That is where the logarithm of the norm [V] lies nearer to the median of `group` (bool [V]) than to that of the
+    rest. It is nowhere when the two medians are less than a factor of 1.25 apart.
+    """
     known, rest = norms[group].median().log(), norms[~group].median().log()
     if abs(float(known - rest)) < CLEARLY:
         return torch.zeros_like(group)
@@ -152,7 +203,7 @@ _BYTE_OF_LETTER = {letter: byte for byte, letter in _byte_alphabet().items()}
 
 
 def _text(piece: str, byte_level: bool) -> str:
-    """The text of a piece; a byte-level one that is no complete UTF-8 becomes the replacement character."""
+    """Return the text of a piece; a byte-level piece that is not complete UTF-8 becomes the replacement character."""
     if not byte_level or any(letter not in _BYTE_OF_LETTER for letter in piece):
         return piece
     return bytes(_BYTE_OF_LETTER[letter] for letter in piece).decode("utf-8", errors="replace")

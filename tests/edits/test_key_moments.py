@@ -11,8 +11,8 @@ from rotate_edit.edits.apply import applied
 from rotate_edit.edits.edit import Edit, key_coefficients, logit_change
 from rotate_edit.edits.key_moments import even_reading, fit_keys, key_moments, last_moments
 from rotate_edit.models import batches
-from rotate_edit.models.output_head import positions, tail_of
-from rotate_edit.models.self_text import own_samples
+from rotate_edit.models.output_head import positions, output_head_of
+from rotate_edit.models.self_text import write_samples
 
 TEXTS = ["the dog ran under a big dog", "a cat saw the small dog", "the bird sat on the mat", "it was big"]
 
@@ -22,10 +22,10 @@ def test_the_model_writes_the_same_samples_again_and_leaves_torch_alone():
     torch.manual_seed(7)
     expected = torch.rand(3)
     torch.manual_seed(7)
-    first = own_samples(model, tiny_tokenizer(), tokens=1000, seed=3)
+    first = write_samples(model, tiny_tokenizer(), tokens=1000, seed=3)
     assert torch.equal(torch.rand(3), expected)
-    again = own_samples(model, tiny_tokenizer(), tokens=1000, seed=3)
-    other = own_samples(model, tiny_tokenizer(), tokens=1000, seed=4)
+    again = write_samples(model, tiny_tokenizer(), tokens=1000, seed=3)
+    other = write_samples(model, tiny_tokenizer(), tokens=1000, seed=4)
     assert all(torch.equal(one, two) for one, two in zip(first.batches, again.batches, strict=True))
     assert not all(torch.equal(one, two) for one, two in zip(first.batches, other.batches, strict=True))
     # The model's context holds 64 tokens, so that is a sample's length.
@@ -83,7 +83,7 @@ def test_moments_of_positions_that_are_read_already_are_those_of_a_pass():
     rows = {1: torch.arange(model.config.intermediate_size)}
     groups, head = [ids("dog"), ids("cat")], model.lm_head.weight.detach()
     read = key_moments(model, texts, rows, groups, head)
-    again = last_moments(positions(model, texts), tail_of(model), 1, groups, head)
+    again = last_moments(positions(model, texts), output_head_of(model), 1, groups, head)
     assert torch.equal(again.rows[1], read.rows[1])
     for one, other in ((again.second, read.second), (again.means, read.means), (again.size, read.size)):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-8)

@@ -7,14 +7,14 @@ import torch
 
 from rotate_edit.edits import low_rank as fitting
 from rotate_edit.edits.edit import key_coefficients
-from rotate_edit.edits.low_rank import Wanted, fit_change, kindred, whitened
-from rotate_edit.models.output_head import Positions, Tail
+from rotate_edit.edits.low_rank import Wanted, fit_change, related_tokens, whitened
+from rotate_edit.models.output_head import Positions, OutputHead
 
 TARGET = 0.1
 CONCEPT, NEAR = torch.tensor([0, 1]), torch.tensor([2, 3])
 
 
-def planted(seed: int) -> tuple[Tail, Positions]:
+def planted(seed: int) -> tuple[OutputHead, Positions]:
     """A tail of 40 tokens, and positions of which a tenth are about to say tokens 0 and 1, which two neurons tell."""
     fixed = torch.Generator().manual_seed(11)
     table = torch.randn(40, 16, generator=fixed)
@@ -23,7 +23,7 @@ def planted(seed: int) -> tuple[Tail, Positions]:
     residual = torch.randn(3000, 16, generator=generator)
     about = torch.rand(3000, generator=generator) < 0.1
     residual[about] += table[CONCEPT].mean(0)
-    return Tail(None, lambda values: values, lambda values: values @ table.T, 1.0), Positions(
+    return OutputHead(None, lambda values: values, lambda values: values @ table.T, 1.0), Positions(
         torch.relu(residual @ reading), residual, None
     )
 
@@ -214,20 +214,20 @@ def test_kindred_tokens_are_said_in_the_concepts_places() -> None:
     generator = torch.Generator().manual_seed(5)
     table = torch.nn.functional.normalize(torch.randn(40, 64, generator=generator), dim=1)
     table[:4] = table[0]
-    tail = Tail(None, lambda values: values, lambda values: values @ table.T, 1.0)
+    tail = OutputHead(None, lambda values: values, lambda values: values @ table.T, 1.0)
     seen = Positions(torch.empty(2000, 0), 20 * table[torch.randint(40, (2000,), generator=generator)], None)
     nothing = torch.tensor([], dtype=torch.int64)
-    assert kindred(seen, tail, torch.tensor([0, 1]), nothing).tolist() == [2, 3]
-    assert kindred(seen, tail, torch.tensor([0, 1]), torch.tensor([3])).tolist() == [2]
-    assert kindred(seen, tail, torch.tensor([0, 1, 2, 3]), nothing).tolist() == []
+    assert related_tokens(seen, tail, torch.tensor([0, 1]), nothing).tolist() == [2, 3]
+    assert related_tokens(seen, tail, torch.tensor([0, 1]), torch.tensor([3])).tolist() == [2]
+    assert related_tokens(seen, tail, torch.tensor([0, 1, 2, 3]), nothing).tolist() == []
     # One token has no others that would tell how often they come together.
-    assert kindred(seen, tail, torch.tensor([0]), nothing).tolist() == []
+    assert related_tokens(seen, tail, torch.tensor([0]), nothing).tolist() == []
     # More than twice as many as are told: this model does not tell them apart.
     alike = table.clone()
     alike[:8] = table[0]
-    crowded = Tail(None, tail.norm, lambda values: values @ alike.T, 1.0)
-    assert kindred(seen, crowded, torch.tensor([0, 1]), nothing).tolist() == []
-    assert kindred(seen, crowded, torch.tensor([0, 1, 2]), nothing).tolist() == [3, 4, 5, 6, 7]
+    crowded = OutputHead(None, tail.norm, lambda values: values @ alike.T, 1.0)
+    assert related_tokens(seen, crowded, torch.tensor([0, 1]), nothing).tolist() == []
+    assert related_tokens(seen, crowded, torch.tensor([0, 1, 2]), nothing).tolist() == [3, 4, 5, 6, 7]
     # Nor does one that says everything everywhere.
     unsure = Positions(seen.neurons, seen.residual / 100, None)
-    assert kindred(unsure, tail, torch.tensor([0, 1]), nothing).tolist() == []
+    assert related_tokens(unsure, tail, torch.tensor([0, 1]), nothing).tolist() == []

@@ -10,7 +10,7 @@ from rotate_edit.edits.apply import applied
 from rotate_edit.edits.edit import Edit, MatrixChange
 from rotate_edit.errors import BadInput
 from rotate_edit.models.batches import batched, log_probabilities, real_positions
-from rotate_edit.models.output_head import positions, tail_of
+from rotate_edit.models.output_head import positions, output_head_of
 from rotate_edit.models.parameters import live_parameter
 
 MIXTURES = ("mixtral", "qwen3_moe", "qwen3_moe-dense-layer", "olmoe")
@@ -30,7 +30,7 @@ def predicted(model):
 def test_the_tail_predicts_what_the_model_does_with_and_without_a_change(family):
     torch.manual_seed(3)
     model = FAMILIES[family].build(tied=False).float().eval()
-    seen, tail = positions(model, TEXTS), tail_of(model)
+    seen, tail = positions(model, TEXTS), output_head_of(model)
     torch.testing.assert_close(tail.log_probabilities(seen.residual), predicted(model), rtol=1e-5, atol=1e-5)
     last = model.config.get_text_config().num_hidden_layers - 1
     neurons, width = seen.neurons.shape[1], seen.residual.shape[1]
@@ -47,7 +47,7 @@ def test_a_cap_on_the_logits_is_the_models_own():
     torch.manual_seed(3)
     model = FAMILIES["gemma2"].build(tied=True).float().eval()
     model.config.final_logit_softcapping = 0.05
-    tail, seen = tail_of(model), positions(model, TEXTS)
+    tail, seen = output_head_of(model), positions(model, TEXTS)
     torch.testing.assert_close(tail.log_probabilities(seen.residual), predicted(model), rtol=1e-5, atol=1e-5)
 
 
@@ -65,14 +65,14 @@ def test_positions_of_a_choice_keep_their_columns_together():
 def test_a_mixture_of_experts_is_refused():
     model = FAMILIES["mixtral"].build(tied=False)
     with pytest.raises(BadInput, match="mixture"):
-        tail_of(model)
+        output_head_of(model)
 
 
 def test_the_model_is_left_as_it_was():
     model = FAMILIES["llama"].build(tied=True).to(torch.bfloat16).eval()
     parameter, _ = live_parameter(model, "out", 1)
     before = parameter.detach().clone()
-    tail = tail_of(model)
+    tail = output_head_of(model)
     assert tail.log_probabilities(positions(model, TEXTS).residual).dtype == torch.float32
     assert parameter.dtype == torch.bfloat16
     assert parameter.requires_grad

@@ -8,12 +8,12 @@ import pytest
 import torch
 from tiny_words import tiny_model, tiny_tokenizer
 
-from rotate_edit.models import self_text as own_text
+from rotate_edit.models import self_text as self_text
 from rotate_edit.models.batches import Passages
 
 
 def text(model: Any, tokens: int = 640, seed: int = 0) -> Passages:
-    return own_text.own_text(model, tiny_tokenizer(), tokens=tokens, seed=seed)
+    return self_text.self_text(model, tiny_tokenizer(), tokens=tokens, seed=seed)
 
 
 def same(one: Passages, other: Passages) -> bool:
@@ -30,7 +30,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_it_is_written_once_and_read_as_it_was(cache: Path) -> None:
     model = tiny_model(0)
     first = text(model)
-    with mock.patch.object(own_text, "own_samples") as write:
+    with mock.patch.object(self_text, "write_samples") as write:
         assert same(text(model), first)
     assert not write.called
     assert len(list(cache.iterdir())) == 1

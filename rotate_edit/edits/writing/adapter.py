@@ -23,10 +23,15 @@ PREFIX = "base_model.model."
 
 @dataclass(frozen=True)
 class LoraFactors:
-    """The change of one live parameter as PEFT keeps it: `weight += b @ a` (stacked experts: one pair an expert).
+    """The change of one live parameter as PEFT keeps it: `weight += b @ a`.
 
-    target: the live module, or the parameter when `stacked`; kind: "linear", "conv1d", "embedding" or "stacked";
-    a: float64 [r, in] or [experts, r, in]; b: float64 [out, r] or [experts, out, r].
+    Stacked experts have one pair of factors per expert.
+
+    Attributes:
+        target: Name of the live module, or of the parameter when `kind` is "stacked".
+        kind: "linear", "conv1d", "embedding" or "stacked".
+        a: float64 [r, in] or [experts, r, in].
+        b: float64 [out, r] or [experts, out, r].
     """
 
     target: str
@@ -42,7 +47,13 @@ class LoraFactors:
 
 @dataclass(frozen=True)
 class Adapter:
-    """What was written: the rank of each target, the dtype of the factors, and warnings (sentences)."""
+    """What was written.
+
+    Attributes:
+        ranks: The rank of each target, by the target's name.
+        dtype: dtype of the factors, float32 or float64.
+        warnings: Warnings, one sentence each.
+    """
 
     ranks: dict[str, int]
     dtype: torch.dtype
@@ -61,14 +72,26 @@ def write_adapter(
 ) -> Adapter:
     """Write the edit as a LoRA adapter, a new folder that `PeftModel.from_pretrained` loads.
 
-    Every target has as many ranks as it has distinct directions and an equal alpha, so that the scaling is 1;
-    uniform_rank: pad all of them with zeros to the largest, as serving engines want it. dtype: float32 or float64;
-    by default float32 where the factors are exact in it (they are at strengths 1, 2, 4 ...), else float64.
+    Every target has as many ranks as it has distinct directions. Its alpha equals its rank, so that the scaling is 1.
 
-    force_base: write it for a checkpoint whose hashes are not those of the edit's base.
+    Args:
+        checkpoint: The base.
+        edit: The edit.
+        output: The folder to write.
+        uniform_rank: Pad all targets with zeros to the largest rank, as serving engines want it.
+        dtype: float32 or float64. By default float32 where the factors are exact in it, else float64. They are exact at
+            strengths 1, 2, 4 and so on.
+        force_base: Write it for a checkpoint whose hashes are not those of the edit's base.
+        overwrite: Replace an output that exists.
 
-    Raises BadInput when the base differs, for what PEFT cannot express (a bias, a dense layer of a mixture-of-experts
-    model), when the output exists (without `overwrite`) or the edit does not fit the checkpoint.
+    Returns:
+        What was written.
+
+    Raises:
+        BadInput: When the base differs or the edit does not fit the checkpoint. When PEFT cannot express the edit: a
+            bias, a dense layer of a mixture-of-experts model, or activations that are held. When the output exists
+            (without `overwrite`), or there is too little space for it.
+        Failure: When the disk is full or fails.
     """
     refuse_clamps(edit)
     from safetensors.torch import save
@@ -97,7 +120,18 @@ def write_adapter(
 
 
 def lora_factors(checkpoint: Checkpoint, edit: Edit) -> list[LoraFactors]:
-    """The edit's changes as one pair of factors for each parameter of the live transformers model. Raises BadInput."""
+    """Turn the edit's changes into one pair of factors for each parameter of the live transformers model.
+
+    Args:
+        checkpoint: The base.
+        edit: The edit.
+
+    Returns:
+        The factors, in the order of the edit's changes.
+
+    Raises:
+        BadInput: When the edit changes nothing, PEFT cannot express it, or it does not fit the checkpoint.
+    """
     if not edit.changes:
         raise BadInput("the edit changes nothing, so there is no adapter to write.")
     shapes = live_shapes(checkpoint)
@@ -122,9 +156,15 @@ def lora_factors(checkpoint: Checkpoint, edit: Edit) -> list[LoraFactors]:
 
 
 def live_shapes(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the parameters that transformers gives this model, found without loading a weight.
+    """Find the names and shapes of the parameters that transformers gives this model.
 
-    A tied head is listed beside the embedding, under its own name.
+    No weight is loaded. A tied head is listed beside the embedding, under its own name.
+
+    Args:
+        checkpoint: The checkpoint.
+
+    Returns:
+        The shapes by parameter name.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -152,7 +192,10 @@ def _factors(name: str, shape: tuple[int, ...], touched: list[Touched]) -> LoraF
 
 
 def _pair(shape: tuple[int, ...], touched: Iterable[Touched], writes: bool) -> tuple[Tensor, Tensor]:
-    """a [r, in] and b [out, r] of one matrix: what reads is changed in rows of b, what writes in columns of a."""
+    """Compute a [r, in] and b [out, r] of one matrix.
+
+    What reads is changed in rows of b, what writes in columns of a.
+    """
     rows, lefts, rights = [], [], []
     neurons = 0
     for part in touched:

@@ -8,7 +8,19 @@ from rotate_edit.models.cost import to_download
 
 
 def estimate_patch(checkpoint: Checkpoint, edit: Edit | None = None, *, link: bool = False) -> Cost:
-    """What writing a patched checkpoint takes; without an edit all shards are taken to be touched, and no undo."""
+    """Estimate what writing a patched checkpoint takes.
+
+    Args:
+        checkpoint: The base.
+        edit: The edit. Without one, all shards are taken to be touched, and no undo file is counted.
+        link: Untouched shards become hard links and are not written.
+
+    Returns:
+        The cost: bytes read, bytes of memory, new bytes on the disk and bytes to download.
+
+    Raises:
+        BadInput: When the edit does not fit the checkpoint.
+    """
     sizes = dict.fromkeys(checkpoint.headers, 0)
     for stored in checkpoint.stored.values():
         sizes[stored.file] += stored.end - stored.start

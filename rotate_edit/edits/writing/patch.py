@@ -1,4 +1,4 @@
-"""An edit and a checkpoint become a patched checkpoint folder; a patched folder is verified and reverted."""
+"""Write an edit into a checkpoint as a patched folder, and verify or revert such a folder."""
 
 import errno
 import hashlib
@@ -40,8 +40,19 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class PatchedTensor:
-    """One tensor that was changed: its shard, which matrices of it, how many of their vectors in how many
-    directions, SHA-256 of its bytes before and after, and what rounding to its dtype did."""
+    """One tensor that was changed.
+
+    Attributes:
+        name: Name of the tensor.
+        shard: Name of its shard file.
+        dtype: Its dtype, as safetensors names it.
+        matrices: Which matrices of it were changed.
+        rows: How many of their vectors were changed.
+        rank: In how many directions they were changed.
+        before: SHA-256 of its bytes before, 64 hexadecimal digits.
+        after: SHA-256 of its bytes after.
+        rounding: What rounding to its dtype did.
+    """
 
     name: str
     shard: str
@@ -56,7 +67,16 @@ class PatchedTensor:
 
 @dataclass(frozen=True)
 class Patch:
-    """What was written: the edit's identity, the tensors changed, files copied, linked and left out, warnings."""
+    """What was written.
+
+    Attributes:
+        edit: Identity of the edit.
+        tensors: The tensors changed.
+        copied: Names of the files copied beside the shards.
+        linked: Names of the shards that are hard links.
+        left_out: Names of the files left out.
+        warnings: Warnings, one sentence each.
+    """
 
     edit: str
     tensors: tuple[PatchedTensor, ...]
@@ -66,15 +86,19 @@ class Patch:
     warnings: tuple[str, ...]
 
     def plain(self) -> dict:
-        """The same as JSON values."""
+        """Return the same as JSON values."""
         return asdict(self)
 
     def rounding(self) -> Rounding:
-        """What rounding did to all its tensors together."""
+        """Return what rounding did to all its tensors together."""
         return sum((tensor.rounding for tensor in self.tensors), Rounding())
 
     def sentences(self) -> list[str]:
-        """What was written, what rounding did and what was left out, for a person."""
+        """Describe for a person what was written, what rounding did and what was left out.
+
+        Returns:
+            One sentence per line.
+        """
         rounding = self.rounding()
         touched = counted(len({tensor.shard for tensor in self.tensors}), "shard")
         lines = []
@@ -92,9 +116,16 @@ class Patch:
 
 
 def base_differences(base: dict, checkpoint: Checkpoint) -> list[str]:
-    """In which hashes a checkpoint differs from the base an edit was made for, each as a few words.
+    """Find in which hashes a checkpoint differs from the base an edit was made for.
 
-    base: what `checkpoint.identity` returned for the base. Names and paths are not compared, only bytes.
+    Names and paths are not compared, only bytes.
+
+    Args:
+        base: What `checkpoint.identity` returned for the base.
+        checkpoint: The checkpoint at hand.
+
+    Returns:
+        Each difference as a few words. Empty when there is none.
     """
     parts = {key: base.get(key) for key in ("files", "headers", "tensors")}
     if not all(isinstance(part, dict) for part in parts.values()):
@@ -126,16 +157,31 @@ def write_checkpoint(
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> Patch:
-    """Write the checkpoint with the edit in it as a new folder that `from_pretrained` loads without this package.
+    """Write the checkpoint with the edit in it as a new folder.
 
-    Shards are copied by the kernel, then the byte ranges of the touched tensors are overwritten in the copy, so that
-    headers, tensor order and every other byte stay. Changes are computed in float64 and rounded once, to nearest
-    even. edit_folder: where `patch.json` and, with `undo`, `undo.safetensors` go (the original vectors: they hold
-    what was removed); link: untouched shards become hard links, except out of the Hub cache; force_base: write even
-    though the checkpoint's hashes are not those of the edit's base.
+    `from_pretrained` loads the folder without this package. Shards are copied by the kernel. Then the byte ranges of
+    the touched tensors are overwritten in the copy. So headers, tensor order and every other byte stay. Changes are
+    computed in float64 and rounded once, to nearest even. An error leaves nothing behind.
 
-    Raises BadInput when the base differs, the output exists (without `overwrite`) or lies inside the base, the edit
-    does not fit, or there is not enough room; Failure when the disk fails on the way. Either leaves nothing behind.
+    Args:
+        checkpoint: The base.
+        edit: The edit.
+        output: The folder to write.
+        edit_folder: Where `patch.json` and, with `undo`, `undo.safetensors` go.
+        undo: Keep the original vectors. They hold what was removed.
+        link: Make untouched shards hard links, except out of the Hub cache.
+        force_base: Write even though the checkpoint's hashes are not those of the edit's base.
+        overwrite: Replace an output that exists.
+        progress: Called with the step, the shards done and the shards in all.
+
+    Returns:
+        What was written.
+
+    Raises:
+        BadInput: When the base differs or the edit does not fit. When the output exists (without `overwrite`) or lies
+            inside the base. When there is not enough disk space or memory, or the edit folder holds the undo file of
+            another base.
+        Failure: When the disk fails on the way.
     """
     refuse_clamps(edit)
     warnings = check_base(edit, checkpoint, force_base)
@@ -167,7 +213,11 @@ def write_checkpoint(
 
 
 def _check_edit_folder(edit_folder: Path, checkpoint: Checkpoint, output: Path, *, forced: bool) -> None:
-    """Refuse to take an edit's folder away, or the undo file in it that belongs to another base. Raises BadInput."""
+    """Refuse to take an edit's folder away, or the undo file in it that belongs to another base.
+
+    Raises:
+        BadInput: In both cases, and when the folder does not exist.
+    """
     if not edit_folder.is_dir():
         raise BadInput(f'the edit folder "{edit_folder}" does not exist.')
     check_output_outside(output, edit_folder, "the edit's folder", inside=True)
@@ -186,7 +236,19 @@ def _check_edit_folder(edit_folder: Path, checkpoint: Checkpoint, output: Path, 
 
 
 def check_base(edit: Edit, checkpoint: Checkpoint, force_base: bool = False) -> list[str]:
-    """Refuse a checkpoint that is not the edit's base, naming the hashes that differ; a warning with `force_base`."""
+    """Refuse a checkpoint that is not the edit's base.
+
+    Args:
+        edit: The edit.
+        checkpoint: The checkpoint at hand.
+        force_base: Return a warning instead of refusing.
+
+    Returns:
+        Warnings, at most one. It names the hashes that differ.
+
+    Raises:
+        BadInput: When the base differs, without `force_base`. It names the hashes that differ.
+    """
     differences = base_differences(edit.base, checkpoint)
     if not differences:
         return []
@@ -208,7 +270,8 @@ def _write_shards(
 ) -> tuple[tuple[str, ...], tuple[PatchedTensor, ...]]:
     """Copy every shard, or link it where it is among `links`, and write the new values into the copies.
 
-    Returns the shards that were linked and the tensors.
+    Returns:
+        The shards that were linked, and the tensors that were changed.
     """
     linked, tensors = [], []
     # The disk takes one shard while the next is copied in memory; an error of its own comes out in the end.
@@ -232,7 +295,11 @@ def _write_shards(
 
 
 def _may_link(checkpoint: Checkpoint, shard: str) -> bool:
-    """Not into the Hub's cache, which others read too; where it cannot make links, its snapshots hold the files."""
+    """Tell whether a shard may become a hard link.
+
+    It may not out of the Hub's cache, which others read too. Where the cache cannot make links, its snapshots hold the
+    files.
+    """
     source = checkpoint.path(shard)
     return source.parent.name != "blobs" and source.parent.parent.name != "snapshots"
 
@@ -252,7 +319,7 @@ def _linked(source: Path, target: Path) -> bool:
     try:
         os.link(source, target)
     except OSError as error:
-        # Another filesystem, one without hard links, or a file that is not ours to link: it is copied instead.
+        # Another filesystem, one without hard links, or a file that may not be linked: it is copied instead.
         if error.errno in (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.EOPNOTSUPP, errno.EACCES):
             return False
         raise
@@ -299,9 +366,16 @@ def _lost_in_rounding(tensor: PatchedTensor) -> str | None:
 
 
 def copy_companions(checkpoint: Checkpoint, folder: Path) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Copy config, tokenizer, licence and the like by allow-list; return what was copied and what was left out.
+    """Copy config, tokenizer, licence and the like by a list of allowed files.
 
     The model card becomes `README.base.md`, since it describes the base.
+
+    Args:
+        checkpoint: The checkpoint.
+        folder: The folder to copy to.
+
+    Returns:
+        The names of the files copied, and of those left out.
     """
     copied, left_out = [], []
     for name, allowed in companions(checkpoint).items():
@@ -315,7 +389,14 @@ def copy_companions(checkpoint: Checkpoint, folder: Path) -> tuple[tuple[str, ..
 
 
 def patch_hashes(patch: Patch) -> dict[str, dict[str, str]]:
-    """SHA-256 before and after, by tensor name."""
+    """Return the SHA-256 before and after of each tensor.
+
+    Args:
+        patch: What was written.
+
+    Returns:
+        {"before", "after"} by tensor name.
+    """
     return {tensor.name: {"before": tensor.before, "after": tensor.after} for tensor in patch.tensors}
 
 
@@ -330,7 +411,12 @@ def _record_entry(checkpoint: Checkpoint, edit: Edit, patch: Patch) -> dict:
 
 
 def write_record(folder: Path, edits: list[dict]) -> None:
-    """Leave in a patched folder what has been written into it, oldest first; nothing when nothing has."""
+    """Leave in a patched folder a record of what has been written into it.
+
+    Args:
+        folder: The patched folder.
+        edits: One entry per edit, oldest first. Nothing is written when there is none.
+    """
     if edits:
         content = {"format": RECORD_FORMAT, "version": 1, "edits": edits}
         (folder / EDIT_RECORD).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
@@ -344,11 +430,24 @@ def revert(
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> tuple[str, ...]:
-    """Write a patched checkpoint with its last edit taken back, bit for bit, as a new folder; return the tensors.
+    """Write a patched checkpoint with its last edit taken back, bit for bit, as a new folder.
 
-    edit_folder: where the edit's `undo.safetensors` is. Raises BadInput when that edit is not the last one written
-    into the checkpoint, or a tensor is not as the edit left it; Failure when the disk fails or the result is not
-    what it was before the edit. Either leaves nothing behind.
+    An error leaves nothing behind.
+
+    Args:
+        checkpoint: The patched checkpoint.
+        edit_folder: Where the edit's `undo.safetensors` is.
+        output: The folder to write.
+        overwrite: Replace an output that exists.
+        progress: Called with the step, the shards done and the shards in all.
+
+    Returns:
+        The names of the tensors that got their originals back.
+
+    Raises:
+        BadInput: When that edit is not the last one written into the checkpoint, or a tensor is not as the edit left
+            it. When the output cannot be written or there is not enough disk space.
+        Failure: When the disk fails, or the result is not what it was before the edit.
     """
     undo = read_undo(edit_folder)
     edits = checkpoint.edits
@@ -380,8 +479,13 @@ def revert(
 
 @dataclass(frozen=True)
 class Verification:
-    """What `verify` found: problems (each a sentence naming file or tensor), how many tensors were compared, and
-    those that nothing could be compared with."""
+    """What `verify` found.
+
+    Attributes:
+        problems: Each a sentence that names a file or a tensor.
+        compared: How many tensors were compared.
+        not_compared: Names of the tensors that nothing could be compared with.
+    """
 
     problems: tuple[str, ...]
     compared: int
@@ -391,10 +495,23 @@ class Verification:
 def verify(
     checkpoint: Checkpoint, edit: Edit, base: Checkpoint | None = None, *, edit_folder: Path | None = None
 ) -> Verification:
-    """Whether a patched checkpoint is its base with the edit in it and nothing else.
+    """Check whether a patched checkpoint is its base with the edit in it and nothing else.
 
-    With `base` at hand every tensor is computed again and compared byte for byte. Without it the hashes in the edit
-    (`edit.base`) and in `patch.json` of `edit_folder` are compared, which leaves tensors out whose hash was not taken.
+    With `base` at hand every tensor is computed again and compared byte for byte. Without it, hashes are compared:
+    those in the edit (`edit.base`) and those in `patch.json`. That leaves out tensors whose hash was not taken.
+
+    Args:
+        checkpoint: The patched checkpoint.
+        edit: The edit.
+        base: The base, when it is at hand.
+        edit_folder: The edit's folder, which holds `patch.json`. Needed without the base.
+
+    Returns:
+        What was found.
+
+    Raises:
+        BadInput: When neither base nor edit folder is given, or `patch.json` cannot be used. With a base, when the edit
+            does not fit it.
     """
     if base is not None:
         return _verify_against(checkpoint, edit, base)
@@ -425,7 +542,10 @@ def _hashes_after(edit_folder: Path | None, edit: Edit) -> dict[str, str]:
 
 
 def _record_problems(checkpoint: Checkpoint, edit: Edit) -> list[str]:
-    """What the checkpoint's own record says against this edit being the last one; nothing when it has no record."""
+    """Return what the checkpoint's own record says against this edit being the last one.
+
+    Empty when there is no record.
+    """
     written, wanted = [entry["edit"] for entry in checkpoint.edits], edit_identity(edit)
     if not written or written[-1] == wanted:
         return []
@@ -435,7 +555,10 @@ def _record_problems(checkpoint: Checkpoint, edit: Edit) -> list[str]:
 
 
 def _file_problems(checkpoint: Checkpoint, base: dict) -> list[str]:
-    """Config, tokenizer files and shard headers that are not those of the base; `base` is its identity."""
+    """Find config, tokenizer files and shard headers that are not those of the base.
+
+    `base` is the base's identity.
+    """
     own = identity(checkpoint, full=False)
     return [
         f"{'the header of ' if part == 'headers' else ''}{_plain_name(name)} is not that of the base."

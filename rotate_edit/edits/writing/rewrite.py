@@ -1,4 +1,7 @@
-"""What an edit makes of each stored tensor, block by block, so that memory does not depend on the model's size."""
+"""What an edit makes of each stored tensor.
+
+It is computed block by block, so that memory does not depend on the model's size.
+"""
 
 import math
 from collections.abc import Callable, Iterator
@@ -23,9 +26,13 @@ BLOCK_ELEMENTS = 1 << 22
 class Rounding:
     """What one rounding to the stored dtype did to a change.
 
-    elements: how many numbers were to change; unchanged: how many of them rounding left as they were;
-    largest_change, largest_error: the largest |change| asked for and |stored - exact|; change_squares,
-    error_squares: the sums of their squares.
+    Attributes:
+        elements: How many numbers were to change.
+        unchanged: How many of them rounding left as they were.
+        largest_change: The largest |change| asked for.
+        largest_error: The largest |stored - exact|.
+        change_squares: Sum of the squares of the changes.
+        error_squares: Sum of the squares of the errors.
     """
 
     elements: int = 0
@@ -36,6 +43,7 @@ class Rounding:
     error_squares: float = 0.0
 
     def __add__(self, other: "Rounding") -> "Rounding":
+        """Combine two roundings: counts and squares add up, the larger maximum counts."""
         return Rounding(
             self.elements + other.elements,
             self.unchanged + other.unchanged,
@@ -47,7 +55,16 @@ class Rounding:
 
 
 def rounding_of(old: Tensor, change: Tensor, new: Tensor) -> Rounding:
-    """The figures of one rounding: old and new in the stored dtype, the exact change in float64."""
+    """Compute the figures of one rounding.
+
+    Args:
+        old: The old numbers, in the stored dtype.
+        change: The exact change, float64, of the same shape.
+        new: The new numbers, in the stored dtype, of the same shape.
+
+    Returns:
+        The figures.
+    """
     wanted = change != 0
     error = new.double() - (old.double() + change)
     return Rounding(
@@ -61,16 +78,29 @@ def rounding_of(old: Tensor, change: Tensor, new: Tensor) -> Rounding:
 
 
 NewValues = Callable[[Tensor, Tensor, slice], tuple[Tensor, Rounding]]
-"""(old values [k, w], positions int64 [k] among the touched rows, slice of d_model of length w) -> new [k, w]."""
+"""A function that computes new values of some vectors.
+
+Args:
+    old: Old values [k, w], in the stored dtype.
+    positions: int64 [k], places among the touched rows.
+    width: Slice of d_model, of length w.
+
+Returns:
+    New values [k, w] in the stored dtype, and what rounding did to them.
+"""
 
 
 @dataclass(frozen=True)
 class Touched:
     """Some neurons' vectors in one stored tensor that get new values.
 
-    tensor: its name; place, expert: how the vectors lie in it; rows: int64 [n], ascending, which neurons (or
-    tokens); new_values: what they become, in the stored dtype; total: the edit's change, None when originals are put
-    back.
+    Attributes:
+        tensor: Name of the tensor.
+        place: How the vectors lie in it.
+        expert: Index of the expert, None outside experts.
+        rows: int64 [n], ascending, the indices of the neurons (or tokens).
+        new_values: What the vectors become, in the stored dtype.
+        total: The edit's change. None when originals are put back.
     """
 
     tensor: str
@@ -83,8 +113,14 @@ class Touched:
 
 @dataclass(frozen=True)
 class Block:
-    """Consecutive bytes of a tensor from `start` on, uint8: as they were and as they become (the same object when
-    nothing in them is touched), and what rounding did to them."""
+    """Consecutive bytes of a tensor.
+
+    Attributes:
+        start: Offset of the first byte in the file.
+        old: uint8 [bytes], as they were.
+        new: uint8 [bytes], as they become. The same object as `old` when nothing in them is touched.
+        rounding: What rounding did to them.
+    """
 
     start: int
     old: Tensor
@@ -93,10 +129,19 @@ class Block:
 
 
 def plan_edit(checkpoint: Checkpoint, edit: Edit) -> dict[str, list[Touched]]:
-    """Which stored tensors an edit touches and how, by tensor name in the order of the edit's changes.
+    """Find which stored tensors an edit touches and how.
 
-    With a tied head, embedding and unembedding are one table; where a file holds it twice both copies are touched.
-    Raises BadInput when the checkpoint has no such matrix, or its shape does not fit the edit.
+    With a tied head, embedding and unembedding are one table. Where a file holds it twice, both copies are touched.
+
+    Args:
+        checkpoint: The base.
+        edit: The edit.
+
+    Returns:
+        The touched vectors by tensor name, in the order of the edit's changes.
+
+    Raises:
+        BadInput: When the checkpoint has no such matrix, or its shape does not fit the edit.
     """
     changes = edit.changes
     names: dict[str, list[str]] = {"embedding": [], "unembedding": []}
@@ -145,7 +190,16 @@ def _check_fit(checkpoint: Checkpoint, total: Total, place: Place) -> None:
 
 
 def rewritten(checkpoint: Checkpoint, tensor: str, touched: list[Touched]) -> Iterator[Block]:
-    """The whole stored tensor from its first byte to its last, in blocks, with the touched values replaced."""
+    """Read the whole stored tensor in blocks, with the touched values replaced.
+
+    Args:
+        checkpoint: The checkpoint.
+        tensor: Name of the tensor.
+        touched: The vectors that get new values.
+
+    Yields:
+        The blocks from the tensor's first byte to its last.
+    """
     stored = checkpoint.stored[tensor]
     path = checkpoint.path(stored.file)
     if not touched:
@@ -170,7 +224,10 @@ def rewritten(checkpoint: Checkpoint, tensor: str, touched: list[Touched]) -> It
 def _replace_in(
     old: Tensor, new: Tensor, entry: Touched, stored: Stored, first: int, last: int
 ) -> tuple[Tensor, Rounding]:
-    """`new` with the touched values of lines [first, last) replaced; a copy of `old` is made when it is needed."""
+    """Replace the touched values of lines [first, last) in `new`.
+
+    A copy of `old` is made when it is needed.
+    """
     count, _ = matrix_shape(stored, entry.place)
     height = stored.shape[-2] if len(stored.shape) > 1 else 1
     above = (entry.expert or 0) * height if entry.place.stacked else 0

@@ -1,4 +1,7 @@
-"""What an exact undo needs: the original vectors of every touched matrix, in one safetensors file beside the edit."""
+"""What an exact undo needs: the original vectors of every touched matrix.
+
+They are in one safetensors file beside the edit.
+"""
 
 import json
 import math
@@ -23,8 +26,15 @@ FORMAT = "rotate-edit undo"
 
 @dataclass(frozen=True)
 class Undo:
-    """An undo file, read: edit: the edit's identity; hashes: for each tensor {"before", "after"}; entries: which
-    matrix of which tensor the numbered originals belong to; header and path: where the originals are."""
+    """An undo file that was read.
+
+    Attributes:
+        edit: Identity of the edit.
+        hashes: SHA-256 {"before", "after"} of each tensor, by its name.
+        entries: Which matrix of which tensor the numbered originals belong to.
+        header: The file's header, which says where the originals are.
+        path: The file.
+    """
 
     edit: str
     hashes: dict[str, dict[str, str]]
@@ -40,10 +50,22 @@ def write_undo(
     edit: str,
     edit_folder: Path,
 ) -> None:
-    """Write `undo.safetensors`: rows and original vectors of everything touched, one matrix in memory at a time.
+    """Write `undo.safetensors`: rows and original vectors of everything touched.
 
-    hashes: SHA-256 {"before", "after"} of each touched tensor; edit: the edit's identity. It holds the removed
-    capability, so it is for the editor and not for publication. Replaces an older undo file.
+    One matrix is in memory at a time. The file holds the removed capability, so it is for the editor and not for
+    publication. It replaces an older undo file.
+
+    Args:
+        checkpoint: The base.
+        touched: The touched vectors by tensor name (see `plan_edit`).
+        hashes: SHA-256 {"before", "after"} of each touched tensor, by its name.
+        edit: Identity of the edit.
+        edit_folder: The edit's folder.
+
+    Raises:
+        ValueError: When a touched vector does not belong to an edit.
+        BadInput: When the folder may not be written.
+        Failure: When the disk is full or fails.
     """
     entries: list[dict] = []
     layout: list[tuple[str, str, tuple[int, ...], int]] = []
@@ -76,7 +98,17 @@ def write_undo(
 
 
 def read_undo(edit_folder: Path) -> Undo:
-    """Open the undo file of an edit folder. Raises BadInput when there is none or it is not a consistent one."""
+    """Open the undo file of an edit folder.
+
+    Args:
+        edit_folder: The edit's folder.
+
+    Returns:
+        The undo file, with its header read.
+
+    Raises:
+        BadInput: When there is no undo file or it is not a consistent one.
+    """
     if not (edit_folder / UNDO).is_file():
         raise BadInput(f'"{edit_folder}" has no {UNDO}, without which nothing is undone exactly; take the base again.')
     path = file_inside(edit_folder, UNDO)
@@ -100,7 +132,18 @@ def read_undo(edit_folder: Path) -> Undo:
 
 
 def plan_undo(checkpoint: Checkpoint, undo: Undo) -> dict[str, list[Touched]]:
-    """Which vectors of a patched checkpoint get their originals back, by tensor name. Raises BadInput."""
+    """Find which vectors of a patched checkpoint get their originals back.
+
+    Args:
+        checkpoint: The patched checkpoint.
+        undo: The undo file.
+
+    Returns:
+        The vectors by tensor name.
+
+    Raises:
+        BadInput: When the undo file does not fit the checkpoint or lacks originals.
+    """
     touched: dict[str, list[Touched]] = {}
     for number, entry in enumerate(undo.entries):
         wrong = BadInput(f"entry {number} of {UNDO} does not fit {checkpoint.source}.")

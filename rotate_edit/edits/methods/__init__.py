@@ -1,0 +1,46 @@
+"""Edit methods, one file a family. Importing this package registers those that come with it."""
+
+from rotate_edit.edits.methods import located, rank_one, silence_words, text_driven, token_rows, whole_neurons
+from rotate_edit.edits.methods.base import (
+    Choice,
+    Decimal,
+    Declaration,
+    Distribution,
+    EditMethod,
+    Factors,
+    Target,
+    Whole,
+    declaration,
+    default_controls,
+    edit_method,
+    make_control,
+    make_method,
+    method_names,
+    setting_names,
+    style_of,
+)
+
+__all__ = [
+    "Choice",
+    "Decimal",
+    "Declaration",
+    "Distribution",
+    "EditMethod",
+    "Factors",
+    "Target",
+    "Whole",
+    "declaration",
+    "default_controls",
+    "edit_method",
+    "located",
+    "make_control",
+    "make_method",
+    "method_names",
+    "rank_one",
+    "setting_names",
+    "silence_words",
+    "style_of",
+    "text_driven",
+    "token_rows",
+    "whole_neurons",
+]
