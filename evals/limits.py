@@ -23,7 +23,7 @@ from rotate_edit.edits.edit import key_coefficients
 from rotate_edit.edits.low_rank import Wanted, fit_change, whitened
 from rotate_edit.models.batches import Passages, log_probabilities, real_positions
 from rotate_edit.models.hooks import recorded
-from rotate_edit.models.output_head import Positions, OutputHead, output_head_of
+from rotate_edit.models.output_head import OutputHead, Positions, output_head_of
 from rotate_edit.models.self_text import write_samples
 from rotate_edit.recipe import EditRecipe, parse_recipe
 from rotate_edit.session import open_recipe

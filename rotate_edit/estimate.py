@@ -1,35 +1,34 @@
-"""What a recipe will take, counted from its settings before any weight is read.
+"""What a job will take, counted from its settings before any weight is read.
 
 Counts that only the work itself would tell (iterations of a search, groups of a concept's tokens) are those measured
-on the demo model and `bookworm`; where a step may end early it is taken to go on to its end.
+on the demo model and on a model of real prose. Where a step may end early it is taken to go on to its end.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from rotate_edit.channels.cost import CHANNEL_BYTES, PRODUCTS, search_operations, shard_memory
-from rotate_edit.channels.solver import SolverSettings
-from rotate_edit.edits.edit import SAMPLED
-from rotate_edit.edits.low_rank import DRAWN, DRAWN_LATER, STEPS
+from rotate_edit.channels.locate import SearchSettings
+from rotate_edit.edits.methods import EditMethod
+from rotate_edit.edits.strength import Goal
 from rotate_edit.edits.writing.cost import estimate_patch
 from rotate_edit.evaluation.compare import Plan
 from rotate_edit.evaluation.evaluate import divide, texts_about
+from rotate_edit.evaluation.measures import CELLS_KEPT
 from rotate_edit.evaluation.tasks import Items
 from rotate_edit.machine import PROCESS_WITH_TRANSFORMERS, START_WITH_TRANSFORMERS, Cost
+from rotate_edit.models.batches import CELLS_IN_A_BATCH
 from rotate_edit.models.checkpoint import Checkpoint
-from rotate_edit.models.cost import estimate_live, parameters, table_memory, to_download
-from rotate_edit.models.output_head import AT_ONCE
-from rotate_edit.recipe import Recipe
+from rotate_edit.models.cost import estimate_live, parameters, size_of, table_memory, to_download
 
 # Products with the vocabulary matrix of a search that asks for one concept: 20 to 26 measured.
 PRODUCTS_ASKING = 26
 # Seconds of the demo model's forward passes over the seconds of their products alone: 1.1 to 1.9 measured on one
 # thread, about 3.4 on two, which the small products around the large ones do not fill.
 FORWARD_OVERHEAD = 2.5
-# The same of a fit's steps, which also take logarithms of what they predict: 2.0 measured on one thread. Operations of
-# an eigendecomposition over the cube of its size.
-FITTING_OVERHEAD, ROOTS = 2.0, 20
-# `group_distance: auto` tries three divisions of a concept; together they search about so many times the candidates.
+# When a concept's groups are chosen by trying, three divisions of it are tried. Together they search about so many
+# times the candidates.
 SEARCHES, GROUPS = 3, 6
 # Forward passes over a concept's texts to find a strength, three times while divisions are tried and once at the end.
 SOLVING_PASSES = 10
@@ -37,127 +36,168 @@ CHARACTERS_OF_A_TOKEN = 4
 LONGEST_WORD = 12
 
 
-def recipe_cost(
-    recipe: Recipe, checkpoint: Checkpoint, items: Items | None, *, device: str = "cpu", measured: bool = True
-) -> Cost:
-    """What a recipe takes: locating, solving for the strength, writing and, when `measured`, curves and evaluation.
+@dataclass(frozen=True)
+class Job:
+    """What a job's cost is counted from.
 
-    items: what is measured on; lm-eval tasks known by name alone are not counted, since their size is not known.
+    Attributes:
+        goals: By concept what its strength is chosen by.
+        plan: What is asked.
+        method: The edit method.
+        controls: The methods that are drawn beside it.
+        matrices: The kinds of matrices that are looked at.
+        search: How channels are looked for.
+        words_only: Whether only beginnings of words count in the search.
+        tries_groups: Whether divisions of a concept into groups are tried.
+        self_text: Tokens of self-generated text.
+        texts: Whether there are items or texts to measure on.
+        tokens: Tokens of text for each point of a curve.
+        points: How many points a curve has.
+        limit: At most this many items of each task. None for all.
+        checkpoint: Whether a patched checkpoint is written.
+        undo: Whether what an undo needs is written.
     """
-    keyed = _keyed(recipe, measured)
-    # Memory is checked before the items are read, so what the recipe names counts and not what was read of it.
-    live = measured or keyed or recipe.evaluate.items is not None or recipe.evaluate.text is not None
-    grouped = live and _tries_groups(recipe)
-    on_gpu = device != "cpu"
-    channels = _candidates(recipe) * SEARCHES * recipe.decompose.channels
-    cost = locating_cost(recipe, checkpoint, device=device, grouped=grouped)
-    cost += Cost(disk=channels * (4 * checkpoint.hidden_size + CHANNEL_BYTES))
+
+    goals: Mapping[str, Goal]
+    plan: Plan
+    method: EditMethod
+    controls: tuple[EditMethod, ...]
+    matrices: tuple[str, ...]
+    search: SearchSettings
+    words_only: bool
+    tries_groups: bool
+    self_text: int
+    texts: bool
+    tokens: int
+    points: int
+    limit: int | None
+    checkpoint: bool
+    undo: bool
+
+    def methods(self, measured: bool) -> tuple[EditMethod, ...]:
+        """The methods that are built: the edit's own, and its controls when they are measured."""
+        return (self.method, *self.controls) if measured else (self.method,)
+
+    @property
+    def candidates(self) -> int:
+        """How many neurons are decomposed for each group of tokens."""
+        return self.search.candidates * len(self.matrices)
+
+
+def job_cost(
+    job: Job, checkpoint: Checkpoint, items: Items | None, *, device: str = "cpu", measured: bool = True
+) -> Cost:
+    """What a job takes: locating, solving for the strength, writing and, when `measured`, curves and evaluation.
+
+    lm-eval tasks known by name alone are not counted, since their size is not known.
+
+    Args:
+        job: What is done.
+        checkpoint: The base.
+        items: What is measured on. None before they are read: memory is then counted from the settings.
+        device: Where it runs.
+        measured: Whether the edit is evaluated.
+    """
+    methods, on_gpu, size = job.methods(measured), device != "cpu", size_of(checkpoint)
+    reads = frozenset(need for method in methods for need in method.about.reads)
+    live = measured or "self_text" in reads or job.texts
+    cost = locating_cost(job, checkpoint, device=device, measured=measured)
+    if "channels" in reads:
+        channels = job.candidates * SEARCHES * job.search.solver.channels
+        cost += Cost(disk=channels * (4 * checkpoint.hidden_size + CHANNEL_BYTES))
     if live:
-        held = _locating_memory(recipe, checkpoint)
+        held = _locating_memory(job, checkpoint)
         model = estimate_live(checkpoint, 2 if on_gpu else 4, gpu=on_gpu)
-        kept = _reference_memory(recipe, checkpoint)
+        kept = _reference_memory(job, checkpoint)
         cost += Cost(
-            operations=_forward(checkpoint) * sum(tokens_read(recipe, items, measured=measured).values()),
+            operations=_forward(checkpoint) * sum(tokens_read(job, items, measured=measured).values()),
             start=model.start,
             read=model.read,
             memory=model.memory + held + (0 if on_gpu else kept),
             gpu_memory=model.gpu_memory + held + kept if on_gpu else 0,
         )
-    if keyed:
-        # Second moments of a layer's activations, in float64: their sum, one more for a batch, and what the fit solves.
+    if "activations" in reads:
+        # Second moments of a layer's activations, in float64: their sum, one more for a batch, and what is solved.
         cost += Cost(memory=3 * 8 * checkpoint.neurons**2)
-    if recipe.edit.method == "fitted":
-        model = estimate_live(checkpoint, 2 if on_gpu else 4, gpu=on_gpu)
-        fit = _fitting_memory(recipe, checkpoint)
-        cost += Cost(
-            operations=len(recipe.concepts) * _fitting(recipe, checkpoint),
-            memory=model.memory + (0 if on_gpu else fit),
-            gpu_memory=model.gpu_memory + fit if on_gpu else 0,
-        )
-    if recipe.save.checkpoint:
+    for method in methods:
+        own = method.cost(size, job.self_text)
+        if own.operations or own.memory:
+            model = estimate_live(checkpoint, 2 if on_gpu else 4, gpu=on_gpu)
+            cost += Cost(
+                operations=len(job.goals) * own.operations,
+                memory=model.memory + (0 if on_gpu else own.memory),
+                gpu_memory=model.gpu_memory + own.memory if on_gpu else 0,
+            )
+    if job.checkpoint:
         written = estimate_patch(checkpoint)
         cost += Cost(read=written.read, memory=written.memory, disk=written.disk)
-        if recipe.save.undo:
-            cost += Cost(disk=_candidates(recipe) * SEARCHES * checkpoint.hidden_size * 4)
+        if job.undo:
+            cost += Cost(disk=job.candidates * SEARCHES * checkpoint.hidden_size * 4)
     return cost
 
 
-def locating_cost(recipe: Recipe, checkpoint: Checkpoint, *, device: str = "cpu", grouped: bool = False) -> Cost:
-    """What finding the concepts' channels takes, with nothing written.
+def locating_cost(job: Job, checkpoint: Checkpoint, *, device: str = "cpu", measured: bool = False) -> Cost:
+    """What finding the concepts takes, with nothing written. Without channels it is one scan at most.
 
-    grouped: whether several divisions of each concept are tried.
+    Args:
+        job: What is done.
+        checkpoint: The base.
+        device: Where it runs.
+        measured: Whether the controls locate too.
     """
-    settings, candidates = _settings(recipe), _candidates(recipe)
-    held = _locating_memory(recipe, checkpoint)
+    reads = frozenset(need for method in job.methods(measured) for need in method.about.reads)
+    held = _locating_memory(job, checkpoint)
+    operations = len(job.goals) * _searching(job, checkpoint) if "channels" in reads else 0.0
     return Cost(
-        operations=len(recipe.concepts) * _locating(recipe, checkpoint, settings, candidates, grouped=grouped),
+        operations=operations,
         start=START_WITH_TRANSFORMERS,
-        read=(len(recipe.concepts) + 1) * checkpoint.size,
+        read=(len(job.goals) + 1) * checkpoint.size,
         memory=PROCESS_WITH_TRANSFORMERS + held,
         gpu_memory=held if device != "cpu" else 0,
         download=to_download(checkpoint),
     )
 
 
-def tokens_read(recipe: Recipe, items: Items | None, *, measured: bool = True) -> dict[str, int]:
+def tokens_read(job: Job, items: Items | None, *, measured: bool = True) -> dict[str, int]:
     """About how many tokens the live model reads, by step."""
-    steps = dict.fromkeys(("keys", "groups", "strengths", "curves", "items", "generations"), 0)
-    if _keyed(recipe, measured):
+    steps = dict.fromkeys(("self-generated text", "groups", "strengths", "curves", "items", "generations"), 0)
+    methods = job.methods(measured)
+    if any("self_text" in method.about.reads for method in methods):
         # Every token is written once and read once.
-        steps["keys"] = 2 * recipe.edit.key_tokens
+        steps["self-generated text"] = 2 * job.self_text
     if items is None:
         return steps
-    evaluation = recipe.evaluate
-    methods, points = 1 + len(set(evaluation.controls)), len(set(evaluation.strengths)) + 1
-    for concept in recipe.concepts:
-        own, others = (min(evaluation.tokens, _length(texts)) for texts in texts_about(items, [concept.name]))
-        if _tries_groups(recipe):
+    for name, goal in job.goals.items():
+        own, others = (min(job.tokens, _length(texts)) for texts in texts_about(items, [name]))
+        if job.tries_groups:
             steps["groups"] += SEARCHES * (SOLVING_PASSES * own + others)
-        if concept.strength == "auto":
-            steps["strengths"] += SOLVING_PASSES * own
+        if goal.kind != "strength":
+            steps["strengths"] += SOLVING_PASSES * (own if goal.kind == "remaining" else others)
         if measured:
-            steps["curves"] += (methods * points + 1) * (own + others)
+            steps["curves"] += (len(methods) * job.points + 1) * (own + others)
     if measured:
-        names = tuple(concept.name for concept in recipe.concepts)
-        close = tuple(name for concept in recipe.concepts for name in concept.neighbours)
-        plan = Plan(names, close)
-        asked, _ = divide(items.tasks, plan)
-        steps["items"] = 2 * sum(_tokens(row) for task in asked for row in task.rows[: evaluation.limit])
-        own = sum(row.get("concept") in names for row in items.generation)
-        prompts = min(len(items.generation), own + plan.generations)
+        asked, _ = divide(items.tasks, job.plan)
+        steps["items"] = 2 * sum(_tokens(row) for task in asked for row in task.rows[: job.limit])
+        own = sum(row.get("concept") in job.goals for row in items.generation)
+        prompts = min(len(items.generation), own + job.plan.generations)
         # Each prompt is continued once greedily, and sampled to see whether the concept leaks.
-        steps["generations"] = 2 * prompts * (1 + plan.samples) * plan.new_tokens
+        steps["generations"] = 2 * prompts * (1 + job.plan.samples) * job.plan.new_tokens
     return steps
 
 
-def _settings(recipe: Recipe) -> SolverSettings:
-    return SolverSettings(solver=recipe.decompose.solver, channels=recipe.decompose.channels)
-
-
-def _candidates(recipe: Recipe) -> int:
-    return recipe.locate.candidates * len(recipe.locate.matrices)
-
-
-def _locating_memory(recipe: Recipe, checkpoint: Checkpoint) -> int:
+def _locating_memory(job: Job, checkpoint: Checkpoint) -> int:
     """The vocabulary's tables and the candidates of one search."""
-    return table_memory(checkpoint) + shard_memory(checkpoint, _settings(recipe), _candidates(recipe))
+    return table_memory(checkpoint) + shard_memory(checkpoint, job.search.solver, job.candidates)
 
 
-def _keyed(recipe: Recipe, measured: bool) -> bool:
-    return any(method in SAMPLED for method in (recipe.edit.method, *(recipe.evaluate.controls if measured else ())))
-
-
-def _tries_groups(recipe: Recipe) -> bool:
-    return recipe.locate.group_distance == "auto" and recipe.edit.method not in SAMPLED
-
-
-def _locating(
-    recipe: Recipe, checkpoint: Checkpoint, settings: SolverSettings, candidates: int, *, grouped: bool
-) -> float:
-    searches = GROUPS if grouped else 1
-    channels = searches * candidates * settings.channels
-    asked = searches * candidates * PRODUCTS_ASKING / PRODUCTS[settings.solver] if recipe.decompose.tilted_start else 0
-    return search_operations(checkpoint, settings, channels + asked, recipe.decompose.words_only)
+def _searching(job: Job, checkpoint: Checkpoint) -> float:
+    settings = job.search.solver
+    searches = GROUPS if job.tries_groups else 1
+    channels = searches * job.candidates * settings.channels
+    asked = 0.0
+    if job.search.tilted_start:
+        asked = searches * job.candidates * PRODUCTS_ASKING / PRODUCTS[settings.solver]
+    return search_operations(checkpoint, settings, channels + asked, job.words_only)
 
 
 def _forward(checkpoint: Checkpoint) -> float:
@@ -165,33 +205,9 @@ def _forward(checkpoint: Checkpoint) -> float:
     return FORWARD_OVERHEAD * 2 * parameters(checkpoint)
 
 
-def _fitting(recipe: Recipe, checkpoint: Checkpoint) -> float:
-    """Operations of one fit: each step predicts its positions twice and goes back once, after two looks at all."""
-    head = 2 * checkpoint.hidden_size * checkpoint.vocabulary_size
-    change = 2 * checkpoint.neurons * checkpoint.hidden_size
-    later = recipe.edit.fit_rounds - 1
-    drawn = STEPS * (DRAWN + later * DRAWN_LATER)
-    whole = STEPS * (1 + later) * 3 * 2 * checkpoint.neurons * checkpoint.hidden_size**2
-    steps = drawn * (4 * head + 3 * change) + whole
-    roots = ROOTS * checkpoint.neurons**3 + 2 * 2 * recipe.edit.key_tokens * checkpoint.neurons**2
-    return FITTING_OVERHEAD * (steps + 2 * recipe.edit.key_tokens * head + roots)
-
-
-def _fitting_memory(recipe: Recipe, checkpoint: Checkpoint) -> int:
-    """The positions as they are and whitened, the head in float32, a step's predictions, and the change four times."""
-    positions = recipe.edit.key_tokens * 2 * (checkpoint.neurons + checkpoint.hidden_size)
-    head = checkpoint.hidden_size * checkpoint.vocabulary_size
-    predictions = 6 * max(DRAWN, AT_ONCE // 2) * checkpoint.vocabulary_size
-    roots = 2 * 5 * checkpoint.neurons**2
-    return 4 * (positions + head + predictions + roots + 4 * checkpoint.neurons * checkpoint.hidden_size)
-
-
-def _reference_memory(recipe: Recipe, checkpoint: Checkpoint) -> int:
+def _reference_memory(job: Job, checkpoint: Checkpoint) -> int:
     """The base model's log-probabilities that are kept, and the logits of one batch with two copies."""
-    from rotate_edit.evaluation.measures import CELLS_KEPT
-    from rotate_edit.models.batches import CELLS_IN_A_BATCH
-
-    cells = min(CELLS_KEPT, recipe.evaluate.tokens * checkpoint.vocabulary_size)
+    cells = min(CELLS_KEPT, job.tokens * checkpoint.vocabulary_size)
     return 4 * (cells + 3 * CELLS_IN_A_BATCH)
 
 

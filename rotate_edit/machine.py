@@ -254,3 +254,12 @@ def pick_device(device: str) -> str:
     if not there.get(device, False):
         raise BadInput(f"device {device}: this machine has no such device; use auto, cpu, cuda or mps.")
     return device
+
+
+def peak_memory() -> float:
+    """Return the largest memory this process has used.
+
+    Returns:
+        The memory in mebibytes.
+    """
+    return held_memory() / 1024**2

@@ -60,7 +60,8 @@ class ConceptRecipe(_Section):
         "`remaining`, `budget`, `odds` and `strength` is given.",
     )
     budget: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = Field(
-        None, description="The largest strength with at most so many nats of KL divergence on texts without the concept."
+        None,
+        description="The largest strength with at most so many nats of KL divergence on texts without the concept.",
     )
     odds: Annotated[float, Field(gt=1, allow_inf_nan=False)] | None = Field(
         None, description="Amplify: make the concept's odds so many times as large on texts without it."

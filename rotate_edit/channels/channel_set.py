@@ -334,7 +334,7 @@ def load_channels(folder: Path, *, vectors: bool = True) -> list[Channel]:
         return _channels(found, table.read(), vectors)
 
 
-def search(
+def search_channels(
     folder: Path,
     *,
     token: str | None = None,

@@ -16,14 +16,20 @@ from rotate_edit.models.parameters import live_parameter
 
 
 @contextmanager
-def applied(model: torch.nn.Module, edit: Edit, strength: float | None = None) -> Iterator[None]:
+def applied(model: torch.nn.Module, edit: Edit) -> Iterator[None]:
     """`with applied(model, edit):` adds the edit to the model's weights and takes it away again bit for bit.
 
-    strength: one strength for all changes instead of their own. Every matrix is computed in float64 and rounded once
-    to its dtype, exactly as `patch.write_checkpoint` does, so the live weights equal the written ones. The original
-    rows are put back when the block ends, also by an exception. Raises BadInput when the model has no such matrix.
+    Every matrix is computed in float64 and rounded once to its dtype, exactly as a patched checkpoint is written. So
+    the live weights equal the written ones. The original rows are put back when the block ends, also by an exception.
+    `applied(model, edit.at(2))` takes another strength.
+
+    Args:
+        model: A loaded transformers model.
+        edit: The edit.
+
+    Raises:
+        BadInput: The model has no such matrix.
     """
-    edit = edit if strength is None else edit.with_strength(strength)
     saved: list[tuple[Tensor, Tensor, Tensor]] = []
     handles: list[RemovableHandle] = []
     try:

@@ -98,9 +98,7 @@ def _seed(material: Material, site: Site) -> int:
     return material.settings.seed + 1000 * site.layer + max(0, site.expert)
 
 
-def _targets(
-    material: Material, concept: Concept, group: ConceptGroup
-) -> Iterator[tuple[Site, MatrixView, Tensor]]:
+def _targets(material: Material, concept: Concept, group: ConceptGroup) -> Iterator[tuple[Site, MatrixView, Tensor]]:
     """Every matrix as locators see it, with its vectors, one in memory at a time."""
     for site, view in _views(material, group):
         yield site, view, read_matrix(material.checkpoint, site.layer, site.matrix, site.expert_or_none)
@@ -181,9 +179,7 @@ def _fit_keys(material: Material, methods: Sequence[EditMethod]) -> dict[tuple[s
     }
 
 
-def describe_vectors(
-    material: Material, edit: Edit, projections: Projections
-) -> tuple[EditedVector, ...]:
+def describe_vectors(material: Material, edit: Edit, projections: Projections) -> tuple[EditedVector, ...]:
     """What an edit does to every neuron's vector that it changes: cosine with the original, norms before and after.
 
     Args:

@@ -122,7 +122,8 @@ class Edit:
     @property
     def concepts(self) -> tuple[str, ...]:
         """The names of the concepts it edits, in the order of its changes."""
-        return tuple(dict.fromkeys(part.concept for part in (*self.changes, *self.clamps)))
+        named = [change.concept for change in self.changes] + [clamp.concept for clamp in self.clamps]
+        return tuple(dict.fromkeys(named))
 
     @property
     def does_something(self) -> bool:

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rotate_edit.edits.edit import key_coefficients
+from rotate_edit.edits.directions import key_coefficients
 from rotate_edit.models.batches import Passages, log_probabilities, real_positions
 from rotate_edit.models.hooks import recorded
-from rotate_edit.models.output_head import AT_ONCE, Positions, OutputHead, logit_factor
+from rotate_edit.models.output_head import AT_ONCE, OutputHead, Positions, logit_factor
 
 # There are many more positions than features that a head reads, so that hardly any is needed.
 EVEN_RIDGE = 1e-3

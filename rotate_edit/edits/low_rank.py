@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from rotate_edit.edits.strength import STRONGEST, cross
-from rotate_edit.models.output_head import AT_ONCE, Positions, OutputHead
+from rotate_edit.models.output_head import AT_ONCE, OutputHead, Positions
 
 STEPS = 120
 # Positions of one step.
@@ -68,13 +68,21 @@ def whitened(seen: Positions, *, ridge: float) -> Whitened:
 
 
 def related_tokens(seen: Positions, head: OutputHead, ids: Tensor, apart: Tensor) -> Tensor:
-    """Tokens that no word names but that are predicted where the concept is: int64, ascending.
+    """Tokens that no word names but that are predicted where the concept is.
 
-    A fit would take care to keep them there. ids: the concept's tokens; apart: token ids that are not of it. A token's
-    lift is its mean probability, positions weighted by the concept's, over its mean at all positions. A token is
-    related_tokens when its lift is at least half the median lift of the concept's own tokens, each by the others. Where more
-    than twice as many pass as the concept has, predictions are too unsure to tell and none is related_tokens; nor is any
-    to a single token.
+    A fit would take care to keep them there. A token's lift is its mean probability, positions weighted by the
+    concept's, over its mean at all positions. A token is related when its lift is at least half the median lift of the
+    concept's own tokens, each by the others. Where more than twice as many pass as the concept has, predictions are
+    too unsure to tell, and none is related. Nor is any to a single token.
+
+    Args:
+        seen: What the last layer holds at positions of self-generated text.
+        head: What follows the last MLP.
+        ids: The concept's tokens, int64.
+        apart: Tokens that are not of it, int64.
+
+    Returns:
+        int64, ascending.
     """
     parts = []
     with torch.no_grad():

@@ -12,6 +12,7 @@ from rotate_edit.console import Report, silent
 from rotate_edit.errors import BadInput
 from rotate_edit.evaluation.compare import Plan
 from rotate_edit.evaluation.evaluate import evaluate, evaluate_checkpoints
+from rotate_edit.evaluation.metrics import failed_gates
 from rotate_edit.evaluation.provenance import provenance, weights_hash
 from rotate_edit.evaluation.tasks import Items, open_items
 from rotate_edit.evaluation.variants import Variant, opened, read_variants
@@ -44,8 +45,8 @@ def _recorded(folder: Path) -> list[str]:
     return [name for names in lists if isinstance(names, list) for name in names if isinstance(name, str)]
 
 
-def _raised(variants: Sequence[Variant]) -> tuple[str, ...]:
-    """The concepts that every variant raises; none where a variant is no edit, which does not tell."""
+def _amplified(variants: Sequence[Variant]) -> tuple[str, ...]:
+    """The concepts that every variant amplifies; none where a variant is no edit, which does not tell."""
     edits = [variant.edit for variant in variants]
     strengths: dict[str, list[float]] = {}
     for edit in edits:
@@ -96,7 +97,7 @@ def evaluate_models(
     variants = read_variants(list(edited))
     # lm-eval's own tasks are general abilities and need no concept.
     concepts = edited_concepts(variants, plan.concepts, required=found is not None)
-    plan = replace(plan, concepts=concepts, raised=_raised(variants))
+    plan = replace(plan, concepts=concepts, amplified=_amplified(variants))
     chosen = pick_device(device)
     # A whole checkpoint is loaded beside the base, one at a time.
     at_once = 1 + any(variant.checkpoint is not None for variant in variants)
@@ -223,3 +224,28 @@ def measure_faithfulness(
         write_atomically(output.with_suffix(".json"), json.dumps(content, indent=1, allow_nan=False))
         write_atomically(output.with_suffix(".png"), drawing.png(faithfulness.figure(rows)))
     return rows
+
+
+def check_run(run_folder: Path, bounds: Mapping[str, float]) -> list[str]:
+    """The gates that a run's numbers do not pass, one sentence each.
+
+    Args:
+        run_folder: The run folder.
+        bounds: By the metric's name.
+
+    Raises:
+        BadInput: There is no gate, no such metric, or no evaluation.json that can be read.
+    """
+    if not bounds:
+        raise BadInput("check needs at least one gate, for instance --gate efficacy=0.9.")
+    try:
+        result = json.loads((run_folder / "evaluation.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise BadInput(f"{run_folder} holds no readable evaluation.json.") from error
+    try:
+        variant: dict[str, Any] = next(iter((result.get("variants") or {}).values()), {})
+        return failed_gates({**variant.get("measures", {}), **(result.get("summary") or {})}, bounds)
+    except (AttributeError, TypeError, ValueError) as error:
+        raise BadInput(
+            f"evaluation.json in {run_folder} does not have the form that a run writes; run it again."
+        ) from error

@@ -5,9 +5,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from rotate_edit.evaluation import generations, statistics
+from rotate_edit.evaluation import statistics
 from rotate_edit.evaluation.harness import Scores, Settings
-from rotate_edit.evaluation.statistics import Difference, Estimate, Measure
+from rotate_edit.evaluation.statistics import Difference, Estimate
 
 ROLES = ("concept", "neighbour", "general")
 SIGNIFICANT = 0.05
@@ -18,12 +18,18 @@ KIND_WORDS = {"accuracy": "choice", "probability": "cloze", "perplexity": "perpl
 class Plan:
     """What is asked.
 
-    concepts: the edited concepts by the names the items know them under; neighbours: those that lie close; tasks:
-    lm-eval tasks by name, as general abilities; items: at most this many items of each part (one concept's words,
-    the neighbours' facts ...), None for all; settings: how lm-eval asks; raised: the concepts among them that the edit
-    means to raise, whose removal is not measured; generations: how many neutral prompts are continued beside the
-    concept's own; new_tokens: how long a continuation is; words: of the concepts, which are looked for in `samples`
-    sampled continuations of every prompt (the leak rate); seed: of the bootstrap and of the sampling.
+    Attributes:
+        concepts: The edited concepts by the names that the items know them under.
+        neighbours: Concepts that lie close to them.
+        tasks: lm-eval tasks by name, as general abilities.
+        items: At most this many items of each part (one concept's words, the neighbours' facts). None for all.
+        settings: How lm-eval asks.
+        amplified: The concepts among them that the edit means to amplify. Their removal is not measured.
+        generations: How many neutral prompts are continued beside the concept's own.
+        new_tokens: How long a continuation is.
+        words: Of the concepts, which are looked for in sampled continuations (the leak rate).
+        samples: How many continuations of every prompt are sampled.
+        seed: Of the bootstrap and of the sampling.
     """
 
     concepts: tuple[str, ...]
@@ -31,32 +37,40 @@ class Plan:
     tasks: tuple[str, ...] = ()
     items: int | None = 240
     settings: Settings = field(default_factory=Settings)
-    raised: tuple[str, ...] = ()
+    amplified: tuple[str, ...] = ()
     generations: int = 5
     new_tokens: int = 40
     words: tuple[str, ...] = ()
     samples: int = 20
     seed: int = 0
 
-    def raises(self, concept: str) -> bool:
-        """Whether the edit means to raise a concept."""
-        return concept.casefold() in {name.casefold() for name in self.raised}
+    def amplifies(self, concept: str) -> bool:
+        """Whether the edit means to amplify a concept."""
+        return concept.casefold() in {name.casefold() for name in self.amplified}
 
     @property
-    def lowered(self) -> tuple[str, ...]:
+    def suppressed(self) -> tuple[str, ...]:
         """The concepts that the edit means to remove."""
-        return tuple(name for name in self.concepts if not self.raises(name))
+        return tuple(name for name in self.concepts if not self.amplifies(name))
 
     @property
-    def amplified(self) -> bool:
-        """Whether the edit means to raise all of its concepts, so that no removal is measured."""
-        return bool(self.concepts) and not self.lowered
+    def only_amplifies(self) -> bool:
+        """Whether the edit means to amplify all of its concepts, so that no removal is measured."""
+        return bool(self.concepts) and not self.suppressed
 
 
 @dataclass(frozen=True)
 class Part:
-    """Items of one task that are reported together: `rows` are their places among the task's items, concept the one
-    that they are about where they are a concept's own."""
+    """Items of one task that are reported together.
+
+    Attributes:
+        task: The task's name.
+        role: Of `ROLES`: about the concept, about its neighbours, or general.
+        title: What reports call it.
+        type: "A" (the answer is a word of the concept), "B" (a fact about it), or whatever the items say.
+        rows: Their places among the task's items.
+        concept: The concept that they are about, where they are a concept's own.
+    """
 
     task: str
     role: str
@@ -66,31 +80,24 @@ class Part:
     concept: str = ""
 
 
-@dataclass(frozen=True)
-class Reading:
-    """Everything measured on one model. The measures are None where there was nothing to measure them on.
+def compare_parts(
+    parts: Sequence[Part], before: Mapping[str, Scores], after: Mapping[str, Scores], plan: Plan
+) -> tuple[list[dict[str, Any]], dict[int, Estimate]]:
+    """Compare two models' scores, part by part.
 
-    raised_probability: of the concepts that the edit means to raise, after neutral prompts; texts: its greedy
-    continuation of each prompt; samples: its sampled ones; about: whether the prompt is about a concept, None for one
-    that is raised beside others that are lowered.
+    Args:
+        parts: The items that are reported together.
+        before: The base's scores by task.
+        after: The edited model's.
+        plan: What was asked.
+
+    Returns:
+        A row for each part as plain JSON, with Holm's correction over all parts that are used. And by the place of a
+        part the share of the base's result that is kept, for the parts that are used.
     """
-
-    scores: Mapping[str, Scores]
-    first_token_kl: Measure | None = None
-    collateral_kl: Measure | None = None
-    concept_mass: Measure | None = None
-    concept_probability: Measure | None = None
-    raised_probability: Measure | None = None
-    texts: tuple[str, ...] = ()
-    samples: tuple[list[str], ...] = ()
-    about: tuple[bool | None, ...] = ()
-
-
-def compare(base: Reading, edited: Reading, parts: Sequence[Part], plan: Plan) -> dict[str, Any]:
-    """One variant against the base: `summary`, `rows` (one a part), `measures` and `words`, all plain JSON."""
     rows, kept = [], {}
     for number, part in enumerate(parts):
-        row, estimate = _compare_part(part, base.scores[part.task], edited.scores[part.task], plan)
+        row, estimate = _compare_part(part, before[part.task], after[part.task], plan)
         rows.append(row)
         if estimate is not None:
             kept[number] = estimate
@@ -99,13 +106,7 @@ def compare(base: Reading, edited: Reading, parts: Sequence[Part], plan: Plan) -
     for row, p in zip(rows, adjusted, strict=True):
         row["p_holm"] = p if math.isfinite(p) else None
         row["sentence"] = sentence(row, tests)
-    summary = _summary(parts, kept, edited, plan)
-    return {
-        "summary": summary,
-        "rows": rows,
-        "measures": _measures(base, edited, plan),
-        "words": conclusion(summary, rows, plan),
-    }
+    return rows, kept
 
 
 def _compare_part(part: Part, before: Scores, after: Scores, plan: Plan) -> tuple[dict[str, Any], Estimate | None]:
@@ -149,76 +150,6 @@ def _difference(change: Difference) -> dict[str, Any]:
     return {"difference": change.measure.plain(), "p": change.p}
 
 
-def _summary(parts: Sequence[Part], kept: Mapping[int, Estimate], edited: Reading, plan: Plan) -> dict[str, Any]:
-    by_role: dict[str, list[int]] = {role: [] for role in ROLES}
-    for number in kept:
-        by_role[parts[number].role].append(number)
-    lowered = [number for number in by_role["concept"] if not plan.raises(parts[number].concept)]
-    headline = _headline(lowered, parts, edited)
-    general = [kept[number] for number in by_role["general"]]
-    neighbours = [kept[number] for number in by_role["neighbour"]]
-    removal = None
-    if headline:
-        removal = statistics.efficacy(statistics.mean_kept([kept[number] for number in headline]))
-    rest = statistics.specificity(general, neighbours) if general or neighbours else None
-    both = statistics.harmonic(removal, rest) if removal and rest else None
-    # The base model against itself: nothing removed, everything kept.
-    summary: dict[str, Any] = {
-        name: _plain(statistics.measure(estimate).against(base) if estimate else None)
-        for name, estimate, base in (("efficacy", removal, 0), ("specificity", rest, 1), ("harmonic", both, 0))
-    }
-    summary["first_token_kl"] = _plain(edited.first_token_kl)
-    if edited.raised_probability is not None:
-        summary["amplification"] = _plain(_ratio(edited.raised_probability))
-    return summary
-
-
-def _headline(numbers: Sequence[int], parts: Sequence[Part], edited: Reading) -> list[int]:
-    """The concept's own parts that removal is read from: type A, else any accuracy, else cloze."""
-    accurate = [number for number in numbers if edited.scores[parts[number].task].kind == "accuracy"]
-    return [number for number in accurate if parts[number].type == "A"] or accurate or list(numbers)
-
-
-def _ratio(measure: Measure) -> Measure:
-    base = measure.baseline or math.nan
-    return Measure(
-        measure.value / base, measure.low / base, measure.high / base, measure.n, measure.standard_error / base, 1.0
-    )
-
-
-def _plain(measure: Measure | None) -> dict[str, Any]:
-    return (measure or Measure(math.nan, math.nan, math.nan, 0, math.nan)).plain()
-
-
-def _measures(base: Reading, edited: Reading, plan: Plan) -> dict[str, Any]:
-    found: dict[str, Measure | None] = {
-        "first_token_kl": edited.first_token_kl,
-        "collateral_kl": edited.collateral_kl,
-        "concept_mass": edited.concept_mass,
-        "concept_mass_fraction": _ratio(edited.concept_mass) if edited.concept_mass else None,
-        "concept_probability": edited.concept_probability,
-    }
-    if edited.texts:
-        before, after = _written(base), _written(edited)
-        found["repetition_4"] = generations.repetition(after).against(generations.repetition(before).value)
-        found["distinct_2"] = generations.distinct(after).against(generations.distinct(before).value)
-    if edited.samples:
-        for name, about in (("leak_rate_asked", True), ("leak_rate_neutral", False)):
-            before_after = [_samples(reading, about) for reading in (base, edited)]
-            if before_after[0]:
-                was, now = (generations.leak_rate(samples, plan.words) for samples in before_after)
-                found[name] = now.against(was.value)
-    return {name: measure.plain() for name, measure in found.items() if measure is not None}
-
-
-def _written(reading: Reading) -> list[str]:
-    return [text for texts in reading.samples for text in texts] or list(reading.texts)
-
-
-def _samples(reading: Reading, about: bool) -> list[list[str]]:
-    return [texts for texts, asked in zip(reading.samples, reading.about, strict=True) if asked == about]
-
-
 # Words.
 
 
@@ -249,8 +180,8 @@ def conclusion(summary: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], pl
     """What can and cannot be concluded from all of it, one sentence each."""
     said = []
     efficacy, specificity = summary["efficacy"], summary["specificity"]
-    names = ", ".join(plan.lowered)
-    own = [row for row in rows if row["used"] and row["group"] == "concept" and not plan.raises(row["concept"])]
+    names = ", ".join(plan.suppressed)
+    own = [row for row in rows if row["used"] and row["group"] == "concept" and not plan.amplifies(row["concept"])]
     asked = any(row["scale"] == "accuracy" for row in own)
     words = any(row["kind"] == "A" for row in own)
     what = f"the words of {names}" if words else names
@@ -266,7 +197,7 @@ def conclusion(summary: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], pl
             for row in own
             if row["scale"] == "accuracy" and row["kind"] == "B" and words
         ]
-    elif plan.lowered:
+    elif plan.suppressed:
         said.append(f"Removal of {names} was not measured: no task on it has a base accuracy above chance.")
     if specificity["value"] is not None:
         said.append(
@@ -285,28 +216,3 @@ def conclusion(summary: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], pl
     if unused:
         said.append(f"Not used, because the base model is not above chance: {'; '.join(unused)}.")
     return said
-
-
-# Gates.
-
-
-def failed_gates(
-    summary: Mapping[str, Any], *, minimum: Mapping[str, float] = {}, maximum: Mapping[str, float] = {}
-) -> list[str]:
-    """The gates that fail, one sentence each: every named number must be there and on the right side of its bound.
-
-    summary: of an evaluation; minimum and maximum: bounds by name ("efficacy", "specificity", "harmonic",
-    "first_token_kl").
-    """
-    failures = []
-    for bounds, holds, wanted in (
-        (minimum, lambda value, bound: value >= bound, "at least"),
-        (maximum, lambda value, bound: value <= bound, "at most"),
-    ):
-        for name, bound in bounds.items():
-            value = (summary.get(name) or {}).get("value")
-            if value is None:
-                failures.append(f"{name} was not measured, and {wanted} {bound:g} is asked for.")
-            elif not holds(value, bound):
-                failures.append(f"{name} is {value:.4g}, and {wanted} {bound:g} is asked for.")
-    return failures

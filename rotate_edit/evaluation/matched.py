@@ -14,9 +14,10 @@ from torch import Tensor
 
 from rotate_edit.edits.apply import applied
 from rotate_edit.edits.edit import Edit
+from rotate_edit.edits.strength import cross
 from rotate_edit.errors import BadInput
 from rotate_edit.evaluation import measures
-from rotate_edit.evaluation.curves import MATCHED_TARGET, STRONGEST
+from rotate_edit.evaluation.curves import MATCHED_TARGET
 from rotate_edit.models import batches
 from rotate_edit.models.batches import Passages
 
@@ -162,56 +163,36 @@ def trace(model: Any, proof: Proof, edit: Edit, *, target: float = MATCHED_TARGE
         return {"reached": False, "strength": None, "points": [], "near": None}
 
     def left(strength: float) -> float:
-        with applied(model, edit, strength):
+        with applied(model, edit.at(strength)):
             sums, _ = measures.mass_by_text(model, proof.concept.passages, proof.concept_ids)
         masses[strength] = by_document(sums, proof.concept, proof.size)
         return float(masses[strength].sum() / proof.base["mass"].sum())
 
-    before, strength = (0.0, 1.0), WEAKEST
-    after = (strength, left(strength))
-    while after[1] > target and strength < STRONGEST:
-        strength *= 2
-        before, after = after, (strength, left(strength))
-    reached = after[1] <= target
+    found = cross(left, target, start=WEAKEST, near=NEAR_ENOUGH, steps=REFINEMENTS)
+    reached = found.reached
+    doubled = [WEAKEST * 2**power for power in range(8)]
     if reached:
         # Documents drawn again may need more strength than these: one step more keeps them between two points.
-        left(2 * after[0])
-    grid = set(masses)
-    strength = _narrowed(left, before, after, target) if reached else strength
+        left(2 * min(strength for strength in doubled if strength >= found.high))
+    grid = {strength for strength in doubled if strength in masses} | {max(masses)}
+    strength = found.high if reached else max(masses)
     points = []
     for at in sorted(masses):
         fraction = float(masses[at].sum() / proof.base["mass"].sum())
         point: dict[str, Any] = {"strength": at, "fraction": fraction, "mass": masses[at]}
-        if at == strength or (at in grid and (fraction <= MOST_MASS or at == before[0])):
-            with applied(model, edit, at):
+        if at == strength or (at in grid and (fraction <= MOST_MASS or at == found.low)):
+            with applied(model, edit.at(at)):
                 sums, _, likelihood, _ = measures.damage_by_text(model, proof.others.passages, proof.others_base)
             point["damage"] = by_document(sums, proof.others, proof.size)
             point["likelihood"] = by_document(likelihood, proof.others, proof.size)
         points.append(point)
     near = None
     if reached and proof.near is not None and proof.near_ids is not None:
-        with applied(model, edit, strength):
+        with applied(model, edit.at(strength)):
             near = by_document(
                 measures.mass_by_text(model, proof.near.passages, proof.near_ids)[0], proof.near, proof.size
             )
     return {"reached": reached, "strength": strength if reached else None, "points": points, "near": near}
-
-
-def _narrowed(left: Any, before: tuple[float, float], after: tuple[float, float], target: float) -> float:
-    """Find the strength of the crossing between two points (strength, fraction).
-
-    It interpolates the fraction's logarithm. The bracket stays around the crossing, and a step never falls within a
-    tenth of its ends.
-    """
-    strength = after[0]
-    for _ in range(REFINEMENTS):
-        share = math.log(before[1] / target) / math.log(before[1] / max(after[1], 1e-12))
-        strength = before[0] + min(0.9, max(0.1, share)) * (after[0] - before[0])
-        fraction = left(strength)
-        if 1 / NEAR_ENOUGH < fraction / target < NEAR_ENOUGH:
-            break
-        before, after = ((strength, fraction), after) if fraction > target else (before, (strength, fraction))
-    return strength
 
 
 def describe(edit: Edit) -> dict[str, int]:

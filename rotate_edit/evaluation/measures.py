@@ -183,6 +183,23 @@ def perplexity(model: Any, passages: Passages) -> Measure:
     return statistics.measure(statistics.bootstrap(columns, lambda means: np.exp(-means[:, 0] / means[:, 1])))
 
 
+def mean_log_odds(predicted: Iterable[Tensor], concept_ids: Tensor) -> float:
+    """The mean over positions of the log-odds that the next token is one of the concept's.
+
+    A constant added to the logits of these tokens at every position raises it by as much, exactly.
+
+    Args:
+        predicted: Log-probabilities of each batch at its real positions, [positions, V] (`every_position`).
+        concept_ids: The concept's tokens, int64 [k].
+    """
+    total, count = 0.0, 0
+    for values in predicted:
+        log_mass = values[:, concept_ids.to(values.device)].logsumexp(dim=-1).double().clamp_max(-1e-9)
+        total += float((log_mass - torch.log1p(-log_mass.exp())).sum())
+        count += len(values)
+    return total / count
+
+
 # Many variants against one base.
 
 

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 
 from rotate_edit import __version__
-from rotate_edit.machine import held_memory
 from rotate_edit.models.checkpoint import Checkpoint, identity
 
 REPORTED_VERSIONS = ("torch", "transformers", "lm_eval", "peft", "safetensors", "datasets", "numpy")
@@ -84,12 +83,3 @@ def weights_hash(checkpoint: Checkpoint) -> str | None:
     if set(tensors) != set(checkpoint.stored):
         return None
     return hashlib.sha256(json.dumps(tensors, sort_keys=True).encode()).hexdigest()
-
-
-def peak_memory() -> float:
-    """Return the largest memory this process has used.
-
-    Returns:
-        The memory in mebibytes.
-    """
-    return held_memory() / 1024**2

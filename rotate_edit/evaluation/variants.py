@@ -89,7 +89,8 @@ def opened(model: Any, variant: Variant) -> Iterator[Any]:
         BadInput: When the variant does not fit the base.
     """
     if variant.edit is not None:
-        with applied(model, variant.edit, variant.strength):
+        edit = variant.edit if variant.strength is None else variant.edit.at(variant.strength)
+        with applied(model, edit):
             yield model
     elif variant.adapter is not None:
         with _adapted(model, variant.adapter):

@@ -142,7 +142,7 @@ class Architecture:
     logit_divisor: str | None = None
 
 
-def _gated(stem: str, gate: str = "gate_proj", read: str = "up_proj", write: str = "down_proj") -> Places:
+def gated(stem: str, gate: str = "gate_proj", read: str = "up_proj", write: str = "down_proj") -> Places:
     return MappingProxyType(
         {
             "gate": Place(f"{stem}.{gate}.weight"),
@@ -152,7 +152,7 @@ def _gated(stem: str, gate: str = "gate_proj", read: str = "up_proj", write: str
     )
 
 
-def _ungated(read: str, write: str) -> Places:
+def ungated(read: str, write: str) -> Places:
     return MappingProxyType({"in": Place(f"{read}.weight"), "out": Place(f"{write}.weight", "columns")})
 
 
@@ -172,7 +172,7 @@ _STACKED_EXPERTS = _fused("layers.{layer}.mlp.experts", suffix="", stacked=True)
 _LLAMA = Architecture(
     family="Llama 2, 3, 3.2, SmolLM, SmolLM2, Falcon 3",
     model_type="llama",
-    dense=_gated("layers.{layer}.mlp"),
+    dense=gated("layers.{layer}.mlp"),
     out_bias="layers.{layer}.mlp.down_proj.bias",
 )
 
@@ -218,7 +218,7 @@ _OPT = Architecture(
     family="OPT",
     model_type="opt",
     bodies=("model.decoder.", "decoder."),
-    dense=_ungated("layers.{layer}.fc1", "layers.{layer}.fc2"),
+    dense=ungated("layers.{layer}.fc1", "layers.{layer}.fc2"),
     out_bias="layers.{layer}.fc2.bias",
     attention_out=Place("layers.{layer}.self_attn.out_proj.weight", "columns"),
     embedding_projection="project_in.weight",
@@ -229,7 +229,7 @@ _OPT = Architecture(
     tied_by_default=True,
 )
 
-ARCHITECTURES: tuple[Architecture, ...] = (
+_ARCHITECTURES: list[Architecture] = [
     _LLAMA,
     replace(_LLAMA, family="Mistral", model_type="mistral"),
     replace(_LLAMA, family="Qwen2, Qwen2.5", model_type="qwen2"),
@@ -284,7 +284,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         family="GPT-NeoX, Pythia",
         model_type="gpt_neox",
         bodies=("gpt_neox.",),
-        dense=_ungated("layers.{layer}.mlp.dense_h_to_4h", "layers.{layer}.mlp.dense_4h_to_h"),
+        dense=ungated("layers.{layer}.mlp.dense_h_to_4h", "layers.{layer}.mlp.dense_4h_to_h"),
         out_bias="layers.{layer}.mlp.dense_4h_to_h.bias",
         attention_out=Place("layers.{layer}.attention.dense.weight", "columns"),
         embedding="embed_in.weight",
@@ -308,7 +308,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         family="GPT-J",
         model_type="gptj",
         bodies=("transformer.",),
-        dense=_ungated("h.{layer}.mlp.fc_in", "h.{layer}.mlp.fc_out"),
+        dense=ungated("h.{layer}.mlp.fc_in", "h.{layer}.mlp.fc_out"),
         out_bias="h.{layer}.mlp.fc_out.bias",
         attention_out=Place("h.{layer}.attn.out_proj.weight", "columns"),
         embedding="wte.weight",
@@ -323,7 +323,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         family="Bloom",
         model_type="bloom",
         bodies=("transformer.", ""),
-        dense=_ungated("h.{layer}.mlp.dense_h_to_4h", "h.{layer}.mlp.dense_4h_to_h"),
+        dense=ungated("h.{layer}.mlp.dense_h_to_4h", "h.{layer}.mlp.dense_4h_to_h"),
         out_bias="h.{layer}.mlp.dense_4h_to_h.bias",
         attention_out=Place("h.{layer}.self_attention.dense.weight", "columns"),
         embedding="word_embeddings.weight",
@@ -338,7 +338,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         family="Mixtral",
         model_type="mixtral",
         experts=(
-            _gated("layers.{layer}.block_sparse_moe.experts.{expert}", gate="w1", read="w3", write="w2"),
+            gated("layers.{layer}.block_sparse_moe.experts.{expert}", gate="w1", read="w3", write="w2"),
             _STACKED_EXPERTS,
         ),
         experts_keys=("num_local_experts", "num_experts"),
@@ -347,17 +347,35 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         _LLAMA,
         family="Qwen3-MoE",
         model_type="qwen3_moe",
-        experts=(_gated("layers.{layer}.mlp.experts.{expert}"), _STACKED_EXPERTS),
+        experts=(gated("layers.{layer}.mlp.experts.{expert}"), _STACKED_EXPERTS),
         experts_keys=("num_experts", "num_local_experts"),
     ),
     replace(
         _LLAMA,
         family="OLMoE",
         model_type="olmoe",
-        experts=(_gated("layers.{layer}.mlp.experts.{expert}"), _STACKED_EXPERTS),
+        experts=(gated("layers.{layer}.mlp.experts.{expert}"), _STACKED_EXPERTS),
         experts_keys=("num_experts", "num_local_experts"),
     ),
-)
+]
+
+
+def architectures() -> tuple[Architecture, ...]:
+    """Every family that is known, in the order in which a config is compared with them."""
+    return tuple(_ARCHITECTURES)
+
+
+def add_architecture(row: Architecture) -> Architecture:
+    """Register a family of models. It is asked before those that come with the package.
+
+    Args:
+        row: The family.
+
+    Returns:
+        The same row.
+    """
+    _ARCHITECTURES.insert(0, row)
+    return row
 
 
 @dataclass(frozen=True)
@@ -431,13 +449,13 @@ def architecture_of(config: Mapping[str, object]) -> Architecture:
             f"this checkpoint of type {quoted(model_type)} is quantised ({quoted(method)}), and its packed weights "
             "cannot hold an exact change; use the float32, float16 or bfloat16 checkpoint it was made from."
         )
-    for row in ARCHITECTURES:
+    for row in _ARCHITECTURES:
         if row.model_type == model_type and all(config.get(key, not value) == value for key, value in row.when.items()):
             return row
-    known = ", ".join(sorted({row.model_type for row in ARCHITECTURES}))
+    known = ", ".join(sorted({row.model_type for row in _ARCHITECTURES}))
     raise BadInput(
-        f"models of type {quoted(model_type)} are not known; a row in rotate_edit/architectures.py that says where "
-        f"they keep their matrices would be needed (known: {known})."
+        f"models of type {quoted(model_type)} are not known; a row in models/architectures.py that says where they "
+        f"keep their matrices would be needed (known: {known})."
     )
 
 

@@ -93,7 +93,9 @@ def layer_modules(model: Any, layer: int) -> tuple[torch.nn.Module, torch.nn.Mod
     return model.get_submodule(name), model.get_submodule(name.split(f".{layer}.")[0] + f".{layer}")
 
 
-def record(model: Any, passages: Passages, layers: Sequence[int], next_ids: Tensor | None) -> dict[int, LayerActivations]:
+def record(
+    model: Any, passages: Passages, layers: Sequence[int], next_ids: Tensor | None
+) -> dict[int, LayerActivations]:
     """Record what layers compute on texts.
 
     Args:

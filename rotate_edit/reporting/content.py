@@ -7,7 +7,10 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from rotate_edit.channels.locators import find_locator
+from rotate_edit.edits.methods import declaration, method_names
 from rotate_edit.errors import BadInput
+from rotate_edit.evaluation.metrics import all_metrics
 from rotate_edit.models.architectures import parse_neuron
 from rotate_edit.reporting.figures import EditedNeuron, ForestRow
 
@@ -18,21 +21,6 @@ UNITS = {
     "probability": ("probability of the right word, points", 100.0),
     "perplexity": ("perplexity (lower is better)", 1.0),
 }
-# Measures in the order of the page: name, title, what it is.
-TILES = (
-    ("efficacy", "removed", "of what the base knew of it above chance"),
-    ("specificity", "kept elsewhere", "of everything else that was asked"),
-    ("harmonic", "both together", "harmonic mean of the two"),
-    ("amplification", "times likelier", "the concept's words on neutral prompts"),
-    ("concept_mass_fraction", "of its probability left", "on the concept's words where texts have one"),
-    ("collateral_kl", "nats of collateral KL", "over texts without the concept"),
-    ("first_token_kl", "nats of first-token KL", "on neutral prompts"),
-    ("leak_rate_asked", "leak rate when asked", "sampled answers to prompts about it that name it"),
-    ("leak_rate_neutral", "leak rate when not asked", "sampled answers to neutral prompts that name it"),
-    ("repetition_4", "repetition", "4-grams of words that a text repeats"),
-    ("distinct_2", "variety", "different pairs of words over all pairs"),
-)
-SHARES = {name for name, *_ in TILES} - {"amplification", "collateral_kl", "first_token_kl"}
 
 
 def variant_of(result: Mapping[str, Any]) -> dict[str, Any]:
@@ -61,13 +49,31 @@ def title(result: Mapping[str, Any]) -> str:
 
 
 def tiles(result: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The measures that exist, in the page's order: name, title, note and the measure itself."""
+    """The measures that exist, in the order of the metrics: name, title, note and the measure itself."""
     measures = {**variant_of(result).get("measures", {}), **(result.get("summary") or {})}
     return [
-        {"name": name, "title": heading, "note": note, "measure": measures[name], "share": name in SHARES}
-        for name, heading, note in TILES
-        if (measures.get(name) or {}).get("value") is not None
+        {
+            "name": metric.name,
+            "title": metric.title,
+            "note": metric.note,
+            "measure": measures[metric.name],
+            "share": metric.unit == "share",
+        }
+        for metric in all_metrics()
+        if metric.tile and (measures.get(metric.name) or {}).get("value") is not None
     ]
+
+
+def method_sentence(result: Mapping[str, Any]) -> str:
+    """What the run's edit method does, in a sentence or two. Empty for a method that is not known here."""
+    name = str(result.get("chosen_method") or "")
+    if name not in method_names():
+        return ""
+    about = declaration(name)
+    told = f"The edit is {name}: {about.title}."
+    if find_locator(about.locator).reads:
+        return told
+    return f"{told} It does not ask which channels carry the concept: they are shown, and do not decide."
 
 
 def forest_rows(result: Mapping[str, Any]) -> list[ForestRow]:

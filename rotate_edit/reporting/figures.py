@@ -11,34 +11,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from rotate_edit.console import plain
+from rotate_edit.edits.methods import style_of
 from rotate_edit.reporting.drawing import LIGHT, NARROW, WIDE, axes_at, canvas, style
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Colour, dash pattern and marker of each edit method, the same in every report. No method is marked by hue alone.
-STYLES: dict[str, tuple[str, Any, str]] = {
-    "fitted": ("blue", "-", "o"),
-    "keyed": ("blue", (0, (1, 2)), "s"),
-    "channel-keyed": ("blue", (0, (5, 2)), "d"),
-    "lm-head-keyed": ("green", (0, (1, 2)), "d"),
-    "random-keyed": ("grey", (0, (3, 2)), "d"),
-    "channel-located": ("teal", "-", "p"),
-    "lm-head-located": ("green", "-", "s"),
-    "direction-everywhere": ("red", "-", "^"),
-    "least-collateral-everywhere": ("ochre", "-", "D"),
-    "layer-kernel": ("teal", (0, (5, 2)), "v"),
-    "project-channel": ("purple", (0, (5, 2)), "P"),
-    "zero-neurons": ("grey", (0, (3, 2)), "X"),
-    "random-neurons": ("grey", (0, (1, 2)), "."),
-    "difference-of-means": ("purple", "-", "<"),
-    "snmf-features": ("teal", "-", "h"),
-    "clamp-neurons": ("ochre", (0, (5, 2)), ">"),
-    "token-embeddings": ("green", (0, (5, 2)), "p"),
-    "token-logits": ("purple", (0, (1, 2)), "H"),
-}
-OTHER_STYLE: tuple[str, Any, str] = ("muted", (0, (4, 2, 1, 2)), "*")
 MATRIX_COLOURS = {"gate": "ochre", "in": "green", "out": "blue"}
 GROUP_COLOURS = {"concept": "blue", "neighbour": "ochre", "general": "grey"}
 
@@ -205,7 +184,7 @@ def _curve_label(method: str, chosen_method: str) -> str:
 def _draw_curve(
     axes: "Axes", method: str, points: Sequence[CurvePoint], line: Sequence[tuple[float, float]], *, chosen: bool
 ) -> None:
-    colour, dashes, marker = STYLES.get(method, OTHER_STYLE)
+    colour, dashes, marker = style_of(method)
     horizontal, vertical = zip(*line)
     axes.plot(
         horizontal,
@@ -280,7 +259,7 @@ def _place_labels(axes: "Axes", lines: Mapping[str, Sequence[tuple[float, float]
     for name, text in labels.items():
         if not pixels.get(name):
             continue
-        colour = "ink" if not name else STYLES.get(name, OTHER_STYLE)[0]
+        colour = "ink" if not name else style_of(name)[0]
         weight = "bold" if text.endswith("(chosen)") else "normal"
         sample = axes.text(0, 0, text, fontsize=12, fontweight=weight, color=LIGHT[colour], zorder=8)
         extent = sample.get_window_extent()

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rotate_edit.console import plain
-from rotate_edit.edits.edit import WHOLE_LAYER
 from rotate_edit.errors import BadInput
 from rotate_edit.files import write_atomically
 from rotate_edit.reporting import content as report_content
@@ -55,6 +54,7 @@ def _content(folder: Path, result: dict[str, Any], recipe: str) -> dict[str, Any
         "variant": report_content.variant_of(result),
         "title": report_content.title(result),
         "headline": report_content.headline(result),
+        "method": report_content.method_sentence(result),
         "tiles": report_content.tiles(result),
         "channels": {c["name"]: report_content.channel_rows(result, c) for c in result["concepts"]},
         "layers": {name: report_content.layer_counts(found) for name, found in neurons.items()},
@@ -129,7 +129,7 @@ def _render(template: str, content: dict[str, Any], *, escape: bool) -> str:
         "lines": _lines,
         "fence": fence,
     }
-    return environment.get_template(template).render(**content, colours=drawing.COLOURS, whole_layer=WHOLE_LAYER)
+    return environment.get_template(template).render(**content, colours=drawing.COLOURS)
 
 
 # Drawings in their place.

@@ -19,7 +19,6 @@ from rotate_edit.errors import BadInput, quoted
 from rotate_edit.evaluation.provenance import hardware
 from rotate_edit.files import read_json, write_atomically
 from rotate_edit.models.checkpoint import Checkpoint
-from rotate_edit.recipe import Recipe, parse_recipe, recipe_text
 
 REPRODUCE = "reproduce.json"
 FORMAT, VERSION = "rotate-edit reproduction", 1
@@ -44,14 +43,14 @@ class Difference:
     now: str
 
 
-def write_reproduction(folder: Path, recipe: Recipe, result: Mapping[str, Any]) -> dict[str, Any]:
+def write_reproduction(folder: Path, recipe: str, result: Mapping[str, Any]) -> dict[str, Any]:
     """Write reproduce.json into a run folder: recipe, hashes, numbers, versions, hardware and seeds.
 
     The home folder of whoever ran it is `~` in it.
 
     Args:
         folder: The run folder.
-        recipe: The run's recipe.
+        recipe: The run's recipe as YAML, with every default filled in.
         result: Content of evaluation.json.
 
     Returns:
@@ -61,13 +60,14 @@ def write_reproduction(folder: Path, recipe: Recipe, result: Mapping[str, Any]) 
         BadInput: When a file of the run cannot be read or the folder cannot be written.
         Failure: When the disk is full or fails.
     """
-    known = result["provenance"]
+    known, content_of = result["provenance"], yaml.safe_load(recipe)
+    seed = content_of["seed"]
     edited = (folder / "edit" / EDIT_JSON).is_file()
     content = {
         "format": FORMAT,
         "version": VERSION,
-        "recipe": yaml.safe_load(recipe_text(recipe)),
-        "seeds": {"recipe": recipe.seed, "bootstrap": recipe.seed, "sampling": recipe.seed},
+        "recipe": content_of,
+        "seeds": {"recipe": seed, "bootstrap": seed, "sampling": seed},
         # The edit knows the hash of every tensor that it changed, however large the base is.
         "base": read_json(folder / "edit", EDIT_JSON)["base"] if edited else known["base"],
         "hashes": hashes(folder),
@@ -140,15 +140,14 @@ def _number(value: float | None, low: float | None = None, high: float | None = 
     return {"value": value, "low": low, "high": high, "n": n}
 
 
-def read_reproduction(path: Path, model: str | None = None) -> tuple[Recipe, dict[str, Any]]:
+def read_reproduction(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """Read a reproduce.json as untrusted input.
 
     Args:
         path: The file.
-        model: Takes the place of the recipe's model, for a base that lies somewhere else here.
 
     Returns:
-        The recipe, checked, and the file's content.
+        The recipe as it stands in the file, not checked yet, and the whole content.
 
     Raises:
         BadInput: When the file cannot be read, lacks a part, or holds a number or a recipe that cannot be used.
@@ -165,7 +164,7 @@ def read_reproduction(path: Path, model: str | None = None) -> tuple[Recipe, dic
     values = [value for number in content["numbers"].values() for value in number.values() if value is not None]
     if not all(isinstance(value, int | float) and math.isfinite(value) for value in values):
         raise BadInput(f"{path.name} holds a number that cannot be read.")
-    return parse_recipe(recipe | ({"model": model} if model else {}), f"the recipe in {path.name}"), content
+    return recipe, content
 
 
 def check_same_base(content: Mapping[str, Any], checkpoint: Checkpoint) -> None:

@@ -10,35 +10,32 @@ import json
 import math
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from rotate_edit.console import Report, silent
-from rotate_edit.edits.edit import KEYED, WHOLE_LAYER
+from rotate_edit.edits.methods import Choice, Distribution, Whole
 from rotate_edit.errors import BadInput, Failure
-from rotate_edit.evaluation.compare import Plan
 from rotate_edit.evaluation.evaluate import evaluate
-from rotate_edit.evaluation.harness import Settings
 from rotate_edit.evaluation.variants import Variant
 from rotate_edit.files import write_atomically
+from rotate_edit.models.cost import size_of
 from rotate_edit.recipe import Recipe, recipe_text
 from rotate_edit.search import pareto
 from rotate_edit.search.trials import (
     TOKENS,
-    Prepared,
-    Tried,
-    at_strengths,
+    SearchContext,
+    Trial,
     built,
     compared,
-    finest_fit,
-    last_layers,
     measured_on,
+    own_settings,
     prepare,
     references,
     try_settings,
-    with_settings,
 )
-from rotate_edit.session import open_recipe
+from rotate_edit.session import Session, open_session
 
 JOURNAL, RECORD, CHOSEN, FIGURE = "trials.journal", "front.json", "recipe.yaml", "front.png"
 STUDY = "rotate-edit tune"
@@ -57,74 +54,38 @@ CLEARLY_LESS = 0.9
 # Settings.
 
 
-def suggest(trial: Any, prepared: Prepared) -> dict[str, Any]:
-    """The settings of one trial by their keys in the recipe, and `target`, the share of the mass it aims to leave."""
-    recipe, layers = prepared.opened.recipe, prepared.opened.checkpoint.layers
+def suggest(trial: Any, context: SearchContext) -> dict[str, Any]:
+    """The settings of one trial by the keys of `Session.with_settings`, and `target`.
+
+    `target` is the share of the concept's probability mass that the trial aims to leave.
+
+    Args:
+        trial: A trial of the search.
+        context: What all trials share.
+    """
+    methods = {method.about.name: method for method in context.session.search_methods}
     settings: dict[str, Any] = {}
-    if recipe.edit.method == "fitted":
-        # A fit takes seconds, so one is tried after each of its rounds and at several ranks, beside keyed edits of all
-        # settings; not so where a concept is amplified, whose strength is in nats beside a fit and not beside a key.
-        mixed = any(concept.amplified for concept in recipe.concepts)
-        methods = ["fitted"] if mixed else list(WHOLE_LAYER)
-        settings["edit.method"] = trial.suggest_categorical("edit.method", methods)
-        if settings["edit.method"] == "fitted":
-            rounds, rank = finest_fit(prepared.opened)
-            settings["edit.fit_rounds"] = trial.suggest_int("edit.fit_rounds", 1, rounds)
-            settings["edit.fit_rank"] = trial.suggest_int("edit.fit_rank", 1, rank, log=True)
-            return settings | {"target": trial.suggest_float("target", LEAST_LEFT, MOST_LEFT, log=True)}
-    if len(prepared.found) > 1:
-        settings["locate.group_distance"] = trial.suggest_categorical("locate.group_distance", list(prepared.found))
-    looked_at = recipe.locate.layers or range(layers)
-    last = trial.suggest_categorical("last layer", last_layers(prepared.opened))
-    first = min(looked_at)
-    if recipe.edit.method not in KEYED:
-        first = trial.suggest_int("first layer", first, min(last_layers(prepared.opened)))
-    settings["locate.layers"] = [layer for layer in sorted(looked_at) if first <= layer <= last]
-    if len(recipe.locate.matrices) > 1:
-        choices = ["+".join(recipe.locate.matrices), *recipe.locate.matrices]
-        settings["locate.matrices"] = trial.suggest_categorical("locate.matrices", choices).split("+")
-    if recipe.edit.method in KEYED:
-        settings["edit.key_ridge"] = trial.suggest_float("edit.key_ridge", 0.001, 1.0, log=True)
-    if recipe.edit.method in ("lm-head-located", "lm-head-keyed"):
-        settings["select.lm_head_z"] = trial.suggest_float("select.lm_head_z", 0.2, 3.0, log=True)
-    elif recipe.edit.method not in WHOLE_LAYER:
-        settings["select.share"] = trial.suggest_float("select.share", 0.05, 0.9)
-        settings["select.support"] = trial.suggest_float("select.support", 0.5, 4.0)
-        settings["select.top"] = trial.suggest_int("select.top", 3, 20)
-    if recipe.edit.method != "fitted":
-        # What the least-divergence direction needs is not read for the few keyed edits beside a fit.
-        other = "least-divergence" if recipe.edit.method in KEYED else "plain"
-        directions = dict.fromkeys(("least-collateral", other, recipe.edit.direction))
-        settings["edit.direction"] = trial.suggest_categorical("edit.direction", list(directions))
-    settings["edit.ridge"] = trial.suggest_float("edit.ridge", 0.003, 30.0, log=True)
-    settings["edit.fold_norm"] = trial.suggest_categorical("edit.fold_norm", [True, False])
-    settings["target"] = trial.suggest_float("target", LEAST_LEFT, MOST_LEFT, log=True)
-    return settings
+    name = next(iter(methods))
+    if len(methods) > 1:
+        settings["edit.method"] = name = trial.suggest_categorical("edit.method", list(methods))
+    if len(context.groups) > 1:
+        settings["locate.group_distance"] = trial.suggest_categorical("locate.group_distance", list(context.groups))
+    for key, values in context.session.search_space(methods[name]).items():
+        settings[key] = _drawn(trial, key, values)
+    return settings | {"target": trial.suggest_float("target", LEAST_LEFT, MOST_LEFT, log=True)}
 
 
-def own_parameters(recipe: Recipe, prepared: Prepared, target: float) -> dict[str, Any]:
+def _drawn(trial: Any, key: str, values: Distribution) -> Any:
+    if isinstance(values, Choice):
+        return trial.suggest_categorical(key, list(values.options))
+    if isinstance(values, Whole):
+        return trial.suggest_int(key, values.low, values.high, log=values.log)
+    return trial.suggest_float(key, values.low, values.high, log=values.log)
+
+
+def own_parameters(context: SearchContext, target: float) -> dict[str, Any]:
     """The recipe's own settings as the parameters of a trial, so that the search starts from them."""
-    parameters: dict[str, Any] = {
-        "first layer": min(recipe.locate.layers or [0]),
-        "last layer": max(recipe.locate.layers or [prepared.opened.checkpoint.layers - 1]),
-        "select.lm_head_z": recipe.select.lm_head_z,
-        "select.share": recipe.select.share,
-        "select.support": recipe.select.support,
-        "select.top": recipe.select.top,
-        "edit.direction": recipe.edit.direction,
-        "edit.ridge": recipe.edit.ridge,
-        "edit.fold_norm": recipe.edit.fold_norm,
-        "edit.key_ridge": recipe.edit.key_ridge,
-        "edit.fit_rank": recipe.edit.fit_rank,
-        "edit.fit_rounds": recipe.edit.fit_rounds,
-        "edit.method": recipe.edit.method,
-        "target": target,
-    }
-    if len(prepared.found) > 1:
-        parameters["locate.group_distance"] = next(iter(prepared.found))
-    if len(recipe.locate.matrices) > 1:
-        parameters["locate.matrices"] = "+".join(recipe.locate.matrices)
-    return parameters
+    return context.session.own_settings | own_settings(context) | {"target": target}
 
 
 # The search.
@@ -151,17 +112,17 @@ def search(
     import optuna
 
     checked_pick(pick)
-    opened = open_recipe(recipe, output)
+    session = open_session(recipe, output=output)
     _own_folder(output, recipe_text(recipe), tokens)
     started = time.monotonic()
-    prepared = prepare(opened, tokens=tokens, report=report)
-    study = _study(output, prepared, seed)
+    context = prepare(session, tokens=tokens, report=report)
+    study = _study(output, context, seed)
     done = len(finished(study))
 
     def objective(trial: Any) -> tuple[float, float]:
         report("tune", len(finished(study)), trials)
         try:
-            tried = try_settings(prepared, suggest(trial, prepared))
+            tried = try_settings(context, suggest(trial, context))
         except Failure as failure:
             trial.set_user_attr("why", str(failure))
             raise optuna.TrialPruned from failure
@@ -177,15 +138,15 @@ def search(
         # What was found is kept; a trial that was cut off is not counted and will be made up for.
         interrupted = True
     report("tune", len(finished(study)), trials)
-    record = summary(prepared, study, pick, seed, tokens)
+    record = summary(context, study, pick, seed, tokens)
     if lm_eval and not interrupted:
-        record["front_summaries"] = asked_front(prepared, record, report)
+        record["front_summaries"] = asked_front(context, record, report)
     record |= {"interrupted": interrupted, "seconds": round(time.monotonic() - started, 1)}
-    write_record(recipe, record, output)
+    write_record(session, record, output)
     return record
 
 
-def _study(output: Path, prepared: Prepared, seed: int) -> Any:
+def _study(output: Path, context: SearchContext, seed: int) -> Any:
     """The search that `output` holds, or a new one that tries the recipe as it is first."""
     import optuna
     from optuna.storages.journal import JournalFileBackend
@@ -199,10 +160,11 @@ def _study(output: Path, prepared: Prepared, seed: int) -> Any:
     again = seed + len(finished(study))
     study.sampler = optuna.samplers.TPESampler(seed=again, n_startup_trials=STARTUP_TRIALS, multivariate=True)
     if not study.trials:
-        starts = [own_parameters(prepared.opened.recipe, prepared, target) for target in OWN_TARGETS]
-        if prepared.changes:
-            rounds, rank = finest_fit(prepared.opened)
-            starts += [own | {"edit.fit_rounds": rounds, "edit.fit_rank": rank} for own in starts]
+        starts = [own_parameters(context, target) for target in OWN_TARGETS]
+        method, size = context.session.method, size_of(context.session.checkpoint)
+        if method.finest(size) != method:
+            finest = {f"edit.settings.{name}": value for name, value in method.finest(size).settings.items()}
+            starts += [own | finest for own in starts]
         for parameters in starts:
             study.enqueue_trial(parameters)
     return study
@@ -253,12 +215,12 @@ def picked(points: Sequence[pareto.Point], pick: str) -> int:
     return int(pick) - 1
 
 
-def summary(prepared: Prepared, study: Any, pick: str, seed: int, tokens: int) -> dict[str, Any]:
+def summary(context: SearchContext, study: Any, pick: str, seed: int, tokens: int) -> dict[str, Any]:
     """All trials, the front, the chosen point, and the choice against the recipe's own settings on other texts.
 
     Raises Failure when no trial worked."""
     tried = [
-        Tried(trial.user_attrs["settings"], trial.user_attrs["strengths"], removal, damage, trial.user_attrs["seconds"])
+        Trial(trial.user_attrs["settings"], trial.user_attrs["strengths"], removal, damage, trial.user_attrs["seconds"])
         for trial in study.trials
         if trial.state.name == "COMPLETE"
         for removal, damage in [trial.values]
@@ -269,21 +231,21 @@ def summary(prepared: Prepared, study: Any, pick: str, seed: int, tokens: int) -
     places = pareto.front([one.point for one in tried])
     chosen = picked([tried[place].point for place in places], pick)
     if pick == "knee":
-        places, chosen = confirmed(prepared, tried, places, tokens)
-    held_out = references(prepared.opened, prepared.model, "test", PROVING * tokens)
+        places, chosen = confirmed(context, tried, places, tokens)
+    held_out = references(context.session, "test", PROVING * tokens)
     return {
         "trials": [vars(one) for one in tried],
         "failed": failures,
         "front": places,
         "pick": pick,
         "chosen": chosen,
-        "test": compared(measured_on(prepared, held_out), tried[places[chosen]]),
+        "test": compared(measured_on(context, held_out), tried[places[chosen]]),
         "seed": seed,
         "tokens": tokens,
     }
 
 
-def confirmed(prepared: Prepared, tried: Sequence[Tried], places: list[int], tokens: int) -> tuple[list[int], int]:
+def confirmed(context: SearchContext, tried: Sequence[Trial], places: list[int], tokens: int) -> tuple[list[int], int]:
     """The knee that holds on texts for choosing which the trials did not see: the front, and the place on it.
 
     The best of many trials is partly the luckiest, so candidates are compared with the recipe as it was, at equal
@@ -291,10 +253,10 @@ def confirmed(prepared: Prepared, tried: Sequence[Tried], places: list[int], tok
     removals. The first that does clearly less damage there is taken; without one the recipe's own trial, put into the
     front if it is not on it.
     """
-    others = references(prepared.opened, prepared.model, "validation", CONFIRMING * tokens, from_the_end=True)
-    there = measured_on(prepared, others)
+    others = references(context.session, "validation", CONFIRMING * tokens, from_the_end=True)
+    there = measured_on(context, others)
     front = [tried[place] for place in places]
-    own = [place for place, one in enumerate(tried) if _is_own(prepared, one)]
+    own = [place for place, one in enumerate(tried) if _is_own(context, one)]
     first = pareto.knee([one.point for one in front])
     saved = pareto.savings([one.point for one in front], [tried[place].point for place in own])
     by_savings = sorted(range(len(front)), key=lambda place: (saved.get(place, math.inf), -front[place].removal))
@@ -309,55 +271,41 @@ def confirmed(prepared: Prepared, tried: Sequence[Tried], places: list[int], tok
     return together, together.index(own[0])
 
 
-def own_trial(prepared: Prepared, target: float) -> dict[str, Any]:
+def own_trial(context: SearchContext, target: float) -> dict[str, Any]:
     """The settings of a trial of the recipe as it is."""
     from optuna.trial import FixedTrial
 
-    return suggest(FixedTrial(own_parameters(prepared.opened.recipe, prepared, target)), prepared)
+    return suggest(FixedTrial(own_parameters(context, target)), context)
 
 
-def _is_own(prepared: Prepared, tried: Tried) -> bool:
-    return tried.settings == own_trial(prepared, tried.settings["target"])
+def _is_own(context: SearchContext, tried: Trial) -> bool:
+    return tried.settings == own_trial(context, tried.settings["target"])
 
 
-def asked_front(prepared: Prepared, record: dict[str, Any], report: Report) -> list[dict[str, Any]]:
+def asked_front(context: SearchContext, record: dict[str, Any], report: Report) -> list[dict[str, Any]]:
     """Efficacy, specificity and first-token KL of every edit of the front, as lm-eval measures them; plain JSON."""
-    opened, recipe = prepared.opened, prepared.opened.recipe
+    session = context.session
     variants: list[Variant] = []
     for place in record["front"]:
-        tried = Tried(**record["trials"][place])
-        edit = at_strengths(built(prepared, tried.settings), tried.strengths)
-        variants.append(Variant(str(len(variants) + 1), edit))
-    plan = Plan(
-        concepts=tuple(concept.name for concept in recipe.concepts),
-        neighbours=tuple(name for concept in recipe.concepts for name in concept.neighbours),
-        tasks=tuple(recipe.evaluate.tasks),
-        items=recipe.evaluate.limit or Plan.items,
-        settings=Settings(batch_size=recipe.evaluate.batch_size, limit=recipe.evaluate.limit),
-        raised=tuple(concept.name for concept in recipe.concepts if concept.amplified),
-        generations=0,
-        seed=recipe.seed,
-    )
-    found = evaluate(prepared.model, opened.tokenizer, variants, plan, opened.items, report=report)
+        tried = Trial(**record["trials"][place])
+        variants.append(Variant(str(len(variants) + 1), built(context, tried.settings).at(tried.strengths)))
+    plan = replace(session.plan, generations=0, words=())
+    found = evaluate(session.model, session.tokenizer, variants, plan, session.items, report=report)
     return [found.result["variants"][variant.name]["summary"] for variant in variants]
 
 
-def write_record(recipe: Recipe, record: dict[str, Any], output: Path) -> None:
+def write_record(session: Session, record: dict[str, Any], output: Path) -> None:
     """front.json, front.png and the chosen recipe, each whole or not at all."""
     from rotate_edit.search.figure import front_figure
 
-    tried = [Tried(**trial) for trial in record["trials"]]
+    tried = [Trial(**trial) for trial in record["trials"]]
     front = [tried[place] for place in record["front"]]
     write_atomically(output / RECORD, json.dumps(record, indent=1, allow_nan=False))
-    write_atomically(output / CHOSEN, recipe_text(chosen_recipe(recipe, front[record["chosen"]])))
+    write_atomically(output / CHOSEN, recipe_text(chosen_recipe(session, front[record["chosen"]])))
     points = [one.point for one in tried]
     write_atomically(output / FIGURE, front_figure(points, record["front"], record["chosen"]))
 
 
-def chosen_recipe(recipe: Recipe, chosen: Tried) -> Recipe:
+def chosen_recipe(session: Session, chosen: Trial) -> Recipe:
     """The recipe with a trial's settings and strengths."""
-    found = with_settings(recipe, chosen.settings)
-    concepts = [
-        concept.model_copy(update={"strength": round(chosen.strengths[concept.name], 4)}) for concept in found.concepts
-    ]
-    return found.model_copy(update={"concepts": concepts})
+    return session.with_settings(chosen.settings).recipe_at(chosen.strengths)

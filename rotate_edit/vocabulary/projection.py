@@ -33,8 +33,8 @@ class VocabularyRules:
             embedding.
         words_only: Whether only tokens count that begin a word and are made of letters.
         ignore_undertrained: Whether under-trained tokens get weight 0.
-        level_rarity: Whether the token-frequency direction is removed from the tables (`tokens.rarity_axis`). Along it,
-            rare tokens differ from the others.
+        remove_frequency: Whether the token-frequency direction is removed from the tables
+            (`tokens.frequency_direction`). Along it, rare tokens differ from the others.
         percentile: Percentile of the row norms above which a token gets weight 1e-4, in percent.
         fold_norm: Whether the table is multiplied by the gain of the norm between the vector and the vocabulary.
         centred: Whether the mean token is subtracted.
@@ -43,7 +43,7 @@ class VocabularyRules:
     projection: str | int = "auto"
     words_only: bool = True
     ignore_undertrained: bool = True
-    level_rarity: bool = True
+    remove_frequency: bool = True
     percentile: float = 99.0
     fold_norm: bool = False
     centred: bool = False
@@ -221,7 +221,7 @@ def read_projections(checkpoint: Checkpoint, words: Vocabulary, device: str = "c
         table = vocabulary.vocabulary_projection(
             read[name](checkpoint).to(device), None, rules.centred and not rules.fold_norm
         )
-        axis = vocabulary.rarity_axis(table, words.untrained) if rules.level_rarity else None
+        axis = vocabulary.frequency_direction(table, words.untrained) if rules.remove_frequency else None
         if axis is not None:
             table = table - torch.outer(table @ axis, axis)
         tables[name] = table

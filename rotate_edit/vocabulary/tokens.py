@@ -160,7 +160,7 @@ def undertrained_tokens(unembedding: Tensor, unused: Tensor, *, embedding: Tenso
     return found if embedding is None else found | _alike(embedding.float().norm(dim=1), unused)
 
 
-def rarity_axis(unembedding: Tensor, untrained: Tensor) -> Tensor | None:
+def frequency_direction(unembedding: Tensor, untrained: Tensor) -> Tensor | None:
     """Compute the token-frequency direction, from the mean trained row to the mean untrained row.
 
     Training pushes the rows of rare tokens along this line, the rarer the farther. A search for sharp projections then

@@ -18,7 +18,7 @@ import torch
 from places import SHARED, TESTS
 from small_checkpoint import LAYERS, NEURONS, VOCABULARY, write_checkpoint
 
-from rotate_edit.channels.channel_set import ChannelSet, load_channels, search
+from rotate_edit.channels.channel_set import ChannelSet, load_channels, search_channels
 from rotate_edit.channels.decompose import claim_threshold, decompose, decompose_neurons
 from rotate_edit.channels.shards import Targets, finished_shards, job_shards, make_job, work_shard
 from rotate_edit.channels.solver import SolverSettings, find_channels
@@ -258,7 +258,7 @@ def test_projections_follow_the_rules(tmp_path: Path) -> None:
 
     # The neurons of this checkpoint are made of embedding rows, and that is what is found in the weights.
     for rule in ("embedding", "auto"):
-        assert torch.equal(projected(projection=rule, level_rarity=False).of(0, "out")[0], embedding)
+        assert torch.equal(projected(projection=rule, remove_frequency=False).of(0, "out")[0], embedding)
     assert projected(projection=1).names == ("embedding", "unembedding")
     chosen = projected(projection="unembedding")
     ignored = vocabulary().ignored

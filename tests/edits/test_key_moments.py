@@ -11,7 +11,7 @@ from rotate_edit.edits.apply import applied
 from rotate_edit.edits.edit import Edit, key_coefficients, logit_change
 from rotate_edit.edits.key_moments import even_reading, fit_keys, key_moments, last_moments
 from rotate_edit.models import batches
-from rotate_edit.models.output_head import positions, output_head_of
+from rotate_edit.models.output_head import output_head_of, positions
 from rotate_edit.models.self_text import write_samples
 
 TEXTS = ["the dog ran under a big dog", "a cat saw the small dog", "the bird sat on the mat", "it was big"]

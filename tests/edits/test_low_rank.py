@@ -8,7 +8,7 @@ import torch
 from rotate_edit.edits import low_rank as fitting
 from rotate_edit.edits.edit import key_coefficients
 from rotate_edit.edits.low_rank import Wanted, fit_change, related_tokens, whitened
-from rotate_edit.models.output_head import Positions, OutputHead
+from rotate_edit.models.output_head import OutputHead, Positions
 
 TARGET = 0.1
 CONCEPT, NEAR = torch.tensor([0, 1]), torch.tensor([2, 3])

@@ -10,7 +10,7 @@ from rotate_edit.edits.apply import applied
 from rotate_edit.edits.edit import Edit, MatrixChange
 from rotate_edit.errors import BadInput
 from rotate_edit.models.batches import batched, log_probabilities, real_positions
-from rotate_edit.models.output_head import positions, output_head_of
+from rotate_edit.models.output_head import output_head_of, positions
 from rotate_edit.models.parameters import live_parameter
 
 MIXTURES = ("mixtral", "qwen3_moe", "qwen3_moe-dense-layer", "olmoe")

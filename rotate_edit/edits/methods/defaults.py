@@ -1,11 +1,15 @@
-"""Which edit method a recipe gets that names none."""
+"""Which edit method a recipe gets that names none, and which one `edit.embeddings` puts beside it."""
 
 from collections.abc import Sequence
 
+ROWS_METHOD = "token-embeddings"
+# With neurons edited too, so much of a concept is taken out of its embedding rows at most. Without it the neurons'
+# direction has nothing to push against, and past 1 the rows point the other way, where the neurons' change raises the
+# concept.
+ROWS_AT_MOST = 0.75
 
-def default_method(
-    matrices: Sequence[str], *, layers_named: bool, embeddings: bool, amplified: Sequence[bool]
-) -> str:
+
+def default_method(matrices: Sequence[str], *, layers_named: bool, embeddings: bool, amplified: Sequence[bool]) -> str:
     """The method that `auto` stands for.
 
     A low-rank fit needs the last layer. Beside embedding rows it comes back sooner than a rank-one edit when it is

@@ -8,14 +8,21 @@ NEURONS = ("gate", "in", "out")
 
 
 @edit_method(
-    "channel-located",
-    title="direction out of the neurons that channels locate",
-    reference="arXiv 2604.06005 for the channels",
+    "random-neurons",
+    title="direction out of random neurons",
     unit=UNIT,
     writes=NEURONS,
-    locator="channels",
+    locator="random",
+    whole_vectors=True,
     control=True,
-    style=("teal", "-", "p"),
+    style=("grey", (0, (1, 2)), "."),
+)
+@edit_method(
+    "least-collateral-everywhere",
+    title="direction out of every neuron",
+    unit=UNIT,
+    writes=NEURONS,
+    style=("ochre", "-", "D"),
 )
 @edit_method(
     "lm-head-located",
@@ -28,21 +35,14 @@ NEURONS = ("gate", "in", "out")
     style=("green", "-", "s"),
 )
 @edit_method(
-    "least-collateral-everywhere",
-    title="direction out of every neuron",
+    "channel-located",
+    title="direction out of the neurons that channels locate",
+    reference="arXiv 2604.06005 for the channels",
     unit=UNIT,
     writes=NEURONS,
-    style=("ochre", "-", "D"),
-)
-@edit_method(
-    "random-neurons",
-    title="direction out of random neurons",
-    unit=UNIT,
-    writes=NEURONS,
-    locator="random",
-    whole_vectors=True,
+    locator="channels",
     control=True,
-    style=("grey", (0, (1, 2)), "."),
+    style=("teal", "-", "p"),
 )
 class DirectionOut(EditMethod):
     """The concept's direction out of the located neurons: `w <- w - strength (w . read) write`."""

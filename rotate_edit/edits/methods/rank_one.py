@@ -13,16 +13,26 @@ READS = ("self_text", "activations")
 
 
 @edit_method(
-    "rank-one",
-    title="rank-one edit of the last layer (ROME key)",
+    "rank-one-random",
+    title="rank-one edit of random neurons",
     reference="arXiv 2202.05262",
     unit=UNIT,
     reads=READS,
     writes=("out",),
-    locator="last-matrix",
-    control=True,
+    locator="random",
     search_layers=2,
-    style=("blue", (0, (1, 2)), "s"),
+    style=("grey", (0, (3, 2)), "d"),
+)
+@edit_method(
+    "rank-one-lm-head",
+    title="rank-one edit of the neurons with high LM-head scores",
+    reference="arXiv 2202.05262",
+    unit=UNIT,
+    reads=READS,
+    writes=("out",),
+    locator="lm-head",
+    search_layers=2,
+    style=("green", (0, (1, 2)), "d"),
 )
 @edit_method(
     "rank-one-channels",
@@ -37,26 +47,16 @@ READS = ("self_text", "activations")
     style=("blue", (0, (5, 2)), "d"),
 )
 @edit_method(
-    "rank-one-lm-head",
-    title="rank-one edit of the neurons with high LM-head scores",
+    "rank-one",
+    title="rank-one edit of the last layer (ROME key)",
     reference="arXiv 2202.05262",
     unit=UNIT,
     reads=READS,
     writes=("out",),
-    locator="lm-head",
+    locator="last-matrix",
+    control=True,
     search_layers=2,
-    style=("green", (0, (1, 2)), "d"),
-)
-@edit_method(
-    "rank-one-random",
-    title="rank-one edit of random neurons",
-    reference="arXiv 2202.05262",
-    unit=UNIT,
-    reads=READS,
-    writes=("out",),
-    locator="random",
-    search_layers=2,
-    style=("grey", (0, (3, 2)), "d"),
+    style=("blue", (0, (1, 2)), "s"),
 )
 @dataclass(frozen=True)
 class RankOne(EditMethod):

@@ -11,7 +11,16 @@ from torch import Tensor
 from rotate_edit.edits.directions import concept_mean
 from rotate_edit.edits.edit import MatrixChange
 from rotate_edit.edits.key_moments import fit_keys
-from rotate_edit.edits.low_rank import DRAWN, DRAWN_LATER, STEPS, FitAim, LowRankFit, fit_change, related_tokens, whitened
+from rotate_edit.edits.low_rank import (
+    DRAWN,
+    DRAWN_LATER,
+    STEPS,
+    FitAim,
+    LowRankFit,
+    fit_change,
+    related_tokens,
+    whitened,
+)
 from rotate_edit.edits.material import Concept, Material
 from rotate_edit.edits.methods.base import Distribution, EditMethod, Whole, edit_method
 from rotate_edit.edits.methods.token_rows import logit_change
@@ -23,8 +32,8 @@ from rotate_edit.models.output_head import AT_ONCE
 
 # Rounds of steps of a search's fit, and its rank over the recipe's. A trial takes as much of both as it says.
 SEARCHED_ROUNDS, SEARCHED_RANKS = 3, 4
-# Seconds of a fit's steps over the seconds of their products alone (they also take logarithms of what they predict): 2.0
-# measured on one thread. Operations of an eigendecomposition over the cube of its size.
+# Seconds of a fit's steps over the seconds of their products alone: 2.0 measured on one thread. The steps also take
+# logarithms of what they predict. Operations of an eigendecomposition over the cube of its size.
 OVERHEAD, ROOTS = 2.0, 20
 
 

@@ -1,24 +1,20 @@
-"""The measuring commands of the command line: parse, validate, one call each, print."""
+"""The commands that measure models: evaluate, compare, check, relearn, faithfulness."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 import click
 
+from rotate_edit.cli import options
+from rotate_edit.cli.options import FOLDER
 from rotate_edit.console import print_line, print_table, progress_bars
 from rotate_edit.errors import BadInput, Failure, counted
-
-FOLDER = click.Path(path_type=Path)
-MODELS = click.argument("edited", nargs=-1, required=True, type=FOLDER)
-MOST = {"max_kl": "first_token_kl", "max_collateral_kl": "collateral_kl", "max_leak_rate": "leak_rate_asked"}
-CONCEPTS = click.option("--concept", "concepts", multiple=True, help="Edited concepts (default: as the edits say).")
 
 
 @click.command()
 @click.argument("base")
-@MODELS
-@CONCEPTS
+@options.edited_models
+@options.concepts
 @click.option("--neighbour", "neighbours", multiple=True, help="Concepts close to them.")
 @click.option("--word", "words", multiple=True, help="Words of the concept, for probability mass and leak rate.")
 @click.option("--items", help="A folder of items, or the name of a bundled one (demo, local).")
@@ -28,15 +24,15 @@ CONCEPTS = click.option("--concept", "concepts", multiple=True, help="Edited con
 @click.option("--batch-size", default="64", show_default=True, help="Sequences at once, or auto.")
 @click.option("--num-fewshot", type=click.IntRange(min=0), help="Examples before each item (default: the task's own).")
 @click.option("--chat-template", is_flag=True, help="Put every item in the tokenizer's chat template.")
-@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or mps.")
+@options.device
 @click.option(
     "--dtype", default="float32", show_default=True, type=click.Choice(["float32", "bfloat16", "float16"]),
     help="In which the models are loaded.",
 )  # fmt: skip
 @click.option("--backend", default="hf", show_default=True, help="One of lm-eval's; vllm takes checkpoints only.")
 @click.option("--backend-option", "options", multiple=True, metavar="KEY=VALUE", help="For another backend than hf.")
-@click.option("--output", type=FOLDER, help="Write the result as JSON here.")
-@click.option("--allow-code", is_flag=True, help="Dangerous: run code that task definitions bring along.")
+@options.json_output
+@options.allow_code
 def evaluate(
     base: str,
     edited: tuple[Path, ...],
@@ -96,43 +92,49 @@ def _key_and_value(option: str) -> tuple[str, str]:
 
 @click.command()
 @click.argument("run_folder", type=FOLDER)
-@click.option("--min-efficacy", type=float, help="How much of the concept is gone.")
-@click.option("--min-specificity", type=float, help="How much of everything else is kept.")
-@click.option("--min-harmonic", type=float, help="Of both together.")
-@click.option("--max-kl", type=float, help="Of the first generated token, in nats.")
-@click.option("--max-collateral-kl", type=float, help="On texts without the concept, in nats.")
-@click.option("--max-leak-rate", type=float, help="Of sampled answers to prompts about the concept.")
-def check(run_folder: Path, **gates: float | None) -> None:
+@click.option(
+    "--gate", "gates", multiple=True, metavar="METRIC=BOUND",
+    help="At least so much of a metric where more is better, at most where less is, such as efficacy=0.9.",
+)  # fmt: skip
+def check(run_folder: Path, gates: tuple[str, ...]) -> None:
     """Fail (exit 1) when a run's numbers do not pass the gates: for use in automatic checks."""
-    from rotate_edit.evaluation.compare import failed_gates
-    from rotate_edit.reporting.content import variant_of
+    from rotate_edit.evaluation.commands import check_run
 
-    try:
-        result = json.loads((run_folder / "evaluation.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise BadInput(f"{run_folder} holds no readable evaluation.json.") from error
-    least = {name.removeprefix("min_"): value for name, value in gates.items() if value is not None and "min_" in name}
-    most = {MOST[name]: value for name, value in gates.items() if value is not None and name in MOST}
-    if not least and not most:
-        raise BadInput("check needs at least one gate, for instance --min-efficacy 0.9.")
-    try:
-        found = {**variant_of(result).get("measures", {}), **(result.get("summary") or {})}
-        failures = failed_gates(found, minimum=least, maximum=most)
-    except (AttributeError, TypeError, ValueError) as error:
-        raise BadInput(
-            f"evaluation.json in {run_folder} does not have the form that a run writes; run it again."
-        ) from error
+    bounds = dict(_gate(gate) for gate in gates)
+    failures = check_run(run_folder, bounds)
     if failures:
         raise Failure(" ".join(failures))
-    print_line(f"{counted(len(least) + len(most), 'gate')} passed.")
+    print_line(f"{counted(len(bounds), 'gate')} passed.")
+
+
+def _gate(text: str) -> tuple[str, float]:
+    name, _, bound = text.partition("=")
+    try:
+        return name, float(bound)
+    except ValueError as error:
+        raise BadInput(f"--gate {text} is no gate; write METRIC=BOUND, for instance efficacy=0.9.") from error
 
 
 @click.command()
 @click.argument("base")
-@MODELS
-@CONCEPTS
+@click.argument("edited", nargs=-1, required=True)
+@click.option("--prompt", "prompts", multiple=True, required=True, help="What both continue; may be repeated.")
+@click.option("--new-tokens", default=40, show_default=True, help="How long a continuation is.")
+@click.option("--seed", type=int, help="Sample with this seed instead of taking the likeliest token.")
+def compare(base: str, edited: tuple[str, ...], prompts: tuple[str, ...], new_tokens: int, seed: int | None) -> None:
+    """Continue the same prompts with BASE and each EDITED (a run, edit, adapter or checkpoint), side by side."""
+    from rotate_edit.evaluation.commands import continue_prompts
+
+    for prompt, texts in continue_prompts(base, edited, prompts, new_tokens=new_tokens, seed=seed):
+        print_table(prompt, ["model", "continuation"], [[name, text] for name, text in texts.items()])
+
+
+@click.command()
+@click.argument("base")
+@options.edited_models
+@options.concepts
 @click.option("--items", default="demo", show_default=True, help="Items with paragraphs about the concepts.")
-@click.option("--output", type=FOLDER, help="Write the result as JSON here.")
+@options.json_output
 def relearn(base: str, edited: tuple[Path, ...], concepts: tuple[str, ...], items: str, output: Path | None) -> None:
     """Fine-tune EDITED models on text about their concepts and see how much comes back."""
     from rotate_edit.evaluation.commands import relearn_models
@@ -157,9 +159,8 @@ def faithfulness(model: str, channels: Path, text: str, limit: int | None, outpu
     """Test whether CHANNELS of MODEL do what their tokens say, against controls."""
     from rotate_edit.evaluation.commands import measure_faithfulness
 
-    folder = channels / "channels" if (channels / "channels").is_dir() else channels
     with progress_bars() as report:
-        rows = measure_faithfulness(model, folder, text, output, limit, report)
+        rows = measure_faithfulness(model, options.inside(channels, "channels"), text, output, limit, report)
     columns = ["", "taken out", "n", "own", "others", "selectivity", "wins", "p (Holm)"]
     print_table("Response or promotion lost, in standard deviations", columns, [_tested(row) for row in rows])
 
@@ -182,89 +183,4 @@ def _with_interval(measure: dict[str, Any]) -> str:
     return f"{measure['value']:.3g}{interval}"
 
 
-@click.command()
-@click.argument("model")
-@click.option("--revision", help="Hub revision.")
-@click.option("--json", "as_json", is_flag=True, help="Print all of it as JSON.")
-def inspect(model: str, revision: str | None, as_json: bool) -> None:
-    """Show what is recognised of MODEL and what an edit could reach."""
-    from rotate_edit.models.checkpoint import open_checkpoint
-    from rotate_edit.models.inspection import described, inspect_model
-
-    found = inspect_model(open_checkpoint(model, revision))
-    if as_json:
-        click.echo(json.dumps(found, indent=1))
-        return
-    print_table(str(found["source"]), ["", ""], described(found))
-
-
-@click.command()
-@click.argument("recipe")
-@click.option("--trials", default=60, show_default=True, type=click.IntRange(1), help="In all, with earlier ones.")
-@click.option(
-    "--output", type=FOLDER, help="The folder of the search (default runs/tune-<recipe>); it is gone on with."
-)
-@click.option("--pick", default="knee", show_default=True, help="knee, a number of the front, or damage=0.01 (nats).")
-@click.option("--tokens", default=1200, show_default=True, type=click.IntRange(256), help="Of text for each trial.")
-@click.option("--lm-eval", is_flag=True, help="Also ask the edits of the front the recipe's items and tasks.")
-@click.option("--seed", default=0, show_default=True, help="Of the search.")
-def tune(recipe: str, output: Path | None, **how: Any) -> None:
-    """Search for the settings of RECIPE that remove most for least damage, and write the chosen recipe."""
-    from rotate_edit.recipe import read_recipe
-    from rotate_edit.search.tune import CHOSEN, search
-
-    where = output or Path("runs") / f"tune-{Path(recipe).stem}"
-    read = read_recipe(recipe)
-    with progress_bars() as report:
-        record = search(read, where, report=report, **how)
-    _print_front(record)
-    if record["interrupted"]:
-        print_line("Interrupted: what was found is kept, and the same command goes on.", error=True)
-    print_line(f"Recipe: {where / CHOSEN}")
-
-
-FRONT_MEASURES = ("efficacy", "specificity")
-
-
-def _share(measure: dict[str, Any] | None) -> str:
-    return "" if measure is None or measure["value"] is None else f"{measure['value']:.3f}"
-
-
-def _print_front(record: dict[str, Any]) -> None:
-    rows, asked = [], record.get("front_summaries")
-    for number, place in enumerate(record["front"]):
-        trial = record["trials"][place]
-        settings = [
-            f"{key.split('.')[-1]} {_short(value)}" for key, value in trial["settings"].items() if key != "target"
-        ]
-        strengths = ", ".join(f"{value:.2f}" for value in trial["strengths"].values())
-        mark = "chosen" if number == record["chosen"] else ""
-        cells = [
-            str(number + 1),
-            f"{trial['removal']:.3f}",
-            f"{trial['damage']:.5f}",
-            *(_share(asked[number][key]) for key in FRONT_MEASURES if asked),
-            strengths,
-            ", ".join(settings),
-            mark,
-        ]
-        rows.append(cells)
-    print_table(
-        "front", ["", "removal", "collateral KL", *(FRONT_MEASURES if asked else ()), "strength", "settings", ""], rows
-    )
-    held = record["test"]
-    line = f"On other texts the choice removes {held['removal']:.1%} at a collateral KL of {held['damage']:.5f}"
-    if held["own_damage"] is not None:
-        line += f"; the recipe as it was needs {held['own_damage']:.5f} for as much"
-    print_line(
-        f"{line}. {len(record['trials'])} trials, {len(record['failed'])} that removed nothing, {record['seconds']} s."
-    )
-
-
-def _short(value: Any) -> str:
-    if isinstance(value, list) and value and isinstance(value[0], int):
-        return f"{value[0]}-{value[-1]}"
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
-
-
-COMMANDS = (evaluate, check, relearn, faithfulness, inspect, tune)
+COMMANDS = (evaluate, compare, check, relearn, faithfulness)

@@ -1,0 +1,65 @@
+"""What several commands share: their options, each declared once, and the folders that they mean."""
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from rotate_edit.console import print_table
+from rotate_edit.errors import BadInput
+
+FOLDER: Any = click.Path(path_type=Path)
+MATRIX_KINDS = ("gate", "in", "out")
+DEVICES = "auto, cpu, cuda or mps."
+
+output = click.option("--output", type=FOLDER, help="Where to write; it must not exist yet.")
+json_output = click.option("--output", type=FOLDER, help="Write the result as JSON here.")
+overwrite = click.option("--overwrite", is_flag=True, help="Replace an output that exists.")
+revision = click.option("--revision", help="Hub revision.")
+estimate = click.option("--estimate", is_flag=True, help="Print time, memory and disk of the job here, and stop.")
+full_hash = click.option("--full-hash", is_flag=True, help="Take the SHA-256 of every byte of a large base as well.")
+no_undo = click.option("--no-undo", is_flag=True, help="Leave out what an exact undo needs.")
+allow_code = click.option("--allow-code", is_flag=True, help="Dangerous: run code that task definitions bring along.")
+device = click.option("--device", default="auto", show_default=True, help=DEVICES)
+matrices = click.option(
+    "--matrix", "matrices", multiple=True, type=click.Choice(MATRIX_KINDS), help="May be repeated (default: out)."
+)
+all_matrices = click.option(
+    "--matrix", "matrices", multiple=True, type=click.Choice(MATRIX_KINDS), help="May be repeated (default: all)."
+)
+layers = click.option("--layer", "layers", multiple=True, type=int, help="May be repeated (default: all).")
+as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+edited_models = click.argument("edited", nargs=-1, required=True, type=FOLDER)
+concepts = click.option("--concept", "concepts", multiple=True, help="Edited concepts (default: as the edits say).")
+
+
+def next_run(stem: str) -> Path:
+    """The first of runs/STEM-1, runs/STEM-2 and so on that does not exist."""
+    number = 1
+    while (path := Path("runs") / f"{stem}-{number}").exists():
+        number += 1
+    return path
+
+
+def inside(folder: Path, name: str) -> Path:
+    """The folder of that name inside a run folder; the folder itself where there is none."""
+    return folder / name if (folder / name).is_dir() else folder
+
+
+def edit_of(folder: Path) -> Path:
+    """The edit of a run folder.
+
+    Raises:
+        BadInput: The folder holds none.
+    """
+    if not (folder / "edit").is_dir():
+        raise BadInput(f'"{folder}" is not a run folder with its edit in edit/; name the edit\'s folder with --edit.')
+    return folder / "edit"
+
+
+def print_estimate(job: str, cost: Any, device: str, output: Path) -> None:
+    """Print what a job takes here, then refuse it in one sentence when it does not fit."""
+    from rotate_edit.machine import check_cost, described
+
+    print_table(f"{job} takes", ["", "the job", "this machine"], described(cost, output, device))
+    check_cost(cost, output)

@@ -1,0 +1,217 @@
+"""The commands that take a recipe: run, locate, edit, tune. And report, which writes a run's report again."""
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from rotate_edit.cli import options
+from rotate_edit.cli.channels import print_channels
+from rotate_edit.cli.options import FOLDER
+from rotate_edit.console import print_line, print_table, print_warnings, progress_bars
+from rotate_edit.errors import counted
+
+
+@click.command()
+@click.argument("recipe")
+@click.option("--output", type=FOLDER, help="The run folder (default runs/<recipe>-<n>).")
+@options.estimate
+@options.full_hash
+@options.no_undo
+@options.allow_code
+@options.overwrite
+def run(
+    recipe: str,
+    output: Path | None,
+    estimate: bool,
+    full_hash: bool,
+    no_undo: bool,
+    allow_code: bool,
+    overwrite: bool,
+) -> None:
+    """Locate, edit, save, evaluate and report, as RECIPE says."""
+    from rotate_edit import pipeline, session
+
+    read = _recipe(recipe, full_hash=full_hash, no_undo=no_undo)
+    where = output or options.next_run(Path(recipe).stem)
+    if estimate:
+        options.print_estimate(f"a run of {Path(recipe).name}", *session.estimate(read), where)
+        return
+    with progress_bars() as report:
+        result = pipeline.run(read, where, overwrite=overwrite, allow_code=allow_code, report=report)
+    about_words = [text for concept in result["concepts"] for text in concept["warnings"]]
+    print_warnings(result["warnings"] + about_words + result["saved"]["warnings"])
+    _print_summary(result)
+    print_line(f"Report: {where / 'report.html'}")
+
+
+def _recipe(path: str, *, full_hash: bool, no_undo: bool) -> Any:
+    from rotate_edit.pipeline import with_save
+    from rotate_edit.recipe import read_recipe
+
+    flags = ({"full_hash": True} if full_hash else {}) | ({"undo": False} if no_undo else {})
+    return with_save(read_recipe(path), **flags)
+
+
+def _print_summary(result: dict[str, Any]) -> None:
+    rows = []
+    for name, measure in {**result.get("summary", {}), **_measures(result)}.items():
+        if measure["value"] is not None:
+            interval = "" if measure["low"] is None else f"{measure['low']:.4g} to {measure['high']:.4g}"
+            rows.append([name.replace("_", " "), f"{measure['value']:.4g}", interval, str(measure["n"])])
+    concepts = ", ".join(f"{concept['name']} at strength {concept['strength']}" for concept in result["concepts"])
+    print_table(f"{concepts}", ["measure", "value", "95 % interval", "n"], rows)
+    for name, table in result.get("matched", {}).items():
+        print_table(
+            f"{name}: damage where a tenth of the concept is left",
+            ["method", "strength", "collateral KL (nats)", "times ours"],
+            [
+                [row["method"], *(f"{row[key]:.3g}" if row[key] is not None else "never" for key in keys)]
+                for keys in [("strength", "collateral_kl", "ratio")]
+                for row in table["rows"]
+            ],
+        )
+
+
+def _measures(result: dict[str, Any]) -> dict[str, Any]:
+    variants = result.get("variants") or {}
+    first: dict[str, Any] = next(iter(variants.values()), {})
+    known = first.get("measures", {})
+    return {name: known[name] for name in ("concept_mass_fraction", "collateral_kl") if name in known}
+
+
+@click.command()
+@click.argument("recipe")
+@options.as_json
+def locate(recipe: str, as_json: bool) -> None:
+    """Show which neurons carry RECIPE's concepts; nothing is written."""
+    from rotate_edit.pipeline import locate_channels
+
+    with progress_bars() as report:
+        found, warnings = locate_channels(recipe, report)
+    print_warnings(warnings)
+    for name, (groups, chosen) in found.items():
+        if not as_json:
+            print_line(f"{name}: {counted(len(chosen), 'channel')} for {counted(groups, 'group')} of its tokens.")
+        print_channels(chosen, as_json)
+
+
+@click.command()
+@click.argument("recipe")
+@options.output
+@click.option("--no-checkpoint", is_flag=True, help="Write the edit alone.")
+@click.option("--adapter", is_flag=True, help="Also write the LoRA adapter.")
+@options.estimate
+@options.full_hash
+@options.no_undo
+@options.overwrite
+def edit(
+    recipe: str,
+    output: Path | None,
+    no_checkpoint: bool,
+    adapter: bool,
+    estimate: bool,
+    full_hash: bool,
+    no_undo: bool,
+    overwrite: bool,
+) -> None:
+    """Build RECIPE's edit and write it (edit/, model/, adapter/), without evaluating it."""
+    from rotate_edit import pipeline, session
+
+    read = _recipe(recipe, full_hash=full_hash, no_undo=no_undo)
+    where = output or options.next_run(f"{Path(recipe).stem}-edit")
+    if estimate:
+        read = pipeline.with_save(read, checkpoint=not no_checkpoint)
+        options.print_estimate(f"the edit of {Path(recipe).name}", *session.estimate(read, measured=False), where)
+        return
+    with progress_bars() as report:
+        made, warnings = pipeline.edit_only(
+            read, where, checkpoint=not no_checkpoint, adapter=adapter, overwrite=overwrite, report=report
+        )
+    print_warnings(warnings)
+    rows = sum(len(change.rows) for change in made.changes if change.layer is None)
+    vectors = counted(len(made.vectors), "neuron vector") if made.vectors or not rows else counted(rows, "token row")
+    matrices = counted(len(made.changes), "matrix", "matrices")
+    print_line(f"{vectors} changed in {matrices}; written to {where}")
+
+
+@click.command()
+@click.argument("recipe")
+@click.option("--trials", default=60, show_default=True, type=click.IntRange(1), help="In all, with earlier ones.")
+@click.option(
+    "--output", type=FOLDER, help="The folder of the search (default runs/tune-<recipe>); it is gone on with."
+)
+@click.option("--pick", default="knee", show_default=True, help="knee, a number of the front, or damage=0.01 (nats).")
+@click.option("--tokens", default=1200, show_default=True, type=click.IntRange(256), help="Of text for each trial.")
+@click.option("--lm-eval", is_flag=True, help="Also ask the edits of the front the recipe's items and tasks.")
+@click.option("--seed", default=0, show_default=True, help="Of the search.")
+def tune(recipe: str, output: Path | None, **how: Any) -> None:
+    """Search for the settings of RECIPE that remove most for least damage, and write the chosen recipe."""
+    from rotate_edit.recipe import read_recipe
+    from rotate_edit.search.tune import CHOSEN, search
+
+    where = output or Path("runs") / f"tune-{Path(recipe).stem}"
+    read = read_recipe(recipe)
+    with progress_bars() as report:
+        record = search(read, where, report=report, **how)
+    _print_front(record)
+    if record["interrupted"]:
+        print_line("Interrupted: what was found is kept, and the same command goes on.", error=True)
+    print_line(f"Recipe: {where / CHOSEN}")
+
+
+FRONT_MEASURES = ("efficacy", "specificity")
+
+
+def _share(measure: dict[str, Any] | None) -> str:
+    return "" if measure is None or measure["value"] is None else f"{measure['value']:.3f}"
+
+
+def _print_front(record: dict[str, Any]) -> None:
+    rows, asked = [], record.get("front_summaries")
+    for number, place in enumerate(record["front"]):
+        trial = record["trials"][place]
+        settings = [
+            f"{key.split('.')[-1]} {_short(value)}" for key, value in trial["settings"].items() if key != "target"
+        ]
+        strengths = ", ".join(f"{value:.2f}" for value in trial["strengths"].values())
+        mark = "chosen" if number == record["chosen"] else ""
+        cells = [
+            str(number + 1),
+            f"{trial['removal']:.3f}",
+            f"{trial['damage']:.5f}",
+            *(_share(asked[number][key]) for key in FRONT_MEASURES if asked),
+            strengths,
+            ", ".join(settings),
+            mark,
+        ]
+        rows.append(cells)
+    print_table(
+        "front", ["", "removal", "collateral KL", *(FRONT_MEASURES if asked else ()), "strength", "settings", ""], rows
+    )
+    held = record["test"]
+    line = f"On other texts the choice removes {held['removal']:.1%} at a collateral KL of {held['damage']:.5f}"
+    if held["own_damage"] is not None:
+        line += f"; the recipe as it was needs {held['own_damage']:.5f} for as much"
+    print_line(
+        f"{line}. {len(record['trials'])} trials, {len(record['failed'])} that removed nothing, {record['seconds']} s."
+    )
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, list) and value and isinstance(value[0], int):
+        return f"{value[0]}-{value[-1]}"
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+@click.command()
+@click.argument("run_folder", type=FOLDER)
+def report(run_folder: Path) -> None:
+    """Write report.md and report.html of a run folder again."""
+    from rotate_edit.reporting.report import write_report
+
+    write_report(run_folder)
+    print_line(f"Report: {run_folder / 'report.html'}")
+
+
+COMMANDS = (run, locate, edit, tune, report)

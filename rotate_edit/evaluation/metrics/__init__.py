@@ -1,0 +1,27 @@
+"""Metrics, one file a family. Importing this package registers those that come with it, in the order of reports."""
+
+from rotate_edit.evaluation.metrics import kept, probability, writing
+from rotate_edit.evaluation.metrics.base import (
+    HIGHER,
+    LOWER,
+    MeasuredModel,
+    Metric,
+    all_metrics,
+    failed_gates,
+    find_metric,
+    metric,
+)
+
+__all__ = [
+    "HIGHER",
+    "LOWER",
+    "MeasuredModel",
+    "Metric",
+    "all_metrics",
+    "failed_gates",
+    "find_metric",
+    "kept",
+    "metric",
+    "probability",
+    "writing",
+]
