@@ -409,7 +409,7 @@ def copy_file(source: Path, target: Path) -> None:
             remaining -= count
 
 
-def read_json(folder: Path, name: str, *, strict: bool = False) -> dict:
+def read_json(folder: Path, name: str, *, strict: bool = False) -> dict[str, Any]:
     """Read a JSON object out of a folder, as untrusted input.
 
     Args:

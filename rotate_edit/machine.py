@@ -64,15 +64,27 @@ class Cost:
         )
 
 
-def seconds(cost: Cost, output: Path, device: str = "cpu") -> float:
-    """Estimate how long a job takes at the speeds that this machine shows now.
+@dataclass(frozen=True)
+class Speeds:
+    """How fast a machine works.
 
-    The speeds of a matrix product and of writing a file are measured.
+    Attributes:
+        operations: Floating-point operations a second.
+        writing: Bytes a second.
+    """
+
+    operations: float
+    writing: float
+
+
+def seconds(cost: Cost, output: Path, device: str = "cpu", speeds: Speeds | None = None) -> float:
+    """Estimate how long a job takes.
 
     Args:
         cost: What the job takes.
         output: The output path, for the speed of its disk.
         device: Device of the computation.
+        speeds: The machine's speeds. None measures those that a matrix product and writing a file show now.
 
     Returns:
         The time in seconds.
@@ -80,8 +92,11 @@ def seconds(cost: Cost, output: Path, device: str = "cpu") -> float:
     Raises:
         BadInput: When the output's disk cannot be written.
     """
-    calculated = cost.operations / product_speed(device) if cost.operations else 0.0
-    written = cost.disk / disk_speed(output) if cost.disk else 0.0
+    calculated = written = 0.0
+    if cost.operations:
+        calculated = cost.operations / (speeds.operations if speeds else product_speed(device))
+    if cost.disk:
+        written = cost.disk / (speeds.writing if speeds else disk_speed(output))
     return cost.start + calculated + cost.read / READING + written
 
 
@@ -201,19 +216,24 @@ def check_cost(cost: Cost, output: Path) -> None:
             )
 
 
-def described(cost: Cost, output: Path, device: str = "cpu") -> list[list[str]]:
+def described(cost: Cost, output: Path, device: str = "cpu", speeds: Speeds | None = None) -> list[list[str]]:
     """Write the estimate as rows of a table.
 
     Args:
         cost: What the job takes.
         output: The output path.
         device: Device of the computation.
+        speeds: The machine's speeds. None measures them.
 
     Returns:
         One row per resource: what it is, how much the job takes, how much this machine has free.
     """
     rows = [
-        ["time", f"about {_duration(seconds(cost, output, device))}", f"at this machine's speed now, on {device}"],
+        [
+            "time",
+            f"about {_duration(seconds(cost, output, device, speeds))}",
+            f"at this machine's speed now, on {device}",
+        ],
         ["memory", f"{cost.memory / 1e9:.2f} GB at most", f"{available_memory() / 1e9:.1f} GB free"],
     ]
     free = available_gpu_memory()

@@ -204,15 +204,22 @@ class Session:
         Args:
             report: Is told how far the search is.
         """
-        wanted = self.recipe.locate.group_distance
-        return self.divided(GROUP_DISTANCES[0] if wanted == "auto" else float(wanted), frozenset({"channels"}), report)
+        return self.divided(self.distances[0], frozenset({"channels"}), report)
 
     def _distances(self) -> tuple[float, ...]:
-        wanted = self.recipe.locate.group_distance
-        if wanted != "auto":
-            return (float(wanted),)
         whole = self.items is None or "self_text" in self.method.about.reads
-        return GROUP_DISTANCES[:1] if whole else GROUP_DISTANCES
+        return self.distances[:1] if whole else self.distances
+
+    @property
+    def distances(self) -> tuple[float, ...]:
+        """The cosine distances at which a concept's tokens may fall into groups, the whole concept first."""
+        wanted = self.recipe.locate.group_distance
+        return GROUP_DISTANCES if wanted == "auto" else (float(wanted),)
+
+    @property
+    def edits_token_rows(self) -> bool:
+        """Whether embedding rows or output head rows are edited beside neurons."""
+        return self.recipe.edit.embeddings or bool(self.plan.amplified)
 
     def divided(self, distance: float, reads: frozenset[str], report: Report = silent) -> tuple[ConceptGroup, ...]:
         """Every concept's tokens in groups at one distance, with what methods that read so much need.
@@ -410,20 +417,29 @@ class Session:
             BadInput: A goal is to be reached, and no validation text is about the concept.
             Failure: No strength reaches the goal.
         """
-        solved = {}
-        for concept in self.recipe.concepts:
-            goal = concept.goal
-            if goal.kind == "strength":
-                solved[concept.name] = goal.value
-                continue
-            known = self.reference(concept.name, "validation")
-            if known is None:
-                raise BadInput(
-                    f"concepts.{concept.name}.{goal.kind}: the items hold no validation text about it; give other "
-                    "items, or a strength."
-                )
-            solved[concept.name] = solve_strength(self.model, known, edit.only(concept.name), goal)
-        return solved
+        return {concept.name: self.strength_of(concept.name, edit) for concept in self.recipe.concepts}
+
+    def strength_of(self, concept: str, edit: Edit) -> float:
+        """One concept's strength, as `strengths` finds it.
+
+        Args:
+            concept: The concept's name.
+            edit: At strength 1. The parts of other concepts do not count.
+
+        Raises:
+            BadInput: A goal is to be reached, and no validation text is about the concept.
+            Failure: No strength reaches the goal.
+        """
+        goal = self._recipe_of(concept).goal
+        if goal.kind == "strength":
+            return goal.value
+        known = self.reference(concept, "validation")
+        if known is None:
+            raise BadInput(
+                f"concepts.{concept}.{goal.kind}: the items hold no validation text about it; give other items, or a "
+                "strength."
+            )
+        return solve_strength(self.model, known, edit.only(concept), goal)
 
     def edit(self, strength: float | None = None, report: Report = silent) -> Edit:
         """The recipe's edit, located, built and at its strength.

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -99,12 +99,12 @@ class ChannelSet:
     """
 
     folder: Path
-    base: dict
-    settings: dict
+    base: dict[str, Any]
+    settings: dict[str, Any]
     channels: int
     hidden_size: int
     vectors: str | None
-    files: dict[str, dict]
+    files: dict[str, dict[str, Any]]
 
 
 def channel_size(channels: int, hidden_size: int, vectors: str | None = "bfloat16", top: int = 10) -> int:
@@ -153,8 +153,8 @@ def save_channels(
     channels: Sequence[Channel],
     output: Path,
     *,
-    base: dict,
-    settings: dict,
+    base: dict[str, Any],
+    settings: dict[str, Any],
     vectors: str | None = "float32",
     overwrite: bool = False,
 ) -> ChannelSet:
@@ -196,11 +196,12 @@ def write_channel_set(
     batches: "Iterable[tuple[pyarrow.Table, Tensor]]",
     output: Path,
     *,
-    base: dict,
-    settings: dict,
+    base: dict[str, Any],
+    settings: dict[str, Any],
     hidden_size: int,
     vectors: str | None,
     overwrite: bool = False,
+    row_group: int = ROW_GROUP,
 ) -> ChannelSet:
     """Write a channel set from a stream, one batch at a time.
 
@@ -215,6 +216,7 @@ def write_channel_set(
         hidden_size: The width d_model.
         vectors: Dtype in which vectors are kept, "float32" or "bfloat16"; None leaves them out.
         overwrite: Whether an existing output is replaced.
+        row_group: Most rows of a row group of the table.
 
     Returns:
         The written set.
@@ -223,7 +225,7 @@ def write_channel_set(
         BadInput: If `output` exists and `overwrite` is False.
     """
     with whole_folder(output, overwrite=overwrite) as folder:
-        count = _write_files(batches, folder, hidden_size, vectors)
+        count = _write_files(batches, folder, hidden_size, vectors, row_group)
         files = {name: _describe(folder / name) for name in ((TABLE,) if vectors is None else (TABLE, VECTORS))}
         manifest = {
             "format": FORMAT,
@@ -240,7 +242,11 @@ def write_channel_set(
 
 
 def _write_files(
-    batches: "Iterable[tuple[pyarrow.Table, Tensor]]", folder: Path, hidden_size: int, vectors: str | None
+    batches: "Iterable[tuple[pyarrow.Table, Tensor]]",
+    folder: Path,
+    hidden_size: int,
+    vectors: str | None,
+    row_group: int,
 ) -> int:
     """Write the table and the vectors of a set as they come in, and return the number of rows."""
     import pyarrow.parquet
@@ -263,12 +269,12 @@ def _write_files(
         for table, rows in batches:
             held = pyarrow.concat_tables([held, table])
             count += table.num_rows
-            if held.num_rows >= ROW_GROUP:
-                writer.write_table(held, row_group_size=ROW_GROUP)
+            if held.num_rows >= row_group:
+                writer.write_table(held, row_group_size=row_group)
                 held = channel_schema().empty_table()
             if stream is not None:
                 stream.write(as_bytes(rows.to(DTYPES[str(vectors)])))
-        writer.write_table(held, row_group_size=ROW_GROUP)
+        writer.write_table(held, row_group_size=row_group)
         if stream is not None:
             # Only now is the number of rows known, and the header was written at its full length.
             stream.seek(0)
@@ -416,7 +422,7 @@ def _vector_header(count: int, hidden_size: int, vectors: str) -> bytes:
     return len(header).to_bytes(8, "little") + header
 
 
-def _describe(path: Path) -> dict:
+def _describe(path: Path) -> dict[str, Any]:
     digest = hashlib.sha256()
     with open(path, "rb") as stream:
         while content := stream.read(1 << 20):
@@ -424,7 +430,7 @@ def _describe(path: Path) -> dict:
     return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
 
 
-def _read_manifest(folder: Path) -> dict:
+def _read_manifest(folder: Path) -> dict[str, Any]:
     wrong = BadInput(f"{folder.name}/{MANIFEST} is not the manifest of a channel set of version {VERSION}.")
     path = folder / MANIFEST
     if not path.is_file():

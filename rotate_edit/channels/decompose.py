@@ -84,7 +84,7 @@ def decompose_neurons(
         Failure: If a single search does not fit in memory.
     """
     checkpoint = projections.checkpoint
-    groups: dict[tuple, list[int]] = {}
+    groups: dict[tuple[Any, ...], list[int]] = {}
     for place, (neuron, matrix) in enumerate(neurons):
         # Under one table all neurons are searched together; a folded norm differs from layer to layer.
         folded = (neuron.layer, matrix) if projections.rules.fold_norm else ()
@@ -251,7 +251,7 @@ def _finish(
     checkpoint: Checkpoint,
     folder: Path,
     shards: Sequence[Shard],
-    job: dict,
+    job: dict[str, Any],
     engine: Callable[..., None],
     progress: Report | None,
     **where: Any,
@@ -291,7 +291,7 @@ def _finish(
     return ready
 
 
-def _begin(folder: Path, job: dict) -> None:
+def _begin(folder: Path, job: dict[str, Any]) -> None:
     """Make the job's folder, or find it with the same job in it. Raises BadInput when it holds another one."""
     path = folder / JOB
     if not path.is_file():
@@ -321,7 +321,15 @@ def _reopening(checkpoint: Checkpoint) -> tuple[str, str | None]:
     return str(checkpoint.folder.resolve()), None
 
 
-def _local(tasks: list[tuple], receive: Callable, *, job: dict, memory: int, address: str, workers: int | None) -> None:
+def _local(
+    tasks: list[tuple[Any, ...]],
+    receive: Callable[..., Any],
+    *,
+    job: dict[str, Any],
+    memory: int,
+    address: str,
+    workers: int | None,
+) -> None:
     """Run shards in CPU threads, as many as cores and free memory allow, or in one process for each GPU."""
     devices = torch.cuda.device_count() if job["device"] == "cuda" else 1
     if devices > 1:
@@ -340,7 +348,15 @@ def _local(tasks: list[tuple], receive: Callable, *, job: dict, memory: int, add
         torch.set_num_threads(before)
 
 
-def _ray(tasks: list[tuple], receive: Callable, *, job: dict, memory: int, address: str, workers: int | None) -> None:
+def _ray(
+    tasks: list[tuple[Any, ...]],
+    receive: Callable[..., Any],
+    *,
+    job: dict[str, Any],
+    memory: int,
+    address: str,
+    workers: int | None,
+) -> None:
     """Run shards as tasks of a Ray cluster. Every node opens the checkpoint itself."""
     gpus = 1 if job["device"] == "cuda" else 0
     engines.run_ray(work_shard, tasks, receive, address=address, threads=job["threads"], gpus=gpus, memory=memory)

@@ -23,7 +23,7 @@ DIED = (
 )
 
 
-def run_threads(work: Work, jobs: Sequence[tuple], receive: Receive, *, workers: int) -> None:
+def run_threads(work: Work, jobs: Sequence[tuple[Any, ...]], receive: Receive, *, workers: int) -> None:
     """Run jobs in threads of this process.
 
     The first error ends the run after the jobs that are running.
@@ -38,7 +38,7 @@ def run_threads(work: Work, jobs: Sequence[tuple], receive: Receive, *, workers:
         _collect(pool, [pool.submit(work, *job) for job in jobs], receive)
 
 
-def run_processes(work: Work, jobs: Sequence[tuple], receive: Receive, *, devices: int) -> None:
+def run_processes(work: Work, jobs: Sequence[tuple[Any, ...]], receive: Receive, *, devices: int) -> None:
     """Run jobs in one process for each GPU.
 
     Each process sees only its own GPU, as device "cuda".
@@ -67,7 +67,7 @@ def run_processes(work: Work, jobs: Sequence[tuple], receive: Receive, *, device
 
 def run_ray(
     work: Work,
-    jobs: Sequence[tuple],
+    jobs: Sequence[tuple[Any, ...]],
     receive: Receive,
     *,
     address: str,
@@ -127,7 +127,7 @@ def run_ray(
             ray.shutdown()
 
 
-def _collect(pool: concurrent.futures.Executor, futures: Iterable[Future], receive: Receive) -> None:
+def _collect(pool: concurrent.futures.Executor, futures: Iterable[Future[Any]], receive: Receive) -> None:
     try:
         for future in concurrent.futures.as_completed(futures):
             receive(future.result())

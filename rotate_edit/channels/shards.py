@@ -97,7 +97,7 @@ def make_job(
     threads: int,
     device: str,
     vectors: str | None,
-) -> dict:
+) -> dict[str, Any]:
     """Make the manifest of a job: everything that decides its result.
 
     Args:
@@ -150,7 +150,7 @@ def make_job(
     }
 
 
-def job_shards(checkpoint: Checkpoint, job: dict) -> list[Shard]:
+def job_shards(checkpoint: Checkpoint, job: dict[str, Any]) -> list[Shard]:
     """List the shards of a job, in the order in which they stand in the result.
 
     Args:
@@ -257,7 +257,7 @@ def _empty_rows(settings: SolverSettings, size: int) -> dict[str, Tensor]:
     return {"owner": torch.zeros(0, dtype=torch.int64)} | whole | {name: torch.zeros(0) for name in NUMBERS} | lists
 
 
-def shard_content(projections: Projections, job: dict, shard: Shard) -> bytes:
+def shard_content(projections: Projections, job: dict[str, Any], shard: Shard) -> bytes:
     """Do one shard and return the content of its file.
 
     The content is the table of `find_rows` as safetensors, with `neuron` in place of `owner`.
@@ -325,7 +325,7 @@ def work_shard(
 
 
 @lru_cache(maxsize=1)
-def prepare(model: str, revision: str | None, job_text: str) -> tuple[Projections, dict]:
+def prepare(model: str, revision: str | None, job_text: str) -> tuple[Projections, dict[str, Any]]:
     """Read the checkpoint's tables for a job.
 
     The result is kept, because every shard that this process does needs the same tables.

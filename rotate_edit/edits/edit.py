@@ -7,6 +7,7 @@ Nothing here reads or writes a file. `apply` switches an edit on in a loaded mod
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from torch import Tensor
 
@@ -115,8 +116,8 @@ class Edit:
     method: str
     changes: tuple[MatrixChange, ...]
     vectors: tuple[EditedVector, ...] = ()
-    base: dict = field(default_factory=dict)
-    settings: dict = field(default_factory=dict)
+    base: dict[str, Any] = field(default_factory=dict[str, Any])
+    settings: dict[str, Any] = field(default_factory=dict[str, Any])
     clamps: tuple[Clamp, ...] = ()
 
     @property

@@ -1,6 +1,6 @@
 """Where a concept is written: what neurons do in the model's own text where the concept comes next.
 
-The keyed edit methods (`edit.KEYED`) need it. The text is drawn from the model itself, so no corpus is needed, and a
+Edit methods that read activations need it. The text is drawn from the model itself, so no corpus is needed, and a
 position counts by the probability that the model gives the concept there, so no label is needed.
 """
 
@@ -107,7 +107,9 @@ def sensitivity(chances: Tensor, size: Tensor, head: Tensor) -> Tensor:
     # The tokens' common part changes no prediction; without it nothing large is subtracted from something large.
     tokens = head - head.mean(0)
     expected = chances @ tokens / size[:, None]
-    return ((tokens.T * (size**-2 @ chances)) @ tokens - expected.T @ expected).cpu().double()
+    found = ((tokens.T * (size**-2 @ chances)) @ tokens - expected.T @ expected).cpu().double()
+    # float32 products round the two halves apart.
+    return (found + found.T) / 2
 
 
 def even_reading(model: Any, texts: Passages, *, ridge: float = EVEN_RIDGE) -> Tensor:

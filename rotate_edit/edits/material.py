@@ -76,6 +76,12 @@ class Concept:
         """All its tokens, int64 [n]."""
         return self.groups[0].tokens.ids
 
+    @property
+    def identity(self) -> Hashable:
+        """What tells it from other concepts: its name, its tokens by group, and what it keeps."""
+        groups = tuple(tuple(group.ids.tolist()) for group in self.groups)
+        return self.name, groups, tuple(tuple(ids.tolist()) for ids in self.kept)
+
 
 @dataclass(frozen=True)
 class Material:
@@ -169,7 +175,9 @@ class Material:
         if known is None or not _holds(known.rows, rows):
             ids = [group.ids for concept in self.concepts for group in concept.groups]
             table = read_unembedding(self.checkpoint) if head else None
-            self.kept[key] = known = key_moments(self.model, self.self_text, rows, ids, table)
+            # With the rows of before, so that methods that take turns do not read the text again and again.
+            every = joined_rows([known.rows, rows] if known else [rows])
+            self.kept[key] = known = key_moments(self.model, self.self_text, every, ids, table)
         return known
 
     def group_place(self, concept: Concept, group: ConceptGroup) -> int:
@@ -217,13 +225,13 @@ class Material:
     def _directions(self, concept: Concept, group: ConceptGroup, site: Site) -> tuple[Direction, Direction]:
         settings, writes = self.settings, site.matrix == "out"
         where = "out" if writes else site.layer
-        key = ("direction", concept.name, _told(group), where, settings.direction, settings.ridge, settings.fold_norm)
+        key = ("direction", concept.identity, group.number, where, repr(settings))
         return self.once(key, lambda: self._formed(concept, group, site, writes))
 
     def _formed(self, concept: Concept, group: ConceptGroup, site: Site, writes: bool) -> tuple[Direction, Direction]:
         settings = self.settings
         mean, whole, covariance, keep = self.once(
-            ("table", concept.name, _told(group), writes), lambda: self._table(concept, group, writes)
+            ("table", concept.identity, group.number, writes), lambda: self._table(concept, group, writes)
         )
         norm = read_norm(self.checkpoint, "final" if writes else ("mlp", site.layer)) if settings.fold_norm else None
         gain = torch.ones_like(mean) if norm is None else norm

@@ -68,7 +68,7 @@ def cross(
         target: What it is to cross. Positive.
         falling: Whether the measure falls with the strength.
         start: The first strength that is measured.
-        near: Stop as soon as the measure is within this factor of the target. None bisects to the end.
+        near: Stop narrowing as soon as the measure is within this factor of the target. None bisects to the end.
         limit: The strongest strength that is measured.
         steps: How often the bracket is narrowed.
 

@@ -325,6 +325,9 @@ def _quiet() -> Iterator[None]:
             if hasattr(module, "get_git_commit_hash"):
                 # It asks git about the user's working folder, which must stay private, and git may fail there.
                 stack.enter_context(mock.patch.object(module, "get_git_commit_hash", return_value=None))
+            if hasattr(module, "add_env_info"):
+                # It lists every installed package through pip, which takes seconds each time and is used by nobody.
+                stack.enter_context(mock.patch.object(module, "add_env_info"))
         stack.enter_context(redirect_stdout(io.StringIO()))
         logger.setLevel(logging.ERROR)
         try:

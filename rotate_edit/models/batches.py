@@ -45,6 +45,7 @@ def tokenise(
     vocabulary_size: int,
     longest: int | None = None,
     token_limit: int | None = None,
+    tokens_at_once: int = TOKENS_IN_A_BATCH,
 ) -> Passages:
     """Tokenise texts and put them in batches of similar length.
 
@@ -57,6 +58,7 @@ def tokenise(
         longest: Longest text in tokens (the model's context length). Tokens after it are cut off. None for no limit.
         token_limit: Total number of tokens wanted. Texts are taken in the order given until they reach it. None for no
             limit.
+        tokens_at_once: Most tokens of a batch, padding included; a longer text has a batch of its own.
 
     Returns:
         The texts in batches.
@@ -74,20 +76,23 @@ def tokenise(
             total += len(rows[-1])
     if not rows:
         raise BadInput("there is no text to measure on; give texts that the tokenizer turns into at least one token.")
-    return batched(rows, vocabulary_size)
+    return batched(rows, vocabulary_size, tokens_at_once=tokens_at_once)
 
 
-def batched(rows: Sequence[Sequence[int]], vocabulary_size: int) -> Passages:
+def batched(
+    rows: Sequence[Sequence[int]], vocabulary_size: int, *, tokens_at_once: int = TOKENS_IN_A_BATCH
+) -> Passages:
     """Put rows of token ids in batches of similar length.
 
     Args:
         rows: Token ids of each text. No row may be empty.
         vocabulary_size: Number of tokens in the model's vocabulary. It bounds the size of a batch.
+        tokens_at_once: Most tokens of a batch, padding included; a longer text has a batch of its own.
 
     Returns:
         The rows in batches, longest rows first.
     """
-    limit = max(1, min(TOKENS_IN_A_BATCH, CELLS_IN_A_BATCH // vocabulary_size))
+    limit = max(1, min(tokens_at_once, CELLS_IN_A_BATCH // vocabulary_size))
     by_length = sorted(range(len(rows)), key=lambda index: -len(rows[index]))
     batches, lengths, order = [], [], []
     start = 0

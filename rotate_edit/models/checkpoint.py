@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -66,16 +66,16 @@ class Checkpoint:
 
     folder: Path
     source: str
-    config: dict
+    config: dict[str, Any]
     architecture: Architecture
     stored: dict[str, Stored]
     headers: dict[str, str]
     revision: str | None = None
     hub: HubModel | None = None
-    record: dict | None = None
+    record: dict[str, Any] | None = None
 
     @property
-    def text_config(self) -> dict:
+    def text_config(self) -> dict[str, Any]:
         """The language model's part of the config: all of it, unless the model is multimodal."""
         key = self.architecture.text_config
         return self.config if key is None else self.config[key]
@@ -225,7 +225,7 @@ class Checkpoint:
         return place
 
     @property
-    def edits(self) -> list[dict]:
+    def edits(self) -> list[dict[str, Any]]:
         """Records of the edits that this package has already written into it, oldest first.
 
         Raises:
@@ -326,7 +326,7 @@ def _refuse_without_weights(names: set[str], source: str) -> None:
     raise BadInput(f"{source} has neither {WEIGHTS} nor {INDEX}.")
 
 
-def _read_json(folder: Path, file: str, found: HubModel | None) -> dict:
+def _read_json(folder: Path, file: str, found: HubModel | None) -> dict[str, Any]:
     if found is not None:
         hub.fetch(found, file)
     return read_json(folder, file)
@@ -594,7 +594,7 @@ def tensor_hash(checkpoint: Checkpoint, name: str) -> str:
     return digest.hexdigest()
 
 
-def identity(checkpoint: Checkpoint, tensors: Iterable[str] = (), full: bool | None = None) -> dict:
+def identity(checkpoint: Checkpoint, tensors: Iterable[str] = (), full: bool | None = None) -> dict[str, Any]:
     """Describe what tells this checkpoint from any other.
 
     The keys are: source; revision (the Hub commit); hub (the Hub's own file hashes); files (SHA-256 of `config.json`

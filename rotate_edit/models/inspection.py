@@ -1,5 +1,7 @@
 """Describe as plain data what was recognised in a checkpoint and what an edit can change."""
 
+from typing import Any
+
 from rotate_edit.models.architectures import NEURON_MATRICES
 from rotate_edit.models.checkpoint import Checkpoint
 
@@ -10,7 +12,7 @@ REACH_WORDS = {
 }
 
 
-def inspect_model(checkpoint: Checkpoint) -> dict:
+def inspect_model(checkpoint: Checkpoint) -> dict[str, Any]:
     """Describe a checkpoint: family, sizes, tables, norms, scales and reach. No weight is read.
 
     Args:
@@ -86,7 +88,7 @@ def reach(checkpoint: Checkpoint) -> dict[str, int]:
     return {name: count for name, count in (counts | tables | {"out_bias": biases}).items() if count}
 
 
-def described(found: dict) -> list[list[str]]:
+def described(found: dict[str, Any]) -> list[list[str]]:
     """Format the result of `inspect_model` for a person.
 
     Args:
@@ -122,11 +124,11 @@ def described(found: dict) -> list[list[str]]:
     return rows
 
 
-def _tables(found: dict) -> str:
+def _tables(found: dict[str, Any]) -> str:
     return "are one table (tied)" if found["tied"] else "are two tables (untied)"
 
 
-def _projected(found: dict) -> str:
+def _projected(found: dict[str, Any]) -> str:
     switch = found["unembedding from layer"]
     if found["tied"]:
         return "the one table, in every layer"

@@ -136,7 +136,9 @@ def _parts(measure: Mapping[str, Any]) -> dict[str, Any]:
     return {key: measure.get(key) for key in ("value", "low", "high", "n")}
 
 
-def _number(value: float | None, low: float | None = None, high: float | None = None, n: int | None = None) -> dict:
+def _number(
+    value: float | None, low: float | None = None, high: float | None = None, n: int | None = None
+) -> dict[str, Any]:
     return {"value": value, "low": low, "high": high, "n": n}
 
 

@@ -26,7 +26,7 @@ from rotate_edit.models.batches import Passages, real_positions
 from rotate_edit.models.cost import size_of
 from rotate_edit.models.output_head import OutputHead, Positions, output_head_of, positions
 from rotate_edit.search.pareto import Point
-from rotate_edit.session import GROUP_DISTANCES, Session
+from rotate_edit.session import Session
 
 TOKENS = 1200
 # What an amplified concept's strength is multiplied by is its target over this.
@@ -121,8 +121,7 @@ def prepare(session: Session, *, tokens: int = TOKENS, report: Report = silent) 
             "another method."
         )
     reads = frozenset(need for method in methods for need in method.about.reads)
-    wanted = session.recipe.locate.group_distance
-    distances = GROUP_DISTANCES if wanted == "auto" else (float(wanted),)
+    distances = session.distances
     # A method that reads activations fits every place where the concept comes next: there is nothing for groups to add.
     if "activations" in reads:
         distances = distances[:1]
@@ -139,8 +138,7 @@ def prepare(session: Session, *, tokens: int = TOKENS, report: Report = silent) 
 def measured_on(context: SearchContext, known: Mapping[str, Reference]) -> SearchContext:
     """The same on other texts. An edit of the last layer alone needs one pass over them for all trials."""
     session = context.session
-    on_rows = session.recipe.edit.embeddings or bool(session.plan.amplified)
-    if not session.method.about.last_layer_alone or on_rows:
+    if not session.method.about.last_layer_alone or session.edits_token_rows:
         return replace(context, known=known, last=None)
     head = output_head_of(session.model)
     concept, mass = {}, {}
@@ -246,7 +244,7 @@ def _amplified_strength(context: SearchContext, edit: Edit, name: str) -> float:
     """The recipe's strength of an amplified concept, solved for once where it gives another goal."""
     known = context.shared.setdefault("amplified strengths", {})
     if name not in known:
-        known[name] = context.session.strengths(edit)[name]
+        known[name] = context.session.strength_of(name, edit)
     return float(known[name])
 
 

@@ -9,7 +9,7 @@ strength that reaches it, so that no trial is spent on a strength that does noth
 import json
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -245,13 +245,27 @@ def summary(context: SearchContext, study: Any, pick: str, seed: int, tokens: in
     }
 
 
-def confirmed(context: SearchContext, tried: Sequence[Trial], places: list[int], tokens: int) -> tuple[list[int], int]:
+def confirmed(
+    context: SearchContext,
+    tried: Sequence[Trial],
+    places: list[int],
+    tokens: int,
+    *,
+    compare: Callable[[SearchContext, Trial], dict[str, Any]] = compared,
+) -> tuple[list[int], int]:
     """The knee that holds on texts for choosing which the trials did not see: the front, and the place on it.
 
     The best of many trials is partly the luckiest, so candidates are compared with the recipe as it was, at equal
     removal: the knee first, then what of the front saved most over the recipe's own trials, then the strongest
     removals. The first that does clearly less damage there is taken; without one the recipe's own trial, put into the
     front if it is not on it.
+
+    Args:
+        context: What all trials share.
+        tried: The trials.
+        places: Those of the front, ascending in removal.
+        tokens: Of text for each trial.
+        compare: What a candidate and the recipe's own settings do on the other texts.
     """
     others = references(context.session, "validation", CONFIRMING * tokens, from_the_end=True)
     there = measured_on(context, others)
@@ -262,7 +276,7 @@ def confirmed(context: SearchContext, tried: Sequence[Trial], places: list[int],
     by_savings = sorted(range(len(front)), key=lambda place: (saved.get(place, math.inf), -front[place].removal))
     order = [first, *(place for place in by_savings if place != first)]
     for candidate in [place for place in order if places[place] not in own][:CANDIDATES]:
-        found = compared(there, front[candidate])
+        found = compare(there, front[candidate])
         if found["own_damage"] is None or found["damage"] <= CLEARLY_LESS * found["own_damage"]:
             return places, candidate
     if not own:

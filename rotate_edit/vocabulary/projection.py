@@ -229,7 +229,7 @@ def read_projections(checkpoint: Checkpoint, words: Vocabulary, device: str = "c
     return Projections(checkpoint, rules, ignored, names, tables, weights)
 
 
-def mask_to_json(mask: Tensor) -> dict:
+def mask_to_json(mask: Tensor) -> dict[str, Any]:
     """Write a mask as plain JSON.
 
     Args:
@@ -243,7 +243,7 @@ def mask_to_json(mask: Tensor) -> dict:
     return {"size": len(bits), "true": sum(bits), "sha256": hashlib.sha256(bits).hexdigest(), "zlib": packed}
 
 
-def mask_from_json(entry: dict) -> Tensor:
+def mask_from_json(entry: dict[str, Any]) -> Tensor:
     """Read a mask that `mask_to_json` wrote.
 
     Args:

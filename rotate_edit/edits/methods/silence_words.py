@@ -107,7 +107,8 @@ class SilenceWords(EditMethod):
 
     def _fits(self, material: Material, concept: Concept) -> list[LowRankFit]:
         """The fit after each round of steps. A longer one that was made before is used again."""
-        parts = (self.key_ridge, self.proximal_weight, self.steps, concept.name, concept.remaining, material.settings)
+        own = (self.key_ridge, self.proximal_weight, self.steps)
+        parts = (*own, concept.identity, concept.remaining, material.settings)
         key = ("low-rank fit", repr(parts))
         known: list[LowRankFit] = material.kept.get(key, [])
         if len(known) < self.rounds:
@@ -127,14 +128,16 @@ class SilenceWords(EditMethod):
         _, coefficients = fit_keys(moments, place, rows, ridge=self.key_ridge)[last.layer]
         start = coefficients, material.direction(concept, group, last).write
         ridge = self.key_ridge
-        seen = material.once(("whitened", ridge), lambda: whitened(material.positions, ridge=ridge))
+        settings = material.settings
+        key = ("whitened", settings.self_text_tokens, settings.seed, ridge)
+        seen = material.once(key, lambda: whitened(material.positions, ridge=ridge))
         return fit_change(
             seen,
             material.output_head,
             start,
             self._aim(material, concept),
             proximal_weight=self.proximal_weight,
-            seed=material.settings.seed,
+            seed=settings.seed,
             rounds=self.rounds,
             steps=self.steps,
         )

@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -238,7 +239,7 @@ def _named_tensors(factors: list[LoraFactors]) -> Iterable[tuple[str, Tensor]]:
         yield f"{PREFIX}{module}.lora_B.weight", b
 
 
-def _adapter_config(checkpoint: Checkpoint, factors: list[LoraFactors]) -> dict:
+def _adapter_config(checkpoint: Checkpoint, factors: list[LoraFactors]) -> dict[str, Any]:
     from peft import LoraConfig
 
     ranks = {part.target: part.rank for part in factors}

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -85,7 +86,7 @@ class Patch:
     left_out: tuple[str, ...]
     warnings: tuple[str, ...]
 
-    def plain(self) -> dict:
+    def plain(self) -> dict[str, Any]:
         """Return the same as JSON values."""
         return asdict(self)
 
@@ -115,7 +116,7 @@ class Patch:
         return lines
 
 
-def base_differences(base: dict, checkpoint: Checkpoint) -> list[str]:
+def base_differences(base: dict[str, Any], checkpoint: Checkpoint) -> list[str]:
     """Find in which hashes a checkpoint differs from the base an edit was made for.
 
     Names and paths are not compared, only bytes.
@@ -400,7 +401,7 @@ def patch_hashes(patch: Patch) -> dict[str, dict[str, str]]:
     return {tensor.name: {"before": tensor.before, "after": tensor.after} for tensor in patch.tensors}
 
 
-def _record_entry(checkpoint: Checkpoint, edit: Edit, patch: Patch) -> dict:
+def _record_entry(checkpoint: Checkpoint, edit: Edit, patch: Patch) -> dict[str, Any]:
     return {
         "edit": patch.edit,
         "method": edit.method,
@@ -410,7 +411,7 @@ def _record_entry(checkpoint: Checkpoint, edit: Edit, patch: Patch) -> dict:
     }
 
 
-def write_record(folder: Path, edits: list[dict]) -> None:
+def write_record(folder: Path, edits: list[dict[str, Any]]) -> None:
     """Leave in a patched folder a record of what has been written into it.
 
     Args:
@@ -554,7 +555,7 @@ def _record_problems(checkpoint: Checkpoint, edit: Edit) -> list[str]:
     return [f"this edit was never written into {checkpoint.source}; the last one there is {quoted(written[-1][:12])}."]
 
 
-def _file_problems(checkpoint: Checkpoint, base: dict) -> list[str]:
+def _file_problems(checkpoint: Checkpoint, base: dict[str, Any]) -> list[str]:
     """Find config, tokenizer files and shard headers that are not those of the base.
 
     `base` is the base's identity.

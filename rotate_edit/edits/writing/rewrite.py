@@ -189,13 +189,16 @@ def _check_fit(checkpoint: Checkpoint, total: Total, place: Place) -> None:
         raise BadInput(f"the edit changes row {int(total.rows[-1])} of {place.name}, which has only {count} rows.")
 
 
-def rewritten(checkpoint: Checkpoint, tensor: str, touched: list[Touched]) -> Iterator[Block]:
+def rewritten(
+    checkpoint: Checkpoint, tensor: str, touched: list[Touched], *, elements: int = BLOCK_ELEMENTS
+) -> Iterator[Block]:
     """Read the whole stored tensor in blocks, with the touched values replaced.
 
     Args:
         checkpoint: The checkpoint.
         tensor: Name of the tensor.
         touched: The vectors that get new values.
+        elements: About how many numbers a block holds.
 
     Yields:
         The blocks from the tensor's first byte to its last.
@@ -203,13 +206,13 @@ def rewritten(checkpoint: Checkpoint, tensor: str, touched: list[Touched]) -> It
     stored = checkpoint.stored[tensor]
     path = checkpoint.path(stored.file)
     if not touched:
-        for start in range(stored.start, stored.end, 2 * BLOCK_ELEMENTS):
-            old = read_bytes(path, start, min(start + 2 * BLOCK_ELEMENTS, stored.end))
+        for start in range(stored.start, stored.end, 2 * elements):
+            old = read_bytes(path, start, min(start + 2 * elements, stored.end))
             yield Block(start, old, old, Rounding())
         return
     lines, width = math.prod(stored.shape[:-1]), stored.shape[-1]
     line_bytes = (stored.end - stored.start) // max(1, lines)
-    step = max(1, BLOCK_ELEMENTS // max(1, width))
+    step = max(1, elements // max(1, width))
     for first in range(0, lines, step):
         last = min(lines, first + step)
         start = stored.start + first * line_bytes

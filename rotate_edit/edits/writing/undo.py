@@ -8,6 +8,7 @@ import math
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,7 +39,7 @@ class Undo:
 
     edit: str
     hashes: dict[str, dict[str, str]]
-    entries: list[dict]
+    entries: list[dict[str, Any]]
     header: Header
     path: Path
 
@@ -67,7 +68,7 @@ def write_undo(
         BadInput: When the folder may not be written.
         Failure: When the disk is full or fails.
     """
-    entries: list[dict] = []
+    entries: list[dict[str, Any]] = []
     layout: list[tuple[str, str, tuple[int, ...], int]] = []
     for name, parts in touched.items():
         for part in parts:

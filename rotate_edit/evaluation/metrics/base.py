@@ -4,6 +4,7 @@ A metric is a class in one file of this package, or of anybody's, under the deco
 its unit and which way is better. Reports, cards, gates and the command line ask for nothing else.
 """
 
+import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -163,11 +164,13 @@ def failed_gates(measures: Mapping[str, Any], bounds: Mapping[str, float]) -> li
         bounds: By the metric's name.
 
     Raises:
-        BadInput: There is no such metric, or neither side of it is better.
+        BadInput: There is no such metric, neither side of it is better, or a bound is not a finite number.
     """
     failures = []
     for name, bound in bounds.items():
         better = find_metric(name).better
+        if not math.isfinite(bound):
+            raise BadInput(f"the bound {bound} of {name} is not a finite number, so it cannot be a gate.")
         if not better:
             raise BadInput(f"the metric {name} has no better side, so it cannot be a gate.")
         wanted = f"at {'least' if better == HIGHER else 'most'} {bound:g}"

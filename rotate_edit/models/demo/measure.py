@@ -11,7 +11,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rotate_edit.files import write_atomically
 from rotate_edit.models.demo.corpus import documents
@@ -68,7 +68,9 @@ def held_out_loss(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, co
     return HeldOut(loss, sum(document.nats for document in found) / tokens, tokens, count)
 
 
-def choices_correct(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, items: Sequence[dict]) -> list[bool]:
+def choices_correct(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, items: Sequence[dict[str, Any]]
+) -> list[bool]:
     """Whether each multiple-choice item's answer has the largest summed log-probability."""
     rows, widths = [], []
     for item in items:
@@ -105,7 +107,7 @@ def accuracy_table(
     return "\n".join(lines), {kind: sum(all_) / len(all_) for kind, all_ in totals.items()}
 
 
-def read_lines(path: Path) -> list[dict]:
+def read_lines(path: Path) -> list[dict[str, Any]]:
     """The objects of a JSON-lines file."""
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 

@@ -11,6 +11,7 @@ import random
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 WORLD_SEED = 20261121
 PEOPLE_RELATIONS = {
@@ -151,7 +152,7 @@ def shared_words() -> dict[str, tuple[str, ...]]:
 
 
 @cache
-def _raw() -> dict[str, dict]:
+def _raw() -> dict[str, dict[str, Any]]:
     return json.loads((Path(__file__).parent / "world.json").read_text(encoding="utf-8"))
 
 
@@ -167,7 +168,7 @@ def _shuffled(items: tuple[str, ...], seed: str) -> tuple[str, ...]:
     return tuple(sorted(items, key=lambda _: generator.random()))
 
 
-def _concept(name: str, entry: dict) -> Concept:
+def _concept(name: str, entry: dict[str, Any]) -> Concept:
     members, nouns = _split(entry["members"]), _split(entry["nouns"])
     kind, _, kinds = entry["kind"].partition(" ")
     if "kinds" in entry:
