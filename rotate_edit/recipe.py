@@ -129,8 +129,7 @@ class LocateRecipe(_Section):
     group_distance: Annotated[float, Field(gt=0, le=2, allow_inf_nan=False)] | Literal["auto"] = Field(
         "auto",
         description="Cosine distance at which a concept's tokens fall into groups with a direction of their own; 2 "
-        "keeps one group; auto does too, unless the method is located and groups halve the damage on the texts for "
-        "choosing.",
+        "keeps one group; auto does too, unless the method is located and groups halve the damage on validation texts.",
     )
     projection: Literal["auto", "unembedding", "embedding"] | Annotated[int, Field(ge=0, strict=True)] = Field(
         "auto",
@@ -154,7 +153,9 @@ class DecomposeRecipe(_Section):
         True, description="Also search each candidate from the concept's own direction: is this concept in it?"
     )
     claim_threshold: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = Field(
-        None, description="z-score above which a channel claims tokens; the family's value when left out."
+        None,
+        description="z-score above which a channel's tokens are masked in later searches of the neuron; the family's "
+        "value when left out.",
     )
     unsupported_limit: Positive = Field(3, description="Stop a neuron after this many unsupported channels in a row.")
     device: Literal["auto", "cpu", "cuda", "mps"] = Field("auto", description="Where the solver runs.")
@@ -436,23 +437,29 @@ def reference() -> str:
             sections[name] = field.default.__class__
     lines = ["# Recipe reference", "", "Generated from the schema; every unknown key is an error.", ""]
     for name, section in sections.items():
-        lines += [
-            f"## {name or 'top level'}",
-            "",
-            (section.__doc__ or "").strip(),
-            "",
-            "| key | default | |",
-            "|---|---|---|",
+        rows = [
+            (key, "required" if field.is_required() else field.default, field.description or "")
+            for key, field in section.model_fields.items()
+            if key not in sections
         ]
-        for key, field in section.model_fields.items():
-            if key in sections:
-                continue
-            default = (
-                "required" if field.is_required() else yaml.safe_dump(field.default, default_flow_style=True).strip()
-            )
-            lines.append(f"| `{key}` | {default.removesuffix('...').strip()} | {field.description or ''} |")
-        lines.append("")
+        lines += _reference_table(name or "top level", (section.__doc__ or "").strip(), rows)
+    from rotate_edit.edits.methods import method_names
+    from rotate_edit.edits.methods.base import described_settings
+
+    for name in sorted(method_names()):
+        settings = described_settings(name)
+        if settings:
+            lines += _reference_table(f"edit.settings of {name}", "", settings)
     return "\n".join(lines)
+
+
+def _reference_table(title: str, text: str, rows: Iterable[tuple[str, Any, str]]) -> list[str]:
+    """A heading, a sentence and a table of keys with defaults and meanings."""
+    lines = [f"## {title}", "", *([text, ""] if text else []), "| key | default | |", "|---|---|---|"]
+    for key, default, meaning in rows:
+        shown = default if default == "required" else yaml.safe_dump(default, default_flow_style=True).strip()
+        lines.append(f"| `{key}` | {shown.removesuffix('...').strip()} | {meaning} |")
+    return [*lines, ""]
 
 
 def _explain(error: Any) -> tuple[str, str]:

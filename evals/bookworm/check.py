@@ -14,6 +14,8 @@ from typing import Any
 
 import yaml
 
+from rotate_edit import find_tokens, load_tokenizer, token_texts
+
 CONCEPTS = Path(__file__).with_name("concepts.yaml")
 FEWEST_WORDS, MOST_WORDS = 10, 40
 FEWEST_OCCURRENCES = 36
@@ -74,10 +76,7 @@ def errors_in(content: dict[str, Any], counts: dict[str, Counter[str]], usable: 
 
 def usable_words(content: dict[str, Any], model: str) -> set[str]:
     """The words of the file that the package follows to tokens of a model's tokenizer."""
-    from rotate_edit.models.checkpoint import load_tokenizer, open_checkpoint
-    from rotate_edit.vocabulary.concept import find_tokens, token_texts
-
-    tokenizer = load_tokenizer(open_checkpoint(model))
+    tokenizer = load_tokenizer(model)
     words = [word for concept in content["concepts"] for word in [*concept["words"], *concept["neighbours"]]]
     return set(find_tokens("all", words, tokenizer, token_texts(tokenizer)).words)
 

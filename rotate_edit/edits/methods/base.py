@@ -6,7 +6,7 @@ settings. It implements `change` (one matrix at a time) or `build` (a whole conc
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar, get_type_hints
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from torch import Tensor
@@ -285,6 +285,18 @@ def style_of(name: str) -> Style:
 def setting_names(name: str) -> tuple[str, ...]:
     """The names of a method's own settings."""
     return tuple(entry.name for entry in fields(_registered(name).kind) if entry.name != "about")
+
+
+def described_settings(name: str) -> list[tuple[str, Any, str]]:
+    """A method's own settings: name, default and meaning (the description of its `pydantic.Field`)."""
+    kind = _registered(name).kind
+    hints = get_type_hints(kind, include_extras=True)
+    found = []
+    for entry in fields(kind):
+        if entry.name != "about":
+            notes = [getattr(note, "description", None) for note in getattr(hints[entry.name], "__metadata__", ())]
+            found.append((entry.name, entry.default, next((note for note in notes if note), "")))
+    return found
 
 
 def make_method(name: str, settings: Mapping[str, Any] | None = None) -> EditMethod:
