@@ -10,7 +10,9 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
+
+import yaml
 
 from rotate_edit.errors import BadInput, Failure, quoted
 
@@ -117,7 +119,10 @@ def whole_file(output: Path, *, overwrite: bool = False) -> Iterator[Path]:
             with _held(temporary):
                 yield temporary
             sync_file(temporary)
-            os.replace(temporary, output)
+            if overwrite:
+                os.replace(temporary, output)
+            else:
+                _rename_new(temporary, output)
             sync_folder(output.absolute().parent)
     finally:
         temporary.unlink(missing_ok=True)
@@ -163,16 +168,35 @@ def whole_folder(output: Path, *, overwrite: bool = False) -> Iterator[Path]:
                 elif path.is_dir():
                     sync_folder(path)
             sync_folder(temporary)
-            if output.exists():
+            if overwrite and output.exists():
                 aside = parent / f"{REPLACED_PREFIX}{output.name}-{uuid.uuid4().hex}-{os.getpid()}"
                 os.rename(output, aside)
                 os.rename(temporary, output)
                 shutil.rmtree(aside)
             else:
-                os.rename(temporary, output)
+                _rename_new(temporary, output)
             sync_folder(parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _rename_new(temporary: Path, output: Path) -> None:
+    """Rename to a name that nobody else has taken meanwhile.
+
+    Raises Failure when it was taken; the result is then kept beside it, under a name that the message tells."""
+    try:
+        if temporary.is_dir():
+            # A new folder first: rename replaces an empty folder alone, so two can never take one another's place.
+            output.mkdir()
+            os.rename(temporary, output)
+        else:
+            os.link(temporary, output)
+    except OSError as error:
+        if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
+            raise
+        kept = output.with_name(f"{output.name}-{uuid.uuid4().hex[:8]}")
+        os.rename(temporary, kept)
+        raise Failure(f"{output} was made by another run meanwhile; this result is kept as {kept.name}.") from error
 
 
 def _partial_name() -> str:
@@ -474,3 +498,44 @@ def plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [plain(entry) for entry in value]
     return value
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """YAML's own tags alone, and no key twice: the last of two would win without a word.
+
+    The tables are this class's own, or a tag that other code registers would be inherited.
+    """
+
+    yaml_constructors: ClassVar[dict[Any, Any]] = {
+        tag: build
+        for tag, build in yaml.SafeLoader.yaml_constructors.items()
+        if tag is None or tag.startswith("tag:yaml.org,2002:")
+    }
+    yaml_multi_constructors: ClassVar[dict[Any, Any]] = {}
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """A mapping. Raises MarkedYAMLError for a key that stands twice."""
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
+                if key.value in seen:
+                    raise yaml.MarkedYAMLError(
+                        problem=f"the key {key.value!r} stands twice, the second time", problem_mark=key.start_mark
+                    )
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+def read_yaml(text: str) -> Any:
+    """Read YAML as untrusted input: plain data, and no key twice.
+
+    Args:
+        text: The YAML.
+
+    Returns:
+        The data.
+
+    Raises:
+        yaml.YAMLError: When it is not valid, holds a tag of its own, or a key twice.
+    """
+    return yaml.load(text, Loader=_UniqueKeys)

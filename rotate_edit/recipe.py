@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from rotate_edit.edits.strength import Goal
 from rotate_edit.errors import BadInput
-from rotate_edit.files import data_folder
+from rotate_edit.files import data_folder, read_yaml
 
 Matrix = Literal["gate", "in", "out"]
 Positive = Annotated[int, Field(gt=0)]
@@ -366,7 +366,7 @@ def read_recipe(path: str | Path) -> Recipe:
     """
     found = find_recipe(path)
     try:
-        content = yaml.safe_load(found.read_text(encoding="utf-8"))
+        content = read_yaml(found.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise BadInput(f"recipe {found.name} is not valid YAML: {' '.join(str(error).split())}.") from error
     if not isinstance(content, dict):

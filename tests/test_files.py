@@ -104,7 +104,7 @@ def test_whole_file_is_old_or_new(tmp_path: Path) -> None:
 @pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="the names of open files are read from /proc")
 def test_everything_is_flushed_before_it_gets_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     flushed: list[str] = []
-    real_rename, real_replace = os.rename, os.replace
+    real_rename, real_replace, real_link = os.rename, os.replace, os.link
 
     def spy(descriptor: int) -> None:
         flushed.append(os.readlink(f"/proc/self/fd/{descriptor}"))
@@ -112,6 +112,7 @@ def test_everything_is_flushed_before_it_gets_its_name(tmp_path: Path, monkeypat
     monkeypatch.setattr(os, "fsync", spy)
     monkeypatch.setattr(os, "rename", lambda a, b: (flushed.append("rename"), real_rename(a, b)))
     monkeypatch.setattr(os, "replace", lambda a, b: (flushed.append("rename"), real_replace(a, b)))
+    monkeypatch.setattr(os, "link", lambda a, b: (flushed.append("rename"), real_link(a, b)))
     with files.whole_folder(tmp_path / "out") as folder:
         (folder / "a").write_text("a")
         (folder / "sub").mkdir()

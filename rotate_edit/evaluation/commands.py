@@ -1,7 +1,7 @@
 """One call for each measuring command: open the base, read the variants, measure, write JSON."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from rotate_edit.evaluation.provenance import provenance, weights_hash
 from rotate_edit.evaluation.tasks import Items, open_items
 from rotate_edit.evaluation.variants import Variant, opened, read_variants
 from rotate_edit.files import cache_folder, check_output_free, check_output_outside, plain, write_atomically
-from rotate_edit.machine import check_cost, pick_device
+from rotate_edit.machine import Cost, check_cost, pick_device
 from rotate_edit.models.checkpoint import Checkpoint, load_model, load_tokenizer, open_checkpoint
 from rotate_edit.models.cost import estimate_live
 from rotate_edit.models.generation import generate
@@ -69,14 +69,15 @@ def evaluate_models(
     backend: str = "hf",
     options: Mapping[str, str] = {},
     output: Path | None = None,
+    check: Callable[[Cost, Path], None] = check_cost,
     report: Report = silent,
 ) -> dict[str, Any]:
     """Evaluate any number of edited models against one base in one process; returns (and writes) the result as JSON.
 
     edited: run folders, edit folders, adapters or checkpoints; words: of the concepts, for probability mass; items: a
     folder of them or a bundled name, those for one's own data when only `data` is given; backend: one of lm-eval's,
-    with options of its own: anything but "hf" takes whole checkpoints and scores lm-eval's tasks alone. Raises
-    BadInput for whatever cannot be opened.
+    with options of its own: anything but "hf" takes whole checkpoints and scores lm-eval's tasks alone; check: refuses
+    a cost that does not fit this machine. Raises BadInput for whatever cannot be opened.
     """
     checkpoint = open_checkpoint(base)
     if output is not None:
@@ -101,7 +102,7 @@ def evaluate_models(
     chosen = pick_device(device)
     # A whole checkpoint is loaded beside the base, one at a time.
     at_once = 1 + any(variant.checkpoint is not None for variant in variants)
-    check_cost(estimate_live(checkpoint, at_once * DTYPES[dtype].itemsize, gpu=chosen != "cpu"), output or Path())
+    check(estimate_live(checkpoint, at_once * DTYPES[dtype].itemsize, gpu=chosen != "cpu"), output or Path())
     tokenizer = load_tokenizer(checkpoint)
     ids = None
     if words:
@@ -148,16 +149,23 @@ def _on_backend(
 
 
 def continue_prompts(
-    base: str, edited: Sequence[str], prompts: Sequence[str], *, new_tokens: int = 40, seed: int | None = None
+    base: str,
+    edited: Sequence[str],
+    prompts: Sequence[str],
+    *,
+    new_tokens: int = 40,
+    seed: int | None = None,
+    check: Callable[[Cost, Path], None] = check_cost,
 ) -> list[tuple[str, dict[str, str]]]:
     """Continue prompts with the base and each edited model: a run folder, an edit, an adapter or a checkpoint.
 
-    Greedy without a seed. Returns for each prompt the continuations by model name. Raises BadInput.
+    Greedy without a seed; check: refuses a cost that does not fit this machine. Returns for each prompt the
+    continuations by model name. Raises BadInput.
     """
     checkpoint = open_checkpoint(base)
     folders = [Path(name) for name in edited if Path(name).is_dir()]
     whole = len(folders) < len(edited) or any(read_variants([folder])[0].checkpoint for folder in folders)
-    check_cost(estimate_live(checkpoint, 2 * 4 if whole else 4), Path())
+    check(estimate_live(checkpoint, 2 * 4 if whole else 4), Path())
     tokenizer, model = load_tokenizer(checkpoint), load_model(checkpoint)
     texts = {"base": generate(model, tokenizer, prompts, new_tokens=new_tokens, seed=seed)}
     for name in edited:

@@ -6,7 +6,7 @@ from typing import Any
 
 from rotate_edit.edits.apply import applied
 from rotate_edit.edits.edit import Edit
-from rotate_edit.edits.strength import STRONGEST, Goal, cross
+from rotate_edit.edits.strength import BISECTIONS, STRONGEST, Goal, cross
 from rotate_edit.errors import Failure
 from rotate_edit.evaluation import measures
 from rotate_edit.evaluation.measures import Reference
@@ -31,15 +31,17 @@ def solve_strength(model: Any, known: Reference, edit: Edit, goal: Goal) -> floa
         the crossing, on the side that meets the goal.
 
     Raises:
-        Failure: No strength up to 64 reaches the goal.
+        Failure: No strength up to 64 reaches the goal, or every one exceeds the budget.
     """
     if goal.kind == "strength":
         return goal.value
     measured, falling = _MEASURES[goal.kind](model, known, edit), goal.kind == "remaining"
     found = cross(measured, goal.value, falling=falling)
     if goal.kind == "budget":
+        if not found.low:
+            raise Failure(_why(goal))
         # The strongest that stays within the budget; the strongest of all where nothing exceeds it.
-        return round(found.low if found.low else found.high / 2, 3)
+        return round(found.low, 3)
     if not found.reached:
         raise Failure(_why(goal))
     return round(-found.high if goal.amplifies else found.high, 3)
@@ -48,6 +50,11 @@ def solve_strength(model: Any, known: Reference, edit: Edit, goal: Goal) -> floa
 def _why(goal: Goal) -> str:
     if goal.kind == "odds":
         return f"no strength up to {STRONGEST:g} makes the concept's odds {goal.value:g} times as large; lower odds."
+    if goal.kind == "budget":
+        return (
+            f"no strength from {2.0**-BISECTIONS:.2g} up keeps the KL divergence on other texts within {goal.value:g} "
+            "nats; raise budget, or give a strength."
+        )
     return (
         f"no strength up to {STRONGEST:g} takes the concept down to {goal.value:.0%} of its probability; raise "
         f"remaining, or {MORE_TO_WORK_WITH}."

@@ -12,12 +12,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import yaml
 
 from rotate_edit.errors import BadInput
-from rotate_edit.files import data_folder
+from rotate_edit.files import data_folder, read_yaml
 
 Row = dict[str, Any]
 
@@ -263,17 +263,6 @@ def read_task(
     )
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML's own tags alone: the tables are this class's, or a tag that other code registers would be inherited."""
-
-    yaml_constructors: ClassVar[dict[Any, Any]] = {
-        tag: build
-        for tag, build in yaml.SafeLoader.yaml_constructors.items()
-        if tag is None or tag.startswith("tag:yaml.org,2002:")
-    }
-    yaml_multi_constructors: ClassVar[dict[Any, Any]] = {}
-
-
 def _read_definition(path: Path, *, allow_code: bool) -> dict[str, Any]:
     try:
         if allow_code:
@@ -281,7 +270,7 @@ def _read_definition(path: Path, *, allow_code: bool) -> dict[str, Any]:
 
             content = dict(load_yaml(path, resolve_func=True))
         else:
-            content = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+            content = read_yaml(path.read_text(encoding="utf-8"))
     except yaml.constructor.ConstructorError as error:
         raise BadInput(
             f"{path.name} asks for code to be run ({' '.join(str(error.problem).split())}); read it, and pass "

@@ -6,7 +6,8 @@ No model is built for this.
 import hashlib
 import json
 import os
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -26,7 +27,7 @@ from rotate_edit.models.architectures import (
     architecture_of,
     locate,
 )
-from rotate_edit.models.companions import EDIT_RECORD, INDEX, TOKENIZER_FILES, WEIGHTS, may_be_copied
+from rotate_edit.models.companions import CHAT_TEMPLATES, EDIT_RECORD, INDEX, TOKENIZER_FILES, WEIGHTS, may_be_copied
 from rotate_edit.models.hub import HubModel
 from rotate_edit.models.layout import expert_slice, matrix_shape, neuron_rows
 from rotate_edit.models.safetensors_file import (
@@ -254,7 +255,11 @@ class Checkpoint:
         """
         if self.hub is not None:
             hub.fetch(self.hub, file)
-        return file_inside(self.folder, file)
+        folder, template = self.folder, file.removeprefix(f"{CHAT_TEMPLATES}/")
+        if template != file:
+            # Of all subfolders this one alone is looked into.
+            folder = file_inside(folder, CHAT_TEMPLATES)
+        return file_inside(folder, template)
 
     def _find(self, matrix: str, layer: int | None, expert: int | None) -> Place | None:
         return locate(self.architecture, self.stored, matrix, layer, expert)
@@ -372,6 +377,7 @@ def _check(checkpoint: Checkpoint) -> None:
     if key is not None and not isinstance(checkpoint.config.get(key), dict):
         raise BadInput(f'config.json has no "{key}", which a {architecture.model_type} model has.')
     config = checkpoint.text_config
+    _check_tables(checkpoint)
     for keys in ((architecture.layers_key,), architecture.experts_keys):
         key = next((key for key in keys if key in config), keys[0] if keys else "")
         number = config.get(key) if keys else 1
@@ -399,6 +405,49 @@ def _check(checkpoint: Checkpoint) -> None:
                 raise BadInput(
                     f"the MLP matrices of layer {layer} of {checkpoint.source} differ in their number of neurons."
                 )
+    _check_layers(checkpoint)
+
+
+def _check_tables(checkpoint: Checkpoint) -> None:
+    """Refuse tables that do not fit the config, on which loading would go on with random weights. Raises BadInput."""
+    architecture = checkpoint.architecture
+    says = checkpoint.config.get("tie_word_embeddings", checkpoint.text_config.get("tie_word_embeddings"))
+    tied = architecture.tied_by_default if says is None else bool(says)
+    if not tied and locate(architecture, checkpoint.stored, "unembedding") is None:
+        raise BadInput(
+            f"{checkpoint.source} has no output head ({' or '.join(architecture.heads)}), and its config.json does not "
+            "say that the embedding is the head; add the tensor, or set tie_word_embeddings to true."
+        )
+    rows, known = checkpoint.vocabulary_size, checkpoint.text_config.get("vocab_size")
+    if type(known) is int and known != rows:
+        name = checkpoint.place("embedding").name
+        raise BadInput(
+            f"{name} of {checkpoint.source} has {rows} rows, but config.json says vocab_size = {known}; one of them is "
+            "of another model."
+        )
+
+
+def _check_layers(checkpoint: Checkpoint) -> None:
+    """Refuse a dense model one of whose layers lacks a tensor that all others have. Raises BadInput."""
+    if checkpoint.architecture.experts:
+        return
+    by_layer: dict[int, set[str]] = {}
+    for name in checkpoint.stored:
+        found = re.search(r"\.(\d+)\.", name)
+        if found:
+            by_layer.setdefault(int(found[1]), set()).add(name[: found.start()] + ".{}." + name[found.end() :])
+    layers = [by_layer.get(layer, set()) for layer in range(checkpoint.layers)]
+    for layer, names in enumerate(layers):
+        missing = [name for name in sorted(set().union(*layers) - names) if _in_most(name, layers)]
+        if missing:
+            raise BadInput(
+                f"{checkpoint.source} lacks {missing[0].format(layer)}, which its other layers have; loading would put "
+                "random numbers in its place."
+            )
+
+
+def _in_most(name: str, layers: list[set[str]]) -> bool:
+    return 2 * sum(name in names for names in layers) > len(layers)
 
 
 def _matrices_of(architecture: Architecture, expert: int | None) -> Iterable[str]:
@@ -419,7 +468,14 @@ def read_tensor(checkpoint: Checkpoint, name: str) -> Tensor:
         BadInput: If there is no tensor of this name, or it cannot be read.
     """
     stored = _named(checkpoint, name)
-    return read_stored(checkpoint.path(stored.file), stored)
+    return _finite(read_stored(checkpoint.path(stored.file), stored), name, checkpoint)
+
+
+def _finite(values: Tensor, name: str, checkpoint: Checkpoint) -> Tensor:
+    """The values, if every one of them is a number. Raises BadInput that names the tensor."""
+    if values.is_floating_point() and not bool(torch.isfinite(values).all()):
+        raise BadInput(f"{name} of {checkpoint.source} holds a number that is not finite, so it cannot be edited.")
+    return values
 
 
 def read_rows(checkpoint: Checkpoint, name: str, rows: Tensor) -> Tensor:
@@ -490,9 +546,9 @@ def read_place(checkpoint: Checkpoint, place: Place, expert: int | None, neurons
     path = checkpoint.path(stored.file)
     if neurons is not None and place.neurons == "rows":
         matrix = replace(stored, shape=(count * place.parts, width))
-        return read_stored_rows(path, matrix, neurons + place.part * count)
+        return _finite(read_stored_rows(path, matrix, neurons + place.part * count), place.name, checkpoint)
     rows = neuron_rows(read_stored(path, stored), replace(place, stacked=False))
-    return rows if neurons is None else rows[neurons]
+    return _finite(rows if neurons is None else rows[neurons], place.name, checkpoint)
 
 
 def read_embedding(checkpoint: Checkpoint) -> Tensor:
@@ -642,8 +698,17 @@ def companions(checkpoint: Checkpoint) -> dict[str, bool]:
     Returns:
         For each file name, whether it may go into a patched checkpoint. An allow-list decides.
     """
-    names = set(checkpoint.hub.files) if checkpoint.hub else {entry.name for entry in checkpoint.folder.iterdir()}
+    names = set(checkpoint.hub.files) if checkpoint.hub else _file_names(checkpoint.folder)
     return {name: may_be_copied(name) for name in sorted(names - set(checkpoint.headers) - {EDIT_RECORD})}
+
+
+def _file_names(folder: Path) -> set[str]:
+    """The names in a folder, with those in its folder of chat templates."""
+    names = {entry.name for entry in folder.iterdir()}
+    if CHAT_TEMPLATES in names:
+        names.remove(CHAT_TEMPLATES)
+        names |= {f"{CHAT_TEMPLATES}/{entry.name}" for entry in (folder / CHAT_TEMPLATES).iterdir()}
+    return names
 
 
 def complete(checkpoint: Checkpoint) -> Path:
@@ -689,12 +754,32 @@ def load_model(
     from rotate_edit.console import without_foreign_bars
 
     checkpoint = model if isinstance(model, Checkpoint) else open_checkpoint(model)
+    read: Any = AutoModelForCausalLM.from_pretrained
     with without_foreign_bars():
-        loaded = AutoModelForCausalLM.from_pretrained(
-            complete(checkpoint), dtype=dtype, use_safetensors=True, trust_remote_code=False, local_files_only=True
+        loaded, told = read(
+            complete(checkpoint),
+            dtype=dtype,
+            use_safetensors=True,
+            trust_remote_code=False,
+            local_files_only=True,
+            output_loading_info=True,
         )
+    _check_loaded(checkpoint, loaded, told)
     torch.nn.Module.to(loaded, device)
     return loaded.eval()
+
+
+def _check_loaded(checkpoint: Checkpoint, loaded: Any, told: Mapping[str, Any]) -> None:
+    """Refuse a model that was not loaded whole, or that holds numbers that are none. Raises BadInput."""
+    missing = sorted(map(str, told.get("missing_keys") or ()))
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise BadInput(
+            f"{checkpoint.source} does not hold {missing[0]}{more}; loading would put random numbers in their place."
+        )
+    for name, parameter in loaded.named_parameters():
+        if not bool(torch.isfinite(parameter).all()):
+            raise BadInput(f"{name} of {checkpoint.source} holds a number that is not finite.")
 
 
 def load_tokenizer(model: Checkpoint | str | Path) -> "PreTrainedTokenizerBase":
@@ -717,10 +802,27 @@ def load_tokenizer(model: Checkpoint | str | Path) -> "PreTrainedTokenizerBase":
         if checkpoint.hub is not None and file in checkpoint.hub.files:
             hub.fetch(checkpoint.hub, file)
     try:
-        return AutoTokenizer.from_pretrained(checkpoint.folder, trust_remote_code=False, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder, trust_remote_code=False, local_files_only=True)
     except (ValueError, OSError, KeyError, TypeError, AttributeError) as error:
         found = any(checkpoint.has_file(file) for file in TOKENIZER_FILES)
         state = "a tokenizer that cannot be read" if found else "no tokenizer files"
         raise BadInput(
             f"{checkpoint.source} has {state}; put tokenizer.json and tokenizer_config.json of its model into it."
         ) from error
+    _check_tokenizer(checkpoint, tokenizer)
+    return tokenizer
+
+
+def _check_tokenizer(checkpoint: Checkpoint, tokenizer: "PreTrainedTokenizerBase") -> None:
+    """Refuse a tokenizer with tokens beyond the table. Added ones may be: no text holds them. Raises BadInput."""
+    added = set(tokenizer.get_added_vocab())
+    beyond = [
+        piece
+        for piece, index in tokenizer.get_vocab().items()
+        if index >= checkpoint.vocabulary_size and piece not in added
+    ]
+    if beyond:
+        raise BadInput(
+            f"the tokenizer of {checkpoint.source} has {len(beyond)} tokens beyond the {checkpoint.vocabulary_size} "
+            f"rows of the embedding, such as {quoted(beyond[0])}; it belongs to another model."
+        )

@@ -5,6 +5,8 @@ import fnmatch
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 EDIT_RECORD = "rotate_edit.json"
+# Where transformers keeps chat templates by name, each a .jinja file.
+CHAT_TEMPLATES = "additional_chat_templates"
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -39,7 +41,7 @@ COMPANIONS = (
 def may_be_copied(name: str) -> bool:
     """Tell whether a file beside the weights may go into a patched folder.
 
-    An allow-list decides. A file in a subfolder is never copied.
+    An allow-list decides. Of the files in subfolders only chat templates are copied.
 
     Args:
         name: Name of the file, relative to the checkpoint folder.
@@ -47,4 +49,8 @@ def may_be_copied(name: str) -> bool:
     Returns:
         True if it may be copied.
     """
-    return "/" not in name and any(fnmatch.fnmatchcase(name, pattern) for pattern in COMPANIONS)
+    folder, slash, file = name.partition("/")
+    if slash:
+        plain = "/" not in file and not file.startswith(".")
+        return folder == CHAT_TEMPLATES and plain and fnmatch.fnmatchcase(file, "*.jinja")
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in COMPANIONS)

@@ -382,6 +382,7 @@ def copy_companions(checkpoint: Checkpoint, folder: Path) -> tuple[tuple[str, ..
     for name, allowed in companions(checkpoint).items():
         target = folder / (BASE_CARD if name == MODEL_CARD else name)
         if allowed and checkpoint.path(name).is_file() and not target.exists():
+            target.parent.mkdir(exist_ok=True)
             copy_file(checkpoint.path(name), target)
             copied.append(name)
         else:

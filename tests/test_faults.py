@@ -1,0 +1,177 @@
+"""Faults of a kind that users of such tools report: each is refused or handled, by the name of what is wrong."""
+
+import json
+import multiprocessing
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from rotate_edit.edits.edit import Edit
+from rotate_edit.edits.writing.patch import write_checkpoint
+from rotate_edit.errors import BadInput, Failure
+from rotate_edit.evaluation.tasks import read_task
+from rotate_edit.files import whole_file, whole_folder
+from rotate_edit.models.checkpoint import (
+    identity,
+    load_model,
+    load_tokenizer,
+    open_checkpoint,
+    read_embedding,
+    read_matrix,
+    read_tensor,
+)
+from rotate_edit.models.demo import demo_model_folder
+from rotate_edit.recipe import read_recipe
+
+Tensors = dict[str, torch.Tensor]
+Config = dict[str, Any]
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Callable[[Callable[[Tensors, Config], None]], Path]:
+    """Makes a copy of the demo model with its tensors and its config changed."""
+
+    def make(change: Callable[[Tensors, Config], None]) -> Path:
+        folder = tmp_path / "base"
+        shutil.copytree(demo_model_folder(), folder)
+        tensors = load_file(folder / "model.safetensors")
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        change(tensors, config)
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+        return folder
+
+    return make
+
+
+def test_an_untied_model_without_a_head_is_refused(base: Any) -> None:
+    def change(tensors: Tensors, config: Config) -> None:
+        tensors.pop("lm_head.weight", None)
+        config.pop("tie_word_embeddings", None)
+
+    with pytest.raises(BadInput, match=r"no output head \(lm_head\.weight\)"):
+        open_checkpoint(base(change))
+
+
+def test_a_layer_that_lacks_a_tensor_is_refused_by_its_name(base: Any) -> None:
+    def change(tensors: Tensors, config: Config) -> None:
+        del tensors["model.layers.2.self_attn.q_proj.weight"]
+
+    with pytest.raises(BadInput, match=r"lacks model\.layers\.2\.self_attn\.q_proj\.weight"):
+        open_checkpoint(base(change))
+
+
+def test_what_loading_reports_missing_is_refused(base: Any) -> None:
+    def change(tensors: Tensors, config: Config) -> None:
+        # Missing in every layer, so that only loading can tell.
+        for name in [name for name in tensors if "self_attn.q_proj" in name]:
+            del tensors[name]
+
+    checkpoint = open_checkpoint(base(change))
+    with pytest.raises(BadInput, match=r"does not hold .*q_proj\.weight and \d+ more"):
+        load_model(checkpoint)
+
+
+def test_a_vocabulary_that_does_not_fit_the_table_is_refused(base: Any) -> None:
+    def change(tensors: Tensors, config: Config) -> None:
+        config["vocab_size"] += 8
+
+    with pytest.raises(BadInput, match=r"embed_tokens\.weight .* rows, but config\.json says vocab_size"):
+        open_checkpoint(base(change))
+
+
+def test_a_tokenizer_larger_than_the_table_is_refused(base: Any) -> None:
+    def change(tensors: Tensors, config: Config) -> None:
+        tensors["model.embed_tokens.weight"] = tensors["model.embed_tokens.weight"][:-8].clone()
+        config["vocab_size"] -= 8
+
+    with pytest.raises(BadInput, match=r"tokenizer of .* has \d+ tokens beyond the \d+ rows"):
+        load_tokenizer(open_checkpoint(base(change)))
+
+
+@pytest.mark.parametrize("tensor", ["model.embed_tokens.weight", "model.layers.1.mlp.down_proj.weight"])
+def test_one_number_that_is_none_is_refused_by_its_tensor(base: Any, tensor: str) -> None:
+    def change(tensors: Tensors, config: Config) -> None:
+        tensors[tensor][3, 5] = float("nan")
+
+    checkpoint = open_checkpoint(base(change))
+    readers = [lambda: read_tensor(checkpoint, tensor), lambda: load_model(checkpoint)]
+    readers.append(
+        (lambda: read_embedding(checkpoint)) if "embed" in tensor else (lambda: read_matrix(checkpoint, 1, "out"))
+    )
+    for read in readers:
+        with pytest.raises(BadInput, match=rf"{tensor} of .* not finite"):
+            read()
+
+
+def _write(output: Path, barrier: Any, results: Any, number: int) -> None:
+    try:
+        with whole_folder(output) as folder:
+            (folder / "who").write_text(str(number))
+            barrier.wait(30)
+        results.put((number, "written"))
+    except (BadInput, Failure) as error:
+        results.put((number, str(error)))
+
+
+def test_two_runs_into_one_output_keep_both_results(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("spawn")
+    barrier, results = context.Barrier(2), context.Queue()
+    output = tmp_path / "run"
+    runs = [context.Process(target=_write, args=(output, barrier, results, number)) for number in (1, 2)]
+    for run in runs:
+        run.start()
+    told = dict(results.get(timeout=60) for _ in runs)
+    for run in runs:
+        run.join()
+    (winner,) = [number for number, text in told.items() if text == "written"]
+    (text,) = [text for text in told.values() if text != "written"]
+    assert (output / "who").read_text() == str(winner)
+    kept = tmp_path / text.rsplit("kept as ", 1)[1].rstrip(".")
+    assert (kept / "who").read_text() == str(3 - winner)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(["run", kept.name])
+
+
+def test_a_file_that_appears_meanwhile_is_not_replaced(tmp_path: Path) -> None:
+    output = tmp_path / "table.json"
+
+    def write() -> None:
+        with whole_file(output) as temporary:
+            temporary.write_text("ours")
+            output.write_text("theirs")
+
+    with pytest.raises(Failure, match=r"made by another run meanwhile; this result is kept as table\.json-"):
+        write()
+    assert output.read_text() == "theirs"
+    (kept,) = [path for path in tmp_path.iterdir() if path != output]
+    assert kept.read_text() == "ours"
+
+
+def test_a_key_that_stands_twice_in_a_recipe_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text("model: demo\nconcepts: [{name: a, words: [dog], strength: 1}]\nmodel: other\n")
+    with pytest.raises(BadInput, match="the key 'model' stands twice"):
+        read_recipe(tmp_path / "r.yaml")
+
+
+def test_a_key_that_stands_twice_in_a_task_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "t.yaml").write_text("task: one\ntask: two\n")
+    with pytest.raises(BadInput, match="the key 'task' stands twice"):
+        read_task(tmp_path / "t.yaml")
+
+
+def test_chat_templates_by_name_are_kept(base: Any, tmp_path: Path) -> None:
+    folder = base(lambda tensors, config: None)
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates" / "tool_use.jinja").write_text("{{ messages }}")
+    (folder / "additional_chat_templates" / "run.py").write_text("never copied")
+    base_checkpoint = open_checkpoint(folder)
+    edit = Edit("nothing", (), base=identity(base_checkpoint))
+    patch = write_checkpoint(base_checkpoint, edit, tmp_path / "patched")
+    assert (tmp_path / "patched" / "additional_chat_templates" / "tool_use.jinja").read_text() == "{{ messages }}"
+    assert not (tmp_path / "patched" / "additional_chat_templates" / "run.py").exists()
+    assert "additional_chat_templates/run.py" in patch.left_out
