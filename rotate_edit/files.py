@@ -190,13 +190,25 @@ def _rename_new(temporary: Path, output: Path) -> None:
             output.mkdir()
             os.rename(temporary, output)
         else:
-            os.link(temporary, output)
+            _link(temporary, output)
     except OSError as error:
         if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
             raise
         kept = output.with_name(f"{output.name}-{uuid.uuid4().hex[:8]}")
         os.rename(temporary, kept)
         raise Failure(f"{output} was made by another run meanwhile; this result is kept as {kept.name}.") from error
+
+
+def _link(temporary: Path, output: Path) -> None:
+    """Give a file a second name, which fails when the name is taken; rename it where no second names are possible."""
+    try:
+        os.link(temporary, output)
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK):
+            raise
+        if output.exists():
+            raise FileExistsError(errno.EEXIST, "exists", str(output)) from error
+        os.rename(temporary, output)
 
 
 def _partial_name() -> str:

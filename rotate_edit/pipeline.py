@@ -370,7 +370,6 @@ def locate_channels(
         Failure: No channel carries any of the concepts.
     """
     session = open_session(recipe)
-    session.check_locating(Path(recipe))
     groups = session.locate_channels(report)
     if not any(group.chosen for group in groups):
         raise Failure("no channel carries the concepts; lower select.share or raise locate.candidates.")

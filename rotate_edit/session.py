@@ -629,10 +629,6 @@ class Session:
         """What the session's cost is counted from."""
         return job_of(self.recipe, self.checkpoint)
 
-    def check_locating(self, output: Path) -> None:
-        """Raises BadInput when locating does not fit this machine."""
-        check_cost(locating_cost(self.job, self.checkpoint, device=self.device), output)
-
 
 def open_session(
     recipe: Recipe | str | Path, *, output: Path | None = None, measured: bool = True, allow_code: bool = False
@@ -642,6 +638,7 @@ def open_session(
     Args:
         recipe: A recipe, or the file or the bundled name of one.
         output: Where a run will write. A run that does not fit this machine's memory or disk is then refused first.
+            Without it only locating is.
         measured: Whether the edit is evaluated.
         allow_code: Let the definitions of the items run code that they bring along.
 
@@ -655,8 +652,11 @@ def open_session(
     sites_of(checkpoint, recipe.locate.matrices, recipe.locate.layers)
     recipe, notes = _suited(recipe, checkpoint)
     device = pick_device(recipe.decompose.device)
+    job = job_of(recipe, checkpoint)
     if output is not None:
-        check_cost(job_cost(job_of(recipe, checkpoint), checkpoint, None, device=device, measured=measured), output)
+        check_cost(job_cost(job, checkpoint, None, device=device, measured=measured), output)
+    else:
+        check_cost(locating_cost(job, checkpoint, device=device), Path())
     tokenizer = load_tokenizer(checkpoint)
     rules = VocabularyRules(
         projection=recipe.locate.projection,

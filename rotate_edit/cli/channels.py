@@ -104,7 +104,7 @@ def decompose(
     from rotate_edit.channels.cost import decompose_cost
     from rotate_edit.channels.shards import Targets
     from rotate_edit.channels.solver import SolverSettings
-    from rotate_edit.machine import pick_device
+    from rotate_edit.machine import check_cost, pick_device
     from rotate_edit.models.checkpoint import open_checkpoint
     from rotate_edit.vocabulary import projection
 
@@ -113,14 +113,16 @@ def decompose(
     chosen = checkpoint.matrices if everything else (matrices or ("out",))
     target = output or Path(f"{checkpoint.source.replace('/', '--')}-channels")
     vectors = None if no_vectors else "bfloat16"
+    device = pick_device(how["device"])
+    cost = decompose_cost(
+        checkpoint, settings, matrices=tuple(chosen), layers=tuple(layers) or None, words_only=not all_tokens,
+        vectors=vectors, block=how["block"], threads=how["threads"], workers=how["workers"], device=device,
+    )  # fmt: skip
     if estimate:
-        device = pick_device(how["device"])
-        cost = decompose_cost(
-            checkpoint, settings, matrices=tuple(chosen), layers=tuple(layers) or None, words_only=not all_tokens,
-            vectors=vectors, block=how["block"], threads=how["threads"], workers=how["workers"], device=device,
-        )  # fmt: skip
         options.print_estimate(f"decomposing {checkpoint.source}", cost, device, target)
         return
+    # Before the vocabulary is read, whose tables may be what does not fit.
+    check_cost(cost, target)
     vocabulary = projection.read_vocabulary(checkpoint, projection.VocabularyRules(words_only=not all_tokens))
     with progress_bars() as report:
         found = room.decompose(

@@ -1,6 +1,8 @@
 """The commands that publish and repeat a run: push, reproduce."""
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -8,6 +10,9 @@ from rotate_edit.cli import options
 from rotate_edit.cli.options import FOLDER
 from rotate_edit.console import print_line, print_table, progress_bars
 from rotate_edit.errors import Failure, counted
+
+if TYPE_CHECKING:
+    from rotate_edit.reporting.reproduce import Difference
 
 
 @click.command()
@@ -57,6 +62,19 @@ def reproduce(description: Path, output: Path | None, model: str | None, allow_c
             overwrite=overwrite,
             report=report,
         )
+    print_comparison(found, agreed)
+
+
+def print_comparison(found: Sequence["Difference"], agreed: int) -> None:
+    """Print how a second run differs from the first.
+
+    Args:
+        found: The differences.
+        agreed: How many hashes, numbers and settings agree.
+
+    Raises:
+        Failure: A difference is serious.
+    """
     if found:
         rows = [[one.severity, one.what, one.before, one.now] for one in found]
         print_table(counted(len(found), "difference"), ["severity", "in", "then", "now"], rows)

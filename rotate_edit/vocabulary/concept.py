@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from rotate_edit.errors import BadInput
+from rotate_edit.vocabulary.tokens import decoder_of, is_byte_level
 
 MOST_OTHER_WORDS = 5
 
@@ -47,7 +48,7 @@ def token_texts(tokenizer: Any) -> list[str]:
     pieces: list[str] = [""] * (max(tokenizer.get_vocab().values()) + 1)
     for piece, index in tokenizer.get_vocab().items():
         pieces[index] = piece
-    if any(piece.startswith("\u0120") for piece in pieces):
+    if is_byte_level(pieces, decoder_of(tokenizer)):
         alphabet = _byte_alphabet()
         return [_from_bytes(piece, alphabet) for piece in pieces]
     return [piece.replace("\u2581", " ") for piece in pieces]

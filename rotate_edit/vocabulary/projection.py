@@ -179,14 +179,17 @@ def read_vocabulary(checkpoint: Checkpoint, rules: VocabularyRules, tokenizer: A
     for piece, index in tokenizer.get_vocab().items():
         if index < size:
             pieces[index] = piece
+    decoder = vocabulary.decoder_of(tokenizer)
     untrained = torch.tensor([not piece for piece in pieces])
     unembedding = read_unembedding(checkpoint)
     embedding = None if checkpoint.tied else read_embedding(checkpoint)
-    untrained |= vocabulary.undertrained_tokens(unembedding, vocabulary.unused_tokens(pieces), embedding=embedding)
+    untrained |= vocabulary.undertrained_tokens(
+        unembedding, vocabulary.unused_tokens(pieces, decoder), embedding=embedding
+    )
     ignored = torch.tensor([not piece for piece in pieces])
     ignored[[index for index in tokenizer.all_special_ids if index < size]] = True
     if rules.words_only:
-        ignored |= ~vocabulary.words_mask(pieces)
+        ignored |= ~vocabulary.words_mask(pieces, decoder)
     if rules.ignore_undertrained:
         ignored |= untrained
     if bool(ignored.all()):

@@ -5,6 +5,8 @@ This is maths only: tensors and token texts in, tensors out.
 
 import math
 import re
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -77,7 +79,30 @@ def token_weights(
     return weights
 
 
-def words_mask(pieces: list[str]) -> Tensor:
+def is_byte_level(pieces: Sequence[str], decoder: str = "") -> bool:
+    """Tell whether a vocabulary's pieces are written in the byte-level alphabet (GPT-2's scheme).
+
+    The tokenizer's own decoder decides. Where it is not known, most pieces do: one piece tells nothing, since a
+    SentencePiece vocabulary of many languages holds every letter.
+
+    Args:
+        pieces: The vocabulary's raw pieces.
+        decoder: The name or description of the tokenizer's decoder, such as "ByteLevel(...)".
+
+    Returns:
+        True if a leading space is written as "Ġ".
+    """
+    if decoder and decoder != "None":
+        return "ByteLevel" in decoder
+    return sum(piece.startswith("Ġ") for piece in pieces) > sum(piece.startswith("▁") for piece in pieces)
+
+
+def decoder_of(tokenizer: Any) -> str:
+    """Describe a tokenizer's decoder. It is empty for a tokenizer that is not a fast one."""
+    return str(getattr(getattr(tokenizer, "backend_tokenizer", None), "decoder", "") or "")
+
+
+def words_mask(pieces: list[str], decoder: str = "") -> Tensor:
     """Find the tokens that begin a word and are made of letters.
 
     A word begins where the piece carries the tokenizer's mark for a leading space. The mark is "Ġ" (byte-level BPE),
@@ -87,22 +112,24 @@ def words_mask(pieces: list[str]) -> Tensor:
 
     Args:
         pieces: The vocabulary's raw pieces by token id.
+        decoder: Description of the tokenizer's decoder, where it is known.
 
     Returns:
         True for these tokens, bool [V].
     """
-    marked = any(piece[:1] in "Ġ▁ " for piece in pieces if len(piece) > 1)
-    byte_level = any(piece.startswith("Ġ") for piece in pieces)
+    byte_level = is_byte_level(pieces, decoder)
+    marks = ("Ġ", " ") if byte_level else ("▁", " ")
+    marked = any(piece[:1] in marks for piece in pieces if len(piece) > 1)
 
     def is_word(piece: str) -> bool:
         if marked:
-            return piece[:1] in ("Ġ", "▁", " ") and _text(piece[1:], byte_level).isalpha()
+            return piece[:1] in marks and _text(piece[1:], byte_level).isalpha()
         return not piece.startswith("##") and piece.isalpha()
 
     return torch.tensor([is_word(piece) for piece in pieces], dtype=torch.bool)
 
 
-def unused_tokens(pieces: list[str]) -> Tensor:
+def unused_tokens(pieces: list[str], decoder: str = "") -> Tensor:
     """Find the tokens that no text can produce, from their pieces alone.
 
     Some are placeholders: `<unused12>`, `<|reserved_special_token_3|>`, `<extra_id_0>`, or an empty piece for a row
@@ -111,11 +138,12 @@ def unused_tokens(pieces: list[str]) -> Tensor:
 
     Args:
         pieces: The vocabulary's raw pieces by token id.
+        decoder: Description of the tokenizer's decoder, where it is known.
 
     Returns:
         True for these tokens, bool [V].
     """
-    letters = {_byte_alphabet()[byte] for byte in NEVER_IN_UTF8} if any("Ġ" in piece for piece in pieces) else set()
+    letters = {_byte_alphabet()[byte] for byte in NEVER_IN_UTF8} if is_byte_level(pieces, decoder) else set()
 
     def is_unused(piece: str) -> bool:
         byte = BYTE_PIECE.match(piece)

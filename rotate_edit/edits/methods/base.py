@@ -6,6 +6,7 @@ settings. It implements `change` (one matrix at a time) or `build` (a whole conc
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from functools import cache
 from typing import Any, ClassVar, TypeVar, get_type_hints
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
@@ -311,11 +312,17 @@ def make_method(name: str, settings: Mapping[str, Any] | None = None) -> EditMet
         known = ", ".join(setting_names(name)) or "none"
         raise BadInput(f"the method {name} has no setting {unknown[0]!r}; its settings are: {known}.")
     try:
-        made: EditMethod = TypeAdapter(found.kind).validate_python({"about": found.about, **(settings or {})})
+        made: EditMethod = _checker(name).validate_python({"about": found.about, **(settings or {})})
     except ValidationError as error:
         first = error.errors()[0]
         raise BadInput(f"the setting {'.'.join(map(str, first['loc']))} of {name}: {first['msg'].lower()}.") from error
     return made
+
+
+@cache
+def _checker(name: str) -> TypeAdapter[EditMethod]:
+    """What checks a method's settings. Making it takes longer than checking, and methods are made again and again."""
+    return TypeAdapter(_registered(name).kind)
 
 
 def make_control(name: str, settings: Mapping[str, Any]) -> EditMethod:
