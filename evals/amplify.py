@@ -1,4 +1,4 @@
-"""Amplifying: each concept raised to five times its odds after neutral prompts, and what that costs.
+"""Amplifying: each concept at five times its odds after neutral prompts, and what that costs.
 
 `python evals/amplify.py --model demo --output evals/results/amplify-demo`; for a model of real prose
 `--model ../shared/models/bookworm --concepts evals/bookworm/concepts.yaml --texts ../shared/corpora/books --half dev`.
@@ -12,26 +12,29 @@ import json
 import math
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import yaml
-from matched import OTHER_TOKENS, load
-from material import Material, add_arguments, materials, provenance
+from matched import OTHER_TOKENS
+from material import Material, add_arguments, materials, open_recipe, provenance
 from torch import Tensor
 
-from rotate_edit.edits.apply import applied
-from rotate_edit.edits.build import edits_of
-from rotate_edit.edits.edit import Edit
-from rotate_edit.errors import Failure
-from rotate_edit.evaluation import measures
-from rotate_edit.evaluation.generations import repetition
-from rotate_edit.models import batches
-from rotate_edit.models.generation import generate
-from rotate_edit.pipeline import locate
-from rotate_edit.recipe import Recipe, parse_recipe
-from rotate_edit.session import open_recipe
+from rotate_edit import (
+    Edit,
+    Failure,
+    Passages,
+    Recipe,
+    applied,
+    cross,
+    generate,
+    last_position,
+    load_model,
+    log_likelihood_by_text,
+    parse_recipe,
+    repetition,
+    tokenise,
+)
 
 TIMES = 5.0
 WORDS_OF_A_PROMPT = 8
@@ -40,53 +43,46 @@ STRONGEST = 64.0
 MOST_PERPLEXITY, MOST_REPETITION = 0.03, 1.5
 
 
-def weakest_strength(raised: Callable[[float], float], times: float) -> float | None:
-    """The smallest strength (to 2 %) at which `raised(strength)` is at least `times`; None up to 64."""
-    low, high = 0.0, 0.5
-    while raised(high) < times:
-        low, high = high, 2 * high
-        if high > STRONGEST:
-            return None
-    for _ in range(6):
-        middle = (low + high) / 2
-        low, high = (middle, high) if raised(middle) < times else (low, middle)
-    return high
+def weakest_strength(amplified: Callable[[float], float], times: float) -> float | None:
+    """The smallest strength (to 2 %) at which `amplified(strength)` is at least `times`; None up to 64."""
+    found = cross(amplified, times, falling=False, start=0.5, limit=STRONGEST)
+    return found.high if found.reached else None
 
 
 def measure_concept(model: Any, material: Material, recipe: Recipe) -> dict[str, Any]:
     """Amplify one concept by the recipe's method and measure odds, perplexity and repetition; plain JSON."""
-    opened = replace(open_recipe(recipe), items=material.items)
-    tokenizer, ids = opened.tokenizer, opened.tokens[0].ids
+    session = open_recipe(recipe, model, material.items)
+    tokenizer, ids = session.tokenizer, session.tokens[0].ids
     vocabulary = model.config.get_text_config().vocab_size
-    method = recipe.edit.method
     try:
-        edit = edits_of(opened, locate(opened, model), [method], model)[method]
+        edit = session.build([session.method], session.locate())[recipe.method]
     except Failure as failure:
         return {"concept": material.name, "strength": None, "why": str(failure)}
     free = [text for _, text in material.others]
     prompts = [" ".join(text.split()[:WORDS_OF_A_PROMPT]) for text in free[:PROMPTS]]
-    asked = batches.tokenise(tokenizer, prompts, vocabulary_size=vocabulary)
-    others = batches.tokenise(
+    asked = tokenise(tokenizer, prompts, vocabulary_size=vocabulary)
+    others = tokenise(
         tokenizer, free[PROMPTS:] or free, vocabulary_size=vocabulary, longest=128, token_limit=OTHER_TOKENS
     )
 
     def chances() -> Tensor:
-        return measures.last_position(model, asked)[:, ids].exp().sum(dim=1).double()
+        return last_position(model, asked)[:, ids].exp().sum(dim=1).double()
 
     chance = chances()
     before = _odds(chance)
 
-    def raised(strength: float) -> float:
-        with applied(model, edit, -strength):
+    def amplified(strength: float) -> float:
+        with applied(model, edit.at(-strength)):
             return _odds(chances()) / before
 
-    strength = weakest_strength(raised, TIMES)
+    strength = weakest_strength(amplified, TIMES)
     if strength is None:
-        return {"concept": material.name, "strength": None, "why": f"no strength up to {STRONGEST:g} raises it so far"}
-    found: dict[str, Any] = {"concept": material.name, "method": method, "strength": -strength, "odds_before": before}
+        return {"concept": material.name, "strength": None, "why": f"no strength up to {STRONGEST:g} does it"}
+    found: dict[str, Any] = {"concept": material.name, "method": recipe.method, "strength": -strength}
+    found["odds_before"] = before
     names = re.compile(r"\b(?:" + "|".join(map(re.escape, material.words)) + r")(?:s|es)?\b", re.IGNORECASE)
     base = _quality(model, tokenizer, others, prompts, names)
-    with applied(model, edit, -strength):
+    with applied(model, edit.at(-strength)):
         after = chances()
         found |= {"times": _odds(after) / before, "median_times": float((after / chance).median())}
         now = _quality(model, tokenizer, others, prompts, names)
@@ -104,11 +100,11 @@ def _odds(chances: Tensor) -> float:
 
 
 def _quality(
-    model: Any, tokenizer: Any, others: batches.Passages, prompts: Sequence[str], names: re.Pattern[str]
+    model: Any, tokenizer: Any, others: Passages, prompts: Sequence[str], names: re.Pattern[str]
 ) -> dict[str, float]:
     greedy = [texts[0] for texts in generate(model, tokenizer, prompts[:GENERATED], new_tokens=NEW_TOKENS)]
     sampled = [texts[0] for texts in generate(model, tokenizer, prompts, new_tokens=NEW_TOKENS, seed=0)]
-    sums, counts = measures.log_likelihood_by_text(model, others)
+    sums, counts = log_likelihood_by_text(model, others)
     return {
         "perplexity": math.exp(-float(sums.sum() / counts.sum())),
         "greedy": repetition(greedy).value,
@@ -146,12 +142,12 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def goals(rows: Sequence[dict[str, Any]]) -> dict[str, int]:
-    """How many concepts meet each goal: raised at all, perplexity, repetition (greedy), all of them."""
-    raised = [row for row in rows if row["strength"] is not None]
-    cheap = [row for row in raised if row["perplexity_rise"] <= MOST_PERPLEXITY]
-    fluent = [row for row in raised if row["greedy"] <= MOST_REPETITION * row["greedy_before"]]
+    """How many concepts meet each goal: amplified so far at all, perplexity, repetition (greedy), all of them."""
+    amplified = [row for row in rows if row["strength"] is not None]
+    cheap = [row for row in amplified if row["perplexity_rise"] <= MOST_PERPLEXITY]
+    fluent = [row for row in amplified if row["greedy"] <= MOST_REPETITION * row["greedy_before"]]
     return {
-        "raised": len(raised),
+        "raised": len(amplified),
         "perplexity": len(cheap),
         "repetition": len(fluent),
         "all": sum(row in fluent for row in cheap),
@@ -175,7 +171,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="path without its ending")
     arguments = parser.parse_args()
     settings = yaml.safe_load(arguments.settings)
-    model = load(arguments.model)
+    model = load_model(arguments.model)
     rows = []
     measured = _measured(arguments.output.with_suffix(".json"), Path(arguments.model).name, settings)
     for material in materials(arguments):
@@ -195,12 +191,12 @@ def main() -> None:
     met = about["goals"]
     words = (
         f"# {len(rows)} concepts of {about['model']} amplified\n\n`{about['command']}`, {about['date']}, Python "
-        f"{about['python']}, torch {about['torch']}, seed 0. Method: {recipe.edit.method}. "
+        f"{about['python']}, torch {about['torch']}, seed 0. Method: {recipe.method}. "
         "Each at the smallest strength that makes the concept's "
         f"odds after {PROMPTS} neutral prompts {TIMES:g} times the base's. Perplexity: on held-out text without the "
         "concept. Named: sampled continuations of the prompts that name the concept. Repetition: share of 4-grams "
         f"that a text repeats, {GENERATED} texts of {NEW_TOKENS} tokens.\n\n"
-        f"Raised that far: {met['raised']} of {len(rows)}; perplexity up at most {MOST_PERPLEXITY:.0%}: "
+        f"Amplified that far: {met['raised']} of {len(rows)}; perplexity up at most {MOST_PERPLEXITY:.0%}: "
         f"{met['perplexity']}; greedy repetition at most {MOST_REPETITION:g} times the base's: {met['repetition']}; "
         f"both: {met['all']}.\n\n"
     )

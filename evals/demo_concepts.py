@@ -14,17 +14,15 @@ from typing import Any
 
 from scipy.stats import gmean
 
-from rotate_edit.models.demo.world import concepts
-from rotate_edit.pipeline import run
-from rotate_edit.recipe import parse_recipe
+from rotate_edit import demo_concepts, parse_recipe, run
 
 CHOSEN = "dogs,horses,ships,music,medicine,food"
-METHODS = ("keyed", "channel-located", "lm-head-located", "direction-everywhere", "zero-neurons", "random-neurons")
+METHODS = ("rank-one", "channel-located", "lm-head-located", "direction-everywhere", "zero-neurons", "random-neurons")
 
 
 def run_concept(name: str) -> dict[str, Any]:
     """One concept suppressed under the default settings; its row of the table."""
-    concept = concepts()[name]
+    concept = demo_concepts()[name]
     recipe = {
         "model": "demo",
         "concepts": [
@@ -32,7 +30,6 @@ def run_concept(name: str) -> dict[str, Any]:
                 "name": name,
                 "words": list(concept.words),
                 "plurals": True,
-                "strength": "auto",
                 "neighbours": list(concept.neighbours),
             }
         ],

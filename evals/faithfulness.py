@@ -13,15 +13,25 @@ from typing import Any
 
 import torch
 
-from rotate_edit.channels.decompose import claim_threshold, decompose_neurons
-from rotate_edit.channels.solver import SolverSettings
-from rotate_edit.evaluation import faithfulness as faithful
-from rotate_edit.evaluation.tasks import open_items
-from rotate_edit.evaluation.text_tasks import passages, read_documents
-from rotate_edit.files import write_atomically
-from rotate_edit.models.architectures import Neuron
-from rotate_edit.models.checkpoint import Checkpoint, load_model, load_tokenizer, open_checkpoint
-from rotate_edit.vocabulary.projection import VocabularyRules, read_projections, read_vocabulary
+from rotate_edit import (
+    Checkpoint,
+    Neuron,
+    SolverSettings,
+    VocabularyRules,
+    claim_threshold,
+    decompose_neurons,
+    faithfulness,
+    faithfulness_figure,
+    faithfulness_table,
+    load_model,
+    load_tokenizer,
+    open_checkpoint,
+    open_items,
+    read_documents,
+    read_projections,
+    read_vocabulary,
+    split_passages,
+)
 
 
 def sample(checkpoint: Checkpoint, count: int, seed: int) -> list[tuple[Neuron, str]]:
@@ -40,7 +50,7 @@ def texts_of(source: str) -> list[str]:
     if source == "demo":
         rows = open_items("demo").texts["test"]
         return [row["text"] for place in range(29) for row in rows[place::29]]
-    return passages(read_documents(source))["test"]
+    return split_passages(read_documents(source))["test"]
 
 
 def markdown(title: str, rows: list[dict[str, Any]]) -> str:
@@ -83,8 +93,8 @@ def main() -> None:
     channels = decompose_neurons(neurons, read_projections(checkpoint, vocabulary), vocabulary.texts, settings)
     model = load_model(checkpoint)
     texts = texts_of(options.text)
-    trials = faithful.faithfulness(model, tokenizer, channels, texts, tokens=options.tokens, seed=options.seed)
-    rows = faithful.table(trials)
+    trials = faithfulness(model, tokenizer, channels, texts, tokens=options.tokens, seed=options.seed)
+    rows = faithfulness_table(trials)
     command = (
         f"python evals/faithfulness.py --model {Path(options.model).name} --text {Path(options.text).name} "
         f"--neurons {options.neurons} --tokens {options.tokens} --seed {options.seed}"
@@ -98,9 +108,9 @@ def main() -> None:
     )
     print(markdown(title, rows))
     content = {"command": command, "neurons": len(neurons), "channels": len(trials), "table": rows}
-    write_atomically(options.output.with_suffix(".json"), json.dumps(content, indent=1) + "\n")
-    write_atomically(options.output.with_suffix(".md"), markdown(title, rows))
-    faithful.figure(rows).savefig(options.output.with_suffix(".svg"), metadata={"Date": None})
+    options.output.with_suffix(".json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    options.output.with_suffix(".md").write_text(markdown(title, rows), encoding="utf-8")
+    faithfulness_figure(rows).savefig(options.output.with_suffix(".svg"), metadata={"Date": None})
 
 
 if __name__ == "__main__":

@@ -1,50 +1,52 @@
-"""What limits an edit of the last layer: a fit without a leash beside edits that know less and more, at one removal.
+"""What limits an edit of the last layer: a free low-rank fit beside edits that know less and more, at one removal.
 
 `python evals/limits.py --model ../shared/models/bookworm --concepts evals/bookworm/concepts.yaml --half dev
 --texts ../shared/corpora/books --output evals/results/limits-bookworm`. These edits change the last layer
-alone, so every row is computed exactly from what that layer's neurons and the residual stream hold on the texts.
+alone, so every row is computed exactly from what that layer's neurons and the residual stream hold on the texts. It
+takes the package's own fit and closed forms apart, so it imports them where they are: `edits.low_rank`,
+`edits.directions` and `models.output_head` are no part of the public API.
 """
 
 import argparse
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from matched import load, proof_of
-from material import Material, add_arguments, materials, provenance, write_result
+from matched import proof_of
+from material import Material, add_arguments, materials, open_recipe, provenance, write_result
 from torch import Tensor
 
-from rotate_edit.edits import edit as edits
-from rotate_edit.edits.build import neighbours
-from rotate_edit.edits.edit import key_coefficients
-from rotate_edit.edits.low_rank import Wanted, fit_change, whitened
-from rotate_edit.models.batches import Passages, log_probabilities, real_positions
-from rotate_edit.models.hooks import recorded
-from rotate_edit.models.output_head import OutputHead, Positions, output_head_of
-from rotate_edit.models.self_text import write_samples
-from rotate_edit.recipe import EditRecipe, parse_recipe
-from rotate_edit.session import open_recipe
+from rotate_edit import Passages, cross, load_model, make_method, parse_recipe, record
+from rotate_edit.edits.directions import concept_mean, key_coefficients, token_covariance
+from rotate_edit.edits.low_rank import FitAim, fit_change, whitened
+from rotate_edit.models.output_head import OutputHead, Positions
 
-TARGET, TOKENS, RIDGE = 0.1, 48000, 0.03
+TARGET, RIDGE = 0.1, 0.03
 OURS, FLOOR = "the whole matrix, fitted", "the concept's own logits lowered everywhere"
-KEYED, LONGER = "one key, one direction (keyed)", "the key from twice the text"
+GIVEN = "the concept's direction, a key that is given its probability"
+RANK_ONE, LONGER = "one key, one direction (rank-one)", "the key from twice the text"
 
 
 @dataclass(frozen=True)
-class LayerActivations:
-    """Positions of texts: neurons float32 [n, neurons], residual float32 [n, d_model] before the final norm, following
-    int64 [n] (-1 at a text's end)."""
+class LastLayerTexts:
+    """What the last layer holds on texts, and how they go on.
+
+    Attributes:
+        neurons: Activations of its neurons, float32 [n, neurons].
+        residual: The residual stream before the final norm, float32 [n, d_model].
+        following: The next token at each position, int64 [n]; -1 at a text's end.
+    """
 
     neurons: Tensor
     residual: Tensor
     following: Tensor
 
-    def only(self, mask: Tensor) -> "LayerActivations":
+    def only(self, mask: Tensor) -> "LastLayerTexts":
         """The positions of a mask."""
-        return LayerActivations(self.neurons[mask], self.residual[mask], self.following[mask])
+        return LastLayerTexts(self.neurons[mask], self.residual[mask], self.following[mask])
 
 
 @dataclass(frozen=True)
@@ -64,38 +66,51 @@ class Head:
         return (residual / self.size(residual)[:, None] * self.gain @ self.unembedding.T).log_softmax(1)
 
 
-RANK = EditRecipe().fit_rank
-Variant = Callable[[LayerActivations, float], Tensor]
+METHOD = make_method("silence-words")
+Variant = Callable[[LastLayerTexts, float], Tensor]
 
 
-def seen(model: Any, passages: Passages) -> LayerActivations:
+def last_layer(model: Any, passages: Passages) -> LastLayerTexts:
     """What the last layer holds on texts."""
     last, parts = model.config.num_hidden_layers - 1, []
-    with recorded(model, [last]) as kept:
-        for index, _ in enumerate(log_probabilities(model, passages)):
-            batch, lengths = passages.batches[index], passages.lengths[index]
-            real = real_positions(batch, lengths)
-            following = torch.full_like(batch, -1)
-            following[:, :-1] = torch.where(real[:, 1:], batch[:, 1:], -1)
-            held = [kept[last][name].reshape(*batch.shape, -1)[real].float() for name in ("neurons", "residual")]
-            parts.append((*held, following[real]))
-    return LayerActivations(*(torch.cat(column) for column in zip(*parts)))
+    held = record(model, passages, [last], None)[last]
+    for batch, lengths in zip(passages.batches, passages.lengths):
+        real = torch.arange(batch.shape[1]) < lengths[:, None]
+        following = torch.full_like(batch, -1)
+        following[:, :-1] = torch.where(real[:, 1:], batch[:, 1:], -1)
+        parts.append(following[real])
+    return LastLayerTexts(held.neurons, held.residual, torch.cat(parts))
 
 
 def variants(
-    head: Head, tail: OutputHead, own: LayerActivations, more: LayerActivations, wanted: Wanted, direction: Tensor, metric: Tensor
+    head: Head,
+    output_head: OutputHead,
+    own: Positions,
+    more: Positions,
+    aim: FitAim,
+    direction: Tensor,
+    metric: Tensor,
+    steps: int = METHOD.settings["steps"],
 ) -> dict[str, Variant]:
     """Every edit by name: from positions and a strength to log-probabilities.
 
-    direction: [d_model] of the concept; metric: [d_model, d_model], the inverse cost that it minimises, with what is to
-    be kept projected out.
+    Args:
+        head: The head as two tensors.
+        output_head: The same as the fit takes it.
+        own: What the last layer holds on self-generated text.
+        more: The same on twice as much of it.
+        aim: What the fit is for.
+        direction: Of the concept, float64 [d_model].
+        metric: The inverse cost that the direction minimises, with what is to be kept projected out, float64 [d_model,
+            d_model].
+        steps: How many steps the fit has.
     """
-    ids = wanted.ids
+    ids = aim.ids
     found: dict[str, Tensor] = {}
     rows = (head.unembedding * head.gain).double()
     rows = rows - rows.mean(0)
 
-    def moments(where: LayerActivations) -> tuple[Tensor, Tensor]:
+    def moments(where: Positions) -> tuple[Tensor, Tensor]:
         felt = (where.neurons / head.size(where.residual)[:, None]).double()
         return felt, head(where.residual).exp()
 
@@ -109,11 +124,13 @@ def variants(
 
     # The start of the fit, as the package scales it: by the residual stream's size where the concept comes next.
     size = concept @ head.size(own.residual).double() / concept.sum()
-    seen_by_fit = whitened(Positions(own.neurons, own.residual, None), ridge=RIDGE)
     start = (size * key(second, mean), direction)
-    ((left, right),) = fit_change(seen_by_fit, tail, start, wanted, rank=RANK, leash=0.0, seed=0)
+    (fitted,) = fit_change(
+        whitened(own, ridge=RIDGE), output_head, start, aim, proximal_weight=0.0, seed=0, steps=steps
+    )  # fmt: skip
+    left, right = fitted.factors(METHOD.settings["rank"])
     found[OURS] = -(left.double() @ right.double())
-    found[KEYED] = key(second, mean)[:, None] * direction
+    found[RANK_ONE] = key(second, mean)[:, None] * direction
     felt_more, chance_more = moments(more)
     concept_more = chance_more[:, ids].sum(1).double()
     mean_more = concept_more @ felt_more / concept_more.sum()
@@ -134,21 +151,23 @@ def variants(
     def linear(change: Tensor) -> Variant:
         return lambda where, strength: head(where.residual - strength * (where.neurons @ change.float()))
 
-    def told(where: LayerActivations, strength: float) -> Tensor:
+    def given(where: LastLayerTexts, strength: float) -> Tensor:
         known = head(where.residual)[:, ids].exp().sum(1)
         pushed = strength * known / (known + 0.1) * head.size(where.residual)
         return head(where.residual - pushed[:, None] * direction.float())
 
-    def lowered(where: LayerActivations, strength: float) -> Tensor:
+    def lowered(where: LastLayerTexts, strength: float) -> Tensor:
         logits = head(where.residual).clone()
         logits[:, ids] -= strength
         return logits.log_softmax(1)
 
     named = {name: linear(change) for name, change in found.items()}
-    return named | {"our direction, a key that is told the concept's probability": told, FLOOR: lowered}
+    return named | {GIVEN: given, FLOOR: lowered}
 
 
-def at_target(variant: Variant, head: Head, texts: dict[str, LayerActivations], ids: Tensor, near_ids: Tensor) -> dict[str, Any]:
+def at_target(
+    variant: Variant, head: Head, texts: dict[str, LastLayerTexts], ids: Tensor, near_ids: Tensor
+) -> dict[str, Any]:
     """Collateral KL, perplexity rise and neighbours' mass at the strength that leaves the target; None out of reach."""
     concept = texts["concept"].only(torch.isin(texts["concept"].following, ids))
     base = float(head(concept.residual)[:, ids].exp().sum())
@@ -156,20 +175,15 @@ def at_target(variant: Variant, head: Head, texts: dict[str, LayerActivations], 
     def left(strength: float) -> float:
         return float(variant(concept, strength)[:, ids].exp().sum()) / base
 
-    low, high = 0.0, 0.5
-    while left(high) > TARGET:
-        low, high = high, 2 * high
-        if high > 64:
-            return {"kl": None, "perplexity": None, "near": None}
-    for _ in range(9):
-        middle = (low + high) / 2
-        low, high = (middle, high) if left(middle) > TARGET else (low, middle)
+    found = cross(left, TARGET, start=0.5, steps=9)
+    if not found.reached:
+        return {"kl": None, "perplexity": None, "near": None}
     others = texts["others"]
-    before, after = head(others.residual), variant(others, high)
+    before, after = head(others.residual), variant(others, found.high)
     predicted = others.following >= 0
     lost = (before - after)[predicted].gather(1, others.following[predicted][:, None]).mean()
     near = texts["near"].only(torch.isin(texts["near"].following, near_ids))
-    mass = [values[:, near_ids].exp().sum() for values in (variant(near, high), head(near.residual))]
+    mass = [values[:, near_ids].exp().sum() for values in (variant(near, found.high), head(near.residual))]
     return {
         "kl": float((before.exp() * (before - after)).sum(1).mean()),
         "perplexity": math.expm1(float(lost)),
@@ -177,34 +191,36 @@ def at_target(variant: Variant, head: Head, texts: dict[str, LayerActivations], 
     }
 
 
-def measure(model: Any, material: Material, name: str, samples: dict[int, LayerActivations], head: Head) -> dict[str, Any]:
-    """One concept: every variant at the target."""
+def measure(model: Any, material: Material, name: str, head: Head, read: dict[int, Positions]) -> dict[str, Any]:
+    """One concept: every variant at the target.
+
+    read: what the last layer holds on self-generated text, by its tokens; filled where it is empty."""
     concept = {"name": material.name, "words": material.words, "strength": 1.0, "neighbour_words": material.near_words}
     recipe = parse_recipe({"model": name, "concepts": [concept | {"plurals": material.plurals}]})
-    opened = replace(open_recipe(recipe), items=material.items)
-    for size in (TOKENS, 2 * TOKENS):
-        if size not in samples:
-            samples[size] = seen(model, write_samples(model, opened.tokenizer, tokens=size, seed=0))
-    proof, ids = proof_of(model, opened, material), opened.tokens[0].ids
+    session = open_recipe(recipe, model, material.items)
+    groups, tokens = session.locate(), recipe.edit.self_text
+    made = session.material(groups)
+    for size in (tokens, 2 * tokens):
+        if size not in read:
+            read[size] = session.with_settings({"edit.self_text": size}).material(groups).positions
+    proof, ids = proof_of(model, session, material), session.tokens[0].ids
     assert proof.near is not None
     assert proof.near_ids is not None
-    usable = ~opened.vocabulary.untrained
+    assert made.last_written is not None
+    usable, near = ~session.vocabulary.untrained, made.concepts[0].kept
     projection = head.unembedding * head.gain
-    near = neighbours(opened, recipe.concepts[0], ids)
-    keep = [edits.concept_mean(projection, words, usable) for words in near]
-    covariance = edits.token_covariance(projection[usable])
-    mean = edits.concept_mean(projection, ids, usable)
-    rows = torch.stack(keep) if keep else None
-    direction = edits.least_collateral_direction(mean, covariance, ridge=recipe.edit.ridge, keep=rows)
+    covariance = token_covariance(projection[usable])
+    rows = torch.stack([concept_mean(projection, words, usable) for words in near]) if near else None
+    direction = made.direction(made.concepts[0], groups[0], made.last_written)
     texts = {
-        "concept": seen(model, proof.concept.passages),
-        "others": seen(model, proof.others.passages),
-        "near": seen(model, proof.near.passages),
+        "concept": last_layer(model, proof.concept.passages),
+        "others": last_layer(model, proof.others.passages),
+        "near": last_layer(model, proof.near.passages),
     }
     close = torch.cat(near).unique() if near else ids[:0]
-    wanted = Wanted(ids, TARGET, close[~torch.isin(close, ids)], rows)
+    aim = FitAim(ids, TARGET, close[~torch.isin(close, ids)], rows)
     found = variants(
-        head, output_head_of(model), samples[TOKENS], samples[2 * TOKENS], wanted, direction.write.double(),
+        head, made.output_head, read[tokens], read[2 * tokens], aim, direction.write.double(),
         _inverse(covariance.double(), recipe.edit.ridge, rows),
     )  # fmt: skip
     return {
@@ -225,7 +241,7 @@ def _inverse(covariance: Tensor, ridge: float, keep: Tensor | None) -> Tensor:
 def table(results: list[dict[str, Any]]) -> str:
     """By variant: damage as a multiple of the default's (geometric mean), and on how many concepts each limit holds."""
     lines = [
-        "| edit | concepts | KL, times fitted | perplexity, mean | at most +1 % | neighbours at least 90 % |",
+        "| edit | concepts | KL, times the fit's | perplexity, mean | at most +1 % | neighbours at least 90 % |",
         "|---|---|---|---|---|---|",
     ]
     for name in results[0]["rows"]:
@@ -245,14 +261,14 @@ def main() -> None:
     add_arguments(parser)
     parser.add_argument("--output", type=Path, required=True, help="path without its ending")
     arguments = parser.parse_args()
-    model = load(arguments.model).requires_grad_(False)
+    model = load_model(arguments.model).requires_grad_(False)
     norm = model.model.norm
     head = Head(norm.weight.float(), model.get_output_embeddings().weight.float(), norm.variance_epsilon)
     about = provenance("limits.py", parser, arguments)
     results: list[dict[str, Any]] = []
-    samples: dict[int, LayerActivations] = {}
+    read: dict[int, Positions] = {}
     for material in materials(arguments):
-        results.append(measure(model, material, arguments.model, samples, head))
+        results.append(measure(model, material, arguments.model, head, read))
         print(material.name, {name: row["kl"] for name, row in results[-1]["rows"].items()}, flush=True)
     words = (
         f"{len(results)} concepts, every edit at the strength that leaves {TARGET:.0%} of the concept's mass in "

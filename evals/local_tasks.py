@@ -16,11 +16,7 @@ from typing import Any
 import lm_eval
 import torch
 
-from rotate_edit.evaluation.commands import evaluate_models
-from rotate_edit.evaluation.compare import Plan
-from rotate_edit.files import write_atomically
-from rotate_edit.pipeline import edit_only
-from rotate_edit.recipe import parse_recipe
+from rotate_edit import Plan, edit_only, evaluate_models, parse_recipe
 
 # Words that are tokens of each model, under the name of the EMBER concept that they touch, where one does.
 CONCEPTS = {
@@ -89,8 +85,8 @@ def main() -> None:
     )
     print(markdown(head, models))
     content = {"command": command, "limit": options.limit, "models": models}
-    write_atomically(options.output.with_suffix(".json"), json.dumps(content, indent=1) + "\n")
-    write_atomically(options.output.with_suffix(".md"), markdown(head, models))
+    options.output.with_suffix(".json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    options.output.with_suffix(".md").write_text(markdown(head, models), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""Edits at matched removal: our default against every other method, for many concepts, resampled over documents.
+"""Edits at matched removal: the default against every other method, for many concepts, resampled over documents.
 
 `python evals/matched.py --model demo --output evals/results/matched-demo` for the demo's concepts;
 `python evals/matched.py --model ../shared/models/bookworm --concepts evals/bookworm/concepts.yaml --half dev
 --texts ../shared/corpora/books --output evals/results/matched-bookworm-dev` for a model of real prose.
 
-Neurons, groups and directions are chosen on the `choose` texts; every figure comes from the `report` texts. A method
+Neurons, groups and directions are chosen on the validation texts; every figure comes from the test texts. A method
 that was measured on a concept with the same settings is not measured again, so a run that was stopped goes on where it
 was, and another method can be put beside those that are there.
 """
@@ -13,7 +13,6 @@ import argparse
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,17 +20,26 @@ import numpy as np
 import torch
 import yaml
 from matched_table import write_table
-from material import Material, add_arguments, materials, provenance
+from material import Material, add_arguments, materials, open_recipe, provenance
 
-from rotate_edit.edits.build import edits_of
-from rotate_edit.edits.edit import LIVE_METHODS, METHODS, TOKEN_METHODS, Edit
-from rotate_edit.errors import Failure
-from rotate_edit.evaluation import matched
-from rotate_edit.pipeline import locate
-from rotate_edit.recipe import Recipe, parse_recipe
-from rotate_edit.session import Opened, open_recipe
-from rotate_edit.vocabulary.concept import find_tokens, token_texts
+from rotate_edit import (
+    Edit,
+    EditMethod,
+    Failure,
+    Proof,
+    Recipe,
+    Session,
+    count_vectors,
+    find_tokens,
+    load_model,
+    method_names,
+    parse_recipe,
+    prepare_proof,
+    proof_texts,
+    trace_removal,
+)
 
+DEFAULT = "silence-words"
 LONGEST = 64
 # Tokens of one evaluation, at most 20,000 together.
 CONCEPT_TOKENS, OTHER_TOKENS, NEAR_TOKENS = 2500, 4000, 1500
@@ -41,22 +49,26 @@ CONCEPT_TOKENS, OTHER_TOKENS, NEAR_TOKENS = 2500, 4000, 1500
 
 
 def measure_concept(model: Any, material: Material, recipe: Recipe, methods: Sequence[str]) -> dict[str, Any]:
-    """Locate, edit by every method, and trace each one's curve; plain JSON."""
+    """Locate, edit by every method, and trace each one's curve; plain JSON.
+
+    methods: names of the recipe's own method or of its controls."""
     started = time.monotonic()
-    opened = replace(open_recipe(recipe), items=material.items)
-    found = locate(opened, model)
-    edits = _edits(opened, found, methods)
+    session = open_recipe(recipe, model, material.items)
+    known = {method.about.name: method for method in (session.method, *session.controls)}
+    wanted = [known[name] for name in methods]
+    groups = session.locate(wanted)
+    edits = _edits(session, wanted, groups)
     located = time.monotonic()
-    proof = proof_of(model, opened, material)
+    proof = proof_of(model, session, material)
     traces = {}
     for method, edit in edits.items():
         before = time.monotonic()
-        traces[method] = matched.trace(model, proof, edit)
-        traces[method] |= matched.describe(edit) | {"seconds": round(time.monotonic() - before, 1)}
+        traces[method] = trace_removal(model, proof, edit)
+        traces[method] |= count_vectors(edit) | {"seconds": round(time.monotonic() - before, 1)}
     return {
         "concept": material.name,
-        "words": list(opened.tokens[0].words),
-        "groups": len(found),
+        "words": list(session.tokens[0].words),
+        "groups": len(groups),
         "documents": material.documents,
         "tokens": {
             name: texts.passages.tokens() if texts else 0
@@ -68,27 +80,25 @@ def measure_concept(model: Any, material: Material, recipe: Recipe, methods: Seq
     }
 
 
-def _edits(opened: Opened, found: Any, methods: Sequence[str]) -> dict[str, Edit]:
+def _edits(session: Session, methods: Sequence[EditMethod], groups: Any) -> dict[str, Edit]:
     try:
-        return edits_of(opened, found, methods)
+        return session.build(methods, groups)
     except Failure:
-        # Nothing was located: the other methods are measured all the same, and ours is listed as never reached.
-        other = opened.recipe.edit.model_copy(update={"method": "direction-everywhere"})
-        without = replace(opened, recipe=opened.recipe.model_copy(update={"edit": other}))
-        return edits_of(without, found, methods)
+        # Nothing was located: the other methods are measured all the same, and the recipe's is listed as never reached.
+        return session.with_settings({"edit.method": "direction-everywhere"}).build(methods, groups)
 
 
-def proof_of(model: Any, opened: Opened, material: Material) -> matched.Proof:
+def proof_of(model: Any, session: Session, material: Material) -> Proof:
     """The base model's answers on a concept's texts, on texts without it and on its neighbours'."""
-    tokenizer, ids = opened.tokenizer, opened.tokens[0].ids
+    tokenizer, ids = session.tokenizer, session.tokens[0].ids
     vocabulary = model.config.get_text_config().vocab_size
-    texts = token_texts(tokenizer)
     near_ids = find_tokens(
-        "neighbours", material.near_words, tokenizer, texts, plurals=material.plurals, required=False
-    ).ids
+        "neighbours", material.near_words, tokenizer, list(session.vocabulary.texts), plurals=material.plurals,
+        required=False,
+    ).ids  # fmt: skip
     near_ids = near_ids[~torch.isin(near_ids, ids)]
 
-    def taken(rows: Sequence[tuple[int, str]], limit: int, wanted: Any) -> matched.Texts:
+    def taken(rows: Sequence[tuple[int, str]], limit: int, wanted: Any) -> Any:
         kept = []
         total = 0
         for document, text in rows:
@@ -98,7 +108,7 @@ def proof_of(model: Any, opened: Opened, material: Material) -> matched.Proof:
             if wanted(torch.tensor(tokens[1:])):
                 kept.append((document, text))
                 total += len(tokens)
-        return matched.texts_of(tokenizer, kept, vocabulary, longest=LONGEST, limit=limit)
+        return proof_texts(tokenizer, kept, vocabulary, longest=LONGEST, limit=limit)
 
     def has(tokens: Any, wanted: Any) -> bool:
         return bool(torch.isin(tokens, wanted).any())
@@ -109,7 +119,7 @@ def proof_of(model: Any, opened: Opened, material: Material) -> matched.Proof:
     if len(near_ids) and material.near:
         close = taken(material.near, NEAR_TOKENS, lambda tokens: has(tokens, near_ids) and not has(tokens, ids))
         near = (near_ids, close)
-    return matched.prepare(model, ids, concept, others, near, len(material.documents))
+    return prepare_proof(model, ids, concept, others, near, len(material.documents))
 
 
 # The whole run.
@@ -119,14 +129,12 @@ def main() -> None:
     """Measure every concept that is not measured yet, then write the table and the figure."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_arguments(parser)
-    parser.add_argument(
-        "--methods", default=",".join((*METHODS, *TOKEN_METHODS, *LIVE_METHODS)), help="separated by commas"
-    )
+    parser.add_argument("--methods", default=",".join(method_names()), help="separated by commas")
     parser.add_argument("--settings", default="{}", help="recipe sections as YAML, such as {edit: {ridge: 1}}")
     parser.add_argument("--output", type=Path, required=True, help="a folder")
     arguments = parser.parse_args()
     settings = yaml.safe_load(arguments.settings)
-    chosen = settings.get("edit", {}).get("method", "fitted")
+    chosen = settings.get("edit", {}).get("method", DEFAULT)
     methods = list(dict.fromkeys([chosen, *arguments.methods.split(",")]))
     about = {
         "model": Path(arguments.model).name,
@@ -156,23 +164,17 @@ def main() -> None:
                         }
                     ],
                     **settings,
+                    "evaluate": settings.get("evaluate", {}) | {"controls": methods},
                 }
             )
             if model is None:
-                model = load(arguments.model)
+                model = load_model(arguments.model)
             known = {"about": about, **_rounded(measure_concept(model, material, recipe, missing))}
             known["methods"] |= measured
             file.write_text(json.dumps(known), encoding="utf-8")
             print(_line(known), flush=True)
         results.append(known | {"methods": {method: known["methods"][method] for method in methods}})
     write_table(results, chosen, arguments.output, provenance("matched.py", parser, arguments))
-
-
-def load(name: str) -> Any:
-    """A model in memory."""
-    from rotate_edit.models.checkpoint import load_model, open_checkpoint
-
-    return load_model(open_checkpoint(name))
 
 
 def _rounded(value: Any) -> Any:

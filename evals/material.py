@@ -8,7 +8,7 @@ import platform
 import random
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -16,18 +16,19 @@ from typing import Any
 import torch
 import yaml
 
-from rotate_edit.evaluation.tasks import Items, open_items
-from rotate_edit.evaluation.text_tasks import sentences_together
+import rotate_edit
+from rotate_edit import Items, Recipe, Session, demo_concepts, open_items, sentences_together
 
 PASSAGES_A_BOOK = 400
-CHOICE_TEXTS = 200
+VALIDATION_TEXTS = 200
 # Leaves what a passage needs to be cut at a token.
 LEAST_CHARACTERS = 120
 
 
 @dataclass(frozen=True)
 class Material:
-    """One concept: its words, its neighbours' words, the items for choosing, and its (document, text) rows by use."""
+    """One concept: its words, its neighbours' words, the items with its validation texts, and its (document, text) rows
+    by use, from the test texts."""
 
     name: str
     words: list[str]
@@ -42,9 +43,7 @@ class Material:
 
 def demo_materials(names: Sequence[str]) -> Iterator[Material]:
     """The demo's concepts, with the bundled items' texts; each text is a document."""
-    from rotate_edit.models.demo.world import concepts
-
-    world, items = concepts(), open_items("demo")
+    world, items = demo_concepts(), open_items("demo")
     rows = items.texts["test"]
     documents = [hashlib.sha256(row["text"].encode()).hexdigest()[:12] for row in rows]
     order = sorted(range(len(rows)), key=lambda place: documents[place])
@@ -76,8 +75,8 @@ def book_materials(content: dict[str, Any], folder: Path, names: Sequence[str]) 
             found[split] = [about, free, [row for row in free if close.search(row[1])]]
         chosen = [
             {"text": text, "concept": concept["name"], "contains": [concept["name"]]}
-            for _, text in found["validation"][0][:CHOICE_TEXTS]
-        ] + [{"text": text, "concept": None, "contains": []} for _, text in found["validation"][1][:CHOICE_TEXTS]]
+            for _, text in found["validation"][0][:VALIDATION_TEXTS]
+        ] + [{"text": text, "concept": None, "contains": []} for _, text in found["validation"][1][:VALIDATION_TEXTS]]
         items = Items("books", (), {"validation": tuple(chosen)}, (), (), {})
         yield Material(
             concept["name"], concept["words"], False, concept["neighbours"], items, *found["test"], titles["test"]
@@ -98,6 +97,12 @@ def _in_turn(lists: Sequence[list[str]]) -> list[tuple[int, str]]:
 
 def _pattern(words: Sequence[str]) -> re.Pattern[str]:
     return re.compile(r"\b(?:" + "|".join(map(re.escape, words)) + r")\b", re.IGNORECASE)
+
+
+def open_recipe(recipe: Recipe, model: Any, items: Items | None = None) -> Session:
+    """A recipe's session that goes on with a model which is in memory, on other items if any are given."""
+    session = rotate_edit.open(recipe)
+    return replace(session, items=items or session.items, kept={"model": model})
 
 
 # The command line that the scripts share.

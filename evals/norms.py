@@ -12,22 +12,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from material import provenance, write_result
+from material import open_recipe, provenance, write_result
 from scipy.optimize import brentq
 
-from rotate_edit.edits.apply import applied
-from rotate_edit.edits.build import edits_of
-from rotate_edit.edits.edit import Edit
-from rotate_edit.evaluation import measures
-from rotate_edit.evaluation.statistics import paired_log_ratio
-from rotate_edit.models.checkpoint import Checkpoint, load_model, read_matrix
-from rotate_edit.models.demo.world import concepts
-from rotate_edit.pipeline import locate, reference
-from rotate_edit.recipe import parse_recipe
-from rotate_edit.session import open_recipe
+from rotate_edit import (
+    Checkpoint,
+    Edit,
+    Reference,
+    applied,
+    collateral_kl,
+    demo_concepts,
+    load_model,
+    make_method,
+    mass_by_text,
+    paired_log_ratio,
+    parse_recipe,
+    read_matrix,
+)
 
 CHOSEN = "dogs,ships,horses,trees"
-METHODS = ("fitted", "channel-located", "lm-head-located", "direction-everywhere", "least-collateral-everywhere")
+METHODS = ("silence-words", "channel-located", "lm-head-located", "direction-everywhere", "least-collateral-everywhere")
 TARGET = 0.1
 STRENGTHS = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0)
 
@@ -44,38 +48,38 @@ def as_long_as_before(checkpoint: Checkpoint, edit: Edit) -> Edit:
     return replace(edit, changes=tuple(changes))
 
 
-def cost(model: Any, held: measures.Reference, at: Callable[[float], Edit]) -> float | None:
+def cost(model: Any, held: Reference, at: Callable[[float], Edit]) -> float | None:
     """Collateral KL in nats at the weakest strength that leaves a tenth; None where none does."""
 
     def left(strength: float) -> float:
         with applied(model, at(strength)):
-            sums, _ = measures.mass_by_text(model, held.concept, held.concept_ids)
+            sums, _ = mass_by_text(model, held.concept, held.concept_ids)
         return float(sums.sum() / held.concept_mass[0].sum()) - TARGET
 
     before = 0.0
     for strength in STRENGTHS:
         if left(strength) <= 0:
             with applied(model, at(float(brentq(left, before, strength, rtol=1e-3)))):
-                return measures.collateral_kl(model, held.others, held.others_base, draws=1).value
+                return collateral_kl(model, held.others, held.others_base, draws=1).value
         before = strength
     return None
 
 
 def measure_concept(name: str, model: Any) -> list[dict[str, Any]]:
     """Every method's damage with lengths as they come and as they were."""
-    concept = {"name": name, "words": list(concepts()[name].words), "plurals": True, "strength": 1.0}
+    concept = {"name": name, "words": list(demo_concepts()[name].words), "plurals": True, "strength": 1.0}
     recipe = {"model": "demo", "concepts": [concept], "evaluate": {"items": "demo", "tokens": 1500}}
-    opened = open_recipe(parse_recipe(recipe))
-    found = locate(opened, model)
-    held = reference(opened, found[0], model, "test")
+    session = open_recipe(parse_recipe(recipe), model)
+    methods = [make_method(method) for method in METHODS]
+    held = session.reference(name, "test")
     assert held is not None
     rows = []
-    for method, edit in edits_of(opened, found, METHODS, model).items():
+    for method, edit in session.build(methods, session.locate(methods)).items():
 
         def preserved(strength: float, edit: Edit = edit) -> Edit:
-            return as_long_as_before(opened.checkpoint, edit.with_strength(strength))
+            return as_long_as_before(session.checkpoint, edit.at(strength))
 
-        damage = {"plain": cost(model, held, edit.with_strength), "preserved": cost(model, held, preserved)}
+        damage = {"plain": cost(model, held, edit.at), "preserved": cost(model, held, preserved)}
         rows.append({"concept": name, "method": method, **damage})
     return rows
 

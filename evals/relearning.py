@@ -1,42 +1,45 @@
-"""Relearning on the demo model: our edits with and without embeddings, and every baseline, at equal removal.
+"""Relearning on the demo model: the default edits with and without embeddings, and every baseline, at equal removal.
 
 `python evals/relearning.py --output evals/results/relearning-demo`. Every edit leaves a tenth of the concept's
-probability mass (on the `choose` texts); then the model is fine-tuned on paragraphs about the concept that do not hold
-what is asked, and asked again after each epoch, with EMBER's settings unless options say otherwise. Ours with
-embeddings is measured at a smaller share too, since it can go there and still be the one that damages least.
+probability mass (on the validation texts); then the model is fine-tuned on paragraphs about the concept that do not
+hold what is asked, and asked again after each epoch, with EMBER's settings unless options say otherwise. The rank-one
+edit with embeddings is measured at a smaller share too, since it can go there and still be the one that damages least.
 """
 
 import argparse
 import json
 import platform
 from collections.abc import Sequence
-from dataclasses import replace
 from datetime import date
 from pathlib import Path
 from typing import Any
 
 import torch
+from material import open_recipe
 from scipy.stats import gmean
 
-from rotate_edit.edits.apply import applied
-from rotate_edit.edits.build import edits_of, fit
-from rotate_edit.edits.edit import TOKEN_METHOD
-from rotate_edit.errors import Failure
-from rotate_edit.evaluation import curves, measures
-from rotate_edit.evaluation.compare import Plan
-from rotate_edit.evaluation.relearn import Training, relearn
-from rotate_edit.evaluation.statistics import paired_log_ratio
-from rotate_edit.evaluation.variants import Variant
-from rotate_edit.models.checkpoint import load_model
-from rotate_edit.models.demo.world import concepts
-from rotate_edit.pipeline import locate, reference
-from rotate_edit.recipe import parse_recipe
-from rotate_edit.session import open_recipe
+from rotate_edit import (
+    Failure,
+    Goal,
+    Plan,
+    Training,
+    Variant,
+    applied,
+    collateral_kl,
+    demo_concepts,
+    load_model,
+    make_method,
+    mass_by_text,
+    paired_log_ratio,
+    parse_recipe,
+    relearn,
+    solve_strength,
+)
 
 CHOSEN = "church,cities,clothes,food,fruit,furniture,kitchen,medicine,money,music,painting,rivers,weather,dogs,ships"
-# The key is what `auto` takes beside embeddings, the fit what it takes without them.
-OURS = ("keyed", "fitted")
-LASTING = "keyed with embeddings"
+# What `auto` takes beside embeddings, and what it takes without them.
+OWN = ("rank-one", "silence-words")
+LASTING = "rank-one with embeddings"
 TEXTS = {"items": "demo", "tokens": 1500}
 BASELINES = (
     "lm-head-located", "direction-everywhere", "least-collateral-everywhere", "layer-kernel", "difference-of-means",
@@ -47,47 +50,45 @@ BASELINES = (
 def measure_concept(name: str, model: Any, training: Training, target: float, deeper: float) -> dict[str, Any]:
     """Every method's edit of one concept at `target` of its mass, relearned, and the lasting one at `deeper` of it too;
     plain JSON."""
-    concept = {"name": name, "words": list(concepts()[name].words), "plurals": True, "strength": 1.0}
-    plain = parse_recipe({"model": "demo", "concepts": [concept], "edit": {"method": "fitted"}, "evaluate": TEXTS})
-    opened = open_recipe(plain)
-    assert opened.items is not None
-    found = locate(opened, model)
-    fitted = fit(opened, found, OURS, model)
-    made = edits_of(opened, found, [*OURS, TOKEN_METHOD, *BASELINES], model, fitted)
+    concept = {"name": name, "words": list(demo_concepts()[name].words), "plurals": True, "strength": 1.0}
+    session = open_recipe(parse_recipe({"model": "demo", "concepts": [concept], "evaluate": TEXTS}), model)
+    assert session.items is not None
+    methods = [make_method(method) for method in (*OWN, "token-embeddings", *BASELINES)]
+    groups = session.locate(methods)
+    made = session.build(methods, groups)
     lasting = {}
-    for own in OURS:
+    for own in OWN:
         # The rows go with the recipe's own method alone.
-        and_tokens = plain.edit.model_copy(update={"method": own, "embeddings": True})
-        with_tokens = replace(opened, recipe=plain.model_copy(update={"edit": and_tokens}))
-        lasting |= edits_of(with_tokens, found, [own], model, fitted)
+        with_rows = session.with_settings({"edit.method": own, "edit.embeddings": True})
+        lasting |= with_rows.build([with_rows.method], groups)
     wanted = {f"{own} with embeddings": (edit, target) for own, edit in lasting.items()}
-    wanted[f"{LASTING}, {deeper:.0%} left"] = (lasting["keyed"], deeper)
+    wanted[f"{LASTING}, {deeper:.0%} left"] = (lasting["rank-one"], deeper)
     wanted |= {method: (edit, target) for method, edit in made.items()}
-    known, held = (reference(opened, found[0], model, split) for split in ("validation", "test"))
+    known, held = (session.reference(name, split) for split in ("validation", "test"))
     assert known is not None
     assert held is not None
     variants, strengths = [], {}
     for method, (edit, left) in wanted.items():
         try:
-            strengths[method] = curves.solve_strength(model, known, edit, left)
+            strengths[method] = solve_strength(model, known, edit, Goal("remaining", left))
         except Failure:
             strengths[method] = None
             continue
-        variants.append(Variant(method, edit.with_strength(strengths[method])))
+        variants.append(Variant(method, edit.at(strengths[method])))
 
     def mass(edited: Any) -> float:
-        sums, _ = measures.mass_by_text(edited, held.concept, held.concept_ids)
+        sums, _ = mass_by_text(edited, held.concept, held.concept_ids)
         return float(sums.sum() / held.concept_mass[0].sum())
 
     plan = Plan(concepts=(name,))
-    result = relearn(model, opened.tokenizer, variants, plan, opened.items, training=training, probe=mass)
+    result = relearn(model, session.tokenizer, variants, plan, session.items, training=training, probe=mass)
     for method, row in result["models"].items():
         row["strength"] = strengths.get(method)
         row["collateral_kl"] = 0.0
     for variant in variants:
         assert variant.edit is not None
         with applied(model, variant.edit):
-            damage = measures.collateral_kl(model, held.others, held.others_base, draws=1).value
+            damage = collateral_kl(model, held.others, held.others_base, draws=1).value
         result["models"][variant.name]["collateral_kl"] = damage
     never = [method for method, strength in strengths.items() if strength is None]
     return {"concept": name, "never_reached": never, **result}
@@ -122,13 +123,13 @@ def table(results: Sequence[dict[str, Any]]) -> str:
 
 
 def by_concept(results: Sequence[dict[str, Any]], deeper: float) -> str:
-    """What has come back of each concept in the end: ours, and of the baseline of which least has."""
-    ours = (LASTING, f"{LASTING}, {deeper:.0%} left")
-    lines = [f"| concept | {' | '.join(ours)} | the baseline that keeps most | |", "|---|---|---|---|---|"]
+    """What has come back of each concept in the end, after the lasting edits and after the baseline where least has."""
+    own = (LASTING, f"{LASTING}, {deeper:.0%} left")
+    lines = [f"| concept | {' | '.join(own)} | the baseline that keeps most | |", "|---|---|---|---|---|"]
     for result in results:
         left = {name: row["probe"][-1] for name, row in result["models"].items()}
         best = min((name for name in BASELINES if name in left), key=left.__getitem__)
-        cells = [f"{left[name]:.3f}" if name in left else "never" for name in ours]
+        cells = [f"{left[name]:.3f}" if name in left else "never" for name in own]
         lines.append(f"| {result['concept']} | {' | '.join(cells)} | {best} | {left[best]:.3f} |")
     return "\n".join(lines)
 
@@ -140,7 +141,7 @@ def main() -> None:
     parser.add_argument("--learning-rate", type=float, default=1e-5)
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--target", type=float, default=0.1, help="share of the mass that every edit leaves")
-    parser.add_argument("--deeper", type=float, default=0.01, help="share that ours with embeddings leaves beside it")
+    parser.add_argument("--deeper", type=float, default=0.01, help="share that the lasting edit leaves too")
     parser.add_argument("--output", type=Path, required=True, help="path without its ending")
     arguments = parser.parse_args()
     training = Training(epochs=arguments.epochs, learning_rate=arguments.learning_rate)

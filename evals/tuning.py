@@ -16,21 +16,19 @@ from typing import Any
 
 import torch
 
-from rotate_edit.models.demo.world import concepts
-from rotate_edit.recipe import parse_recipe
-from rotate_edit.search.tune import search
+from rotate_edit import demo_concepts, parse_recipe, tune
 
 CHOSEN = "dogs,ships,music,horses,birds,trees"
 
 
 def tuned(name: str, trials: int, method: str) -> dict[str, Any]:
     """One concept's search under the package's defaults; what it chose and how long it took."""
-    concept = {"name": name, "words": list(concepts()[name].words), "plurals": True}
+    concept = {"name": name, "words": list(demo_concepts()[name].words), "plurals": True}
     content = {"model": "demo", "concepts": [concept], "edit": {"method": method}, "evaluate": {"items": "demo"}}
     recipe = parse_recipe(content)
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
-        record = search(recipe, Path(folder) / "tune", trials=trials)
+        record = tune(recipe, Path(folder) / "tune", trials=trials)
     chosen = record["trials"][record["front"][record["chosen"]]]
     seconds = [trial["seconds"] for trial in record["trials"]]
     return {

@@ -52,22 +52,29 @@ def test_no_room_is_seen_before_anything_is_written(base: Checkpoint, edit: Edit
     assert list(small_disk.iterdir()) == []
 
 
+def plenty(patch: pytest.MonkeyPatch) -> None:
+    """Say that every disk has room, as one does that only fills up later."""
+    known = shutil.disk_usage("/")
+    patch.setattr(shutil, "disk_usage", lambda path: known._replace(free=1 << 40))
+
+
 def test_a_disk_that_fills_up_on_the_way(
     base: Checkpoint, edit: Edit, small_disk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_checkpoint(base, edit, tmp_path / "out", edit_folder=tmp_path / "edit")
-    monkeypatch.setattr("rotate_edit.edits.writing.patch.check_free_space", lambda output, needed: None)
-    monkeypatch.setattr("rotate_edit.edits.writing.patch.check_cost", lambda cost, output: None)
     (small_disk / "ballast").write_bytes(b"0" * (SMALL_DISK - 60_000))
     before = {file.name: file.read_bytes() for file in base.folder.iterdir()}
-    with pytest.raises(Failure, match="No space left"):
-        write_checkpoint(base, edit, small_disk / "out")
-    with pytest.raises(Failure, match="No space left"):
+    with monkeypatch.context() as patch:
+        plenty(patch)
+        with pytest.raises(Failure, match="No space left"):
+            write_checkpoint(base, edit, small_disk / "out")
+    with monkeypatch.context() as patch, pytest.raises(Failure, match="No space left"):
+        plenty(patch)
         revert(open_checkpoint(tmp_path / "out"), tmp_path / "edit", small_disk / "back")
     (small_disk / "more").write_bytes(b"0" * 50_000)
     with pytest.raises(BadInput, match="GB free"):
         write_adapter(base, edit, small_disk / "adapter")
-    monkeypatch.setattr("rotate_edit.edits.writing.adapter.check_free_space", lambda output, needed: None)
+    plenty(monkeypatch)
     with pytest.raises(Failure, match="No space left"):
         write_adapter(base, edit, small_disk / "adapter")
     with pytest.raises(Failure, match="No space left"):

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,32 +11,45 @@ import torch
 import transformers
 
 from rotate_edit import pipeline
-from rotate_edit import session as opened
+from rotate_edit import session as sessions
 from rotate_edit.errors import BadInput
-from rotate_edit.estimate import recipe_cost, tokens_read
+from rotate_edit.estimate import job_cost
+from rotate_edit.estimate import tokens_read as tokens_of
 from rotate_edit.evaluation.tasks import open_items
-from rotate_edit.models.checkpoint import open_checkpoint
+from rotate_edit.machine import Cost
+from rotate_edit.models.checkpoint import Checkpoint, open_checkpoint
 from rotate_edit.recipe import Recipe, find_recipe, parse_recipe, read_recipe
 
 ITEMS = open_items("demo")
 
 
 def recipe(**changes: Any) -> Recipe:
-    concept = {"name": "dogs", "words": ["dog"], "strength": changes.pop("strength", "auto")}
+    goal = {key: changes.pop(key) for key in ("strength", "budget", "odds") if key in changes}
+    concept = {"name": "dogs", "words": ["dog"], **goal}
     return parse_recipe({"model": "demo", "concepts": [concept], "evaluate": {"items": "demo"}} | changes)
+
+
+def tokens_read(wanted: Recipe, items: Any, **settings: Any) -> dict[str, int]:
+    return tokens_of(sessions.job_of(wanted, open_checkpoint("demo")), items, **settings)
+
+
+def recipe_cost(wanted: Recipe, checkpoint: Checkpoint, items: Any, **settings: Any) -> Cost:
+    return job_cost(sessions.job_of(wanted, checkpoint), checkpoint, items, **settings)
 
 
 def test_steps_are_counted_from_the_settings() -> None:
     steps = tokens_read(recipe(), ITEMS)
     located = {"edit": {"method": "channel-located"}}
     assert {name for name, count in steps.items() if not count} == {"groups"}
-    assert steps["keys"] == 2 * 48_000
+    assert steps["self-generated text"] == 2 * 48_000
     assert tokens_read(recipe(strength=2), ITEMS) == steps | {"strengths": 0}
-    # A located edit tries groups; beside it channel-keyed still reads what the model writes.
+    # A budget and odds are measured on texts without the concept, what remains on texts with it.
+    assert tokens_read(recipe(budget=0.02), ITEMS)["strengths"] == tokens_read(recipe(odds=5), ITEMS)["strengths"] > 0
+    # A located edit tries groups; beside it rank-one-channels still reads what the model writes.
     grouped = tokens_read(recipe(**located), ITEMS)
     assert grouped["groups"] > 0
     assert tokens_read(recipe(**located, locate={"group_distance": 2.0}), ITEMS) == grouped | {"groups": 0}
-    assert tokens_read(recipe(**located), ITEMS, measured=False)["keys"] == 0
+    assert tokens_read(recipe(**located), ITEMS, measured=False)["self-generated text"] == 0
     alone = tokens_read(recipe(evaluate={"items": "demo", "controls": []}), ITEMS)
     # Nine methods at six strengths and the base, against one method.
     assert steps["curves"] / alone["curves"] == pytest.approx(55 / 7)
@@ -50,13 +64,17 @@ def test_costs_follow_the_recipe() -> None:
     whole = recipe_cost(recipe(), demo, ITEMS)
     edit = recipe_cost(recipe(), demo, ITEMS, measured=False)
     assert edit.operations < whole.operations
-    assert edit.disk == whole.disk > demo.size
+    # Channels are searched for the controls alone, and then kept; a method that needs them keeps them either way.
+    assert whole.disk > edit.disk > demo.size
+    located = {"method": "channel-located"}
+    assert recipe_cost(recipe(edit=located), demo, ITEMS, measured=False).disk == whole.disk
+    assert recipe_cost(recipe(evaluate={"items": "demo", "controls": []}), demo, ITEMS).disk == edit.disk
     unsaved = recipe_cost(recipe(save={"checkpoint": False}), demo, ITEMS)
     assert unsaved.disk < whole.disk - demo.size
     # A fit's memory would hide that of the search.
-    keyed = {"method": "keyed"}
-    few = recipe_cost(recipe(edit=keyed), demo, ITEMS)
-    more = recipe_cost(recipe(edit=keyed, locate={"candidates": 600}), demo, ITEMS)
+    rank_one = {"method": "rank-one"}
+    few = recipe_cost(recipe(edit=rank_one), demo, ITEMS)
+    more = recipe_cost(recipe(edit=rank_one, locate={"candidates": 600}), demo, ITEMS)
     assert more.operations > few.operations
     assert more.memory > few.memory
     two = parse_recipe(recipe().model_dump() | {"concepts": [{"name": n, "words": [n]} for n in ("dog", "cat")]})
@@ -67,31 +85,7 @@ def test_costs_follow_the_recipe() -> None:
     assert on_gpu.gpu_memory > 2 * demo.size > whole.gpu_memory == 0
 
 
-def test_a_run_that_does_not_fit_is_refused_before_anything_is_read(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    # What the process holds counts as part of the job; a process that has run other tests may hold all of it.
-    monkeypatch.setattr("rotate_edit.machine.held_memory", lambda: 0)
-    monkeypatch.setattr("rotate_edit.machine.available_memory", lambda: 1_000_000)
-    for call in (pipeline.run, pipeline.edit_only):
-        with pytest.raises(BadInput, match="GB of memory"):
-            call(recipe(), tmp_path / "run")
-    monkeypatch.undo()
-    monkeypatch.setattr("rotate_edit.files.free_space", lambda output: 1000)
-    with pytest.raises(BadInput, match="GB free"):
-        pipeline.run(recipe(), tmp_path / "run")
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_an_estimate_opens_no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rotate_edit.models.checkpoint.read_tensor", None)
-    monkeypatch.setattr("rotate_edit.models.checkpoint.read_place", None)
-    cost, device = opened.estimate(recipe())
-    assert cost.operations > 0
-    assert device in ("cpu", "cuda", "mps")
-
-
-SIZES = (
+KEYS = (
     "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size",
 )  # fmt: skip
 LARGE = {
@@ -119,18 +113,40 @@ def hollow(folder: Path, config: Any) -> Path:
     return folder
 
 
+def enormous(folder: Path) -> Path:
+    """A checkpoint of terabytes, which no machine can hold in memory."""
+    sizes = dict(zip(KEYS, (131072, 524288, 4, 8, 8, 1024)))
+    return hollow(folder, transformers.LlamaConfig(**sizes, tie_word_embeddings=True))
+
+
+def test_a_run_that_does_not_fit_is_refused_before_anything_is_read(tmp_path: Path) -> None:
+    large = str(enormous(tmp_path / "model"))
+    # Nothing but numbers is written, so that the disk suffices.
+    for call in (pipeline.run, pipeline.edit_only):
+        with pytest.raises(BadInput, match="GB of memory"):
+            call(recipe(model=large, save={"checkpoint": False}), tmp_path / "run")
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_run_that_the_disk_cannot_hold_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    free = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: free._replace(free=1000))
+    with pytest.raises(BadInput, match="GB free"):
+        pipeline.run(recipe(), tmp_path / "run")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_estimate_opens_no_weights(tmp_path: Path) -> None:
+    # The weights of this checkpoint are a hole of terabytes: whoever reads one of its matrices runs out of memory.
+    cost, device = sessions.estimate(recipe(model=str(enormous(tmp_path / "model"))))
+    assert cost.operations > 0
+    assert device in ("cpu", "cuda", "mps")
+
+
 @pytest.mark.parametrize("name", LARGE)
 def test_the_recipes_of_large_models_name_a_gpu_that_they_fit_on(name: str, tmp_path: Path) -> None:
     kind, sizes, more = LARGE[name]
-    keys = [
-        "hidden_size",
-        "intermediate_size",
-        "num_hidden_layers",
-        "num_attention_heads",
-        "num_key_value_heads",
-        "vocab_size",
-    ]
-    config = getattr(transformers, kind)(**dict(zip(keys, sizes)), **more)
+    config = getattr(transformers, kind)(**dict(zip(KEYS, sizes)), **more)
     checkpoint = open_checkpoint(hollow(tmp_path / "model", config))
     says = re.search(r"one GPU with (\d+) GB", find_recipe(f"{name}.yaml").read_text(encoding="utf-8"))
     assert says is not None

@@ -129,15 +129,13 @@ def test_the_weakest_strength_that_raises_enough() -> None:
 
 
 @pytest.mark.usefixtures("evals")
-def test_what_limits_an_edit_is_measured_at_the_target(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_limits_an_edit_is_measured_at_the_target() -> None:
     import limits
-
-    monkeypatch.setattr("rotate_edit.edits.low_rank.STEPS", 3)
 
     generator = torch.Generator().manual_seed(0)
     positions, neurons, width, vocabulary = 400, 24, 12, 60
     head = limits.Head(torch.ones(width), torch.randn(vocabulary, width, generator=generator), 1e-6)
-    places = limits.LayerActivations(
+    places = limits.LastLayerTexts(
         torch.randn(positions, neurons, generator=generator),
         torch.randn(positions, width, generator=generator),
         torch.randint(vocabulary, (positions,), generator=generator),
@@ -147,32 +145,33 @@ def test_what_limits_an_edit_is_measured_at_the_target(monkeypatch: pytest.Monke
     metric = limits._inverse(rows.T @ rows / vocabulary, 0.3, None)
     mean = rows[ids].mean(0)
     direction = metric @ mean / (mean @ metric @ mean)
-    tail = limits.OutputHead(
+    output_head = limits.OutputHead(
         None, lambda residual: residual / head.size(residual)[:, None], lambda normed: normed @ head.unembedding.T, 1.0
     )
-    wanted = limits.Wanted(ids, limits.TARGET, near, None)
-    found = limits.variants(head, tail, places, places, wanted, direction, metric)
+    aim = limits.FitAim(ids, limits.TARGET, near, None)
+    own = limits.Positions(places.neurons, places.residual, torch.zeros_like(places.residual))
+    found = limits.variants(head, output_head, own, own, aim, direction, metric, steps=3)
     assert len(found) == 7
     texts = dict.fromkeys(("concept", "others", "near"), places)
-    told = {name: limits.at_target(variant, head, texts, ids, near) for name, variant in found.items()}
-    # A key that is told and logits that are lowered work at any place; a key that must be read off noise need not.
-    assert 0 < told[limits.FLOOR]["kl"] < told["our direction, a key that is told the concept's probability"]["kl"]
+    given = {name: limits.at_target(variant, head, texts, ids, near) for name, variant in found.items()}
+    # A key that is given and logits that are lowered work at any place; a key that must be read off noise need not.
+    assert 0 < given[limits.FLOOR]["kl"] < given[limits.GIVEN]["kl"]
     row = {"kl": 1.0, "perplexity": 0.02, "near": 0.95}
     lines = limits.table([{"rows": {limits.OURS: row, "other": row | {"kl": 0.5}}}] * 2).splitlines()
     assert lines[-1] == "| other | 2 | 0.50 | +2.00% | 0 | 2 |"
 
 
 @pytest.mark.usefixtures("evals")
-def test_words_that_an_edit_was_not_told_are_those_of_the_other_half() -> None:
+def test_words_that_an_edit_was_not_given_are_those_of_the_other_half() -> None:
     import material as texts
-    from unseen_words import METHODS, table, told
+    from unseen_words import METHODS, recipe_of, table
 
     (material,) = texts.demo_materials(["dogs"])
-    halves = [told("demo", material, material.words[half::2]).concepts[0].words for half in (0, 1)]
+    halves = [recipe_of("demo", material, material.words[half::2]).concepts[0].words for half in (0, 1)]
     assert sorted(halves[0] + halves[1]) == sorted(material.words)
     rows = [{"method": name, "left": 0.5, "kl": 0.01} for name in METHODS]
     rows += [row | {"left": None, "kl": None} for row in rows]
-    assert table(rows).splitlines()[2] == "| fitted | 1 of 2 | 0.10 | 0.50 | 0.01000 |"
+    assert table(rows).splitlines()[2] == "| silence-words | 1 of 2 | 0.10 | 0.50 | 0.01000 |"
 
 
 @pytest.mark.usefixtures("evals")

@@ -3,20 +3,20 @@
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
+from demo_session import session_of, words_of
 from places import SHARED
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from rotate_edit import load_edit, load_model, open_checkpoint, pipeline, verify
+from rotate_edit import applied, load_edit, open_checkpoint, pipeline, verify
 from rotate_edit.channels.channel_set import load_channels
-from rotate_edit.edits.build import edits_of
+from rotate_edit.edits.methods import make_method
 from rotate_edit.edits.writing.patch import revert
 from rotate_edit.errors import BadInput, Failure
 from rotate_edit.evaluation import measures
@@ -28,22 +28,16 @@ from rotate_edit.recipe import Recipe, parse_recipe
 
 
 def recipe(**changes: Any) -> Recipe:
-    dogs = {
-        "name": "dogs",
-        "words": list(concepts()["dogs"].words),
-        "plurals": True,
-        "strength": 6.5,
-        "neighbours": ["cats"],
-    }
+    dogs = words_of("dogs", strength=6.5, neighbours=["cats"])
     small = {
         "model": "demo",
         "concepts": [dogs | changes.pop("concept", {})],
         "locate": {"group_distance": 2.0},
         "decompose": {"channels": 1},
-        "edit": {"key_tokens": 6000},
+        "edit": {"self_text": 6000},
         "evaluate": {
             "items": "demo",
-            "controls": ["direction-everywhere", "random-neurons"],
+            "controls": ["direction-everywhere", "random-neurons", "channel-located"],
             "strengths": [2, 8],
             "tokens": 1000,
         },
@@ -96,8 +90,13 @@ def test_sampled_text_says_how_often_the_concept_leaks(result: dict[str, Any]) -
 
 
 def test_every_control_is_on_the_curve(result: dict[str, Any]) -> None:
-    assert set(result["curves"]["dogs"]) == {"fitted", "direction-everywhere", "random-neurons"}
-    strengths = [point["strength"] for point in result["curves"]["dogs"]["fitted"]]
+    assert set(result["curves"]["dogs"]) == {
+        "silence-words",
+        "direction-everywhere",
+        "random-neurons",
+        "channel-located",
+    }
+    strengths = [point["strength"] for point in result["curves"]["dogs"]["silence-words"]]
     assert strengths == [2, 6.5, 8]
 
 
@@ -129,13 +128,13 @@ def test_live_edit_patched_checkpoint_and_adapter_are_one_model(folder: Path) ->
     patched = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.bfloat16)
     edit = load_edit(folder / "edit")
     before = {name: value.clone() for name, value in base.state_dict().items()}
-    with edit.applied(base):
+    with applied(base, edit):
         for name, value in base.state_dict().items():
             assert torch.equal(value, patched.state_dict()[name]), name
     assert all(torch.equal(value, before[name]) for name, value in base.state_dict().items())
     ids = torch.tensor([[1, 300, 400, 500, 600]])
     exact = AutoModelForCausalLM.from_pretrained(demo_model_folder(), dtype=torch.float64)
-    with torch.no_grad(), edit.applied(exact):
+    with torch.no_grad(), applied(exact, edit):
         live = exact(ids).logits
     adapted = PeftModel.from_pretrained(exact, folder / "adapter").double()
     with torch.no_grad():
@@ -153,79 +152,90 @@ def test_revert_gives_the_base_back_bit_for_bit(folder: Path, tmp_path: Path) ->
 def test_amplifying_raises_the_concept_alike_after_every_opening() -> None:
     wanted = recipe(concept={"strength": -1.5})
     assert wanted.edit.method == "token-logits"
-    opened = pipeline.open_recipe(wanted)
-    assert opened.items is not None
-    model, size = load_model(opened.checkpoint), opened.checkpoint.vocabulary_size
-    free = [row["text"] for row in opened.items.texts["test"] if "dogs" not in (row["concept"], *row["contains"])]
+    session = session_of(wanted)
+    assert session.items is not None
+    model, size = session.model, session.checkpoint.vocabulary_size
+    free = [row["text"] for row in session.items.texts["test"] if "dogs" not in (row["concept"], *row["contains"])]
     openings = [" ".join(text.split()[:8]) for text in free[:300]]
-    asked = batches.tokenise(opened.tokenizer, openings, vocabulary_size=size)
-    others = batches.tokenise(opened.tokenizer, free[300:], vocabulary_size=size, token_limit=4000)
+    asked = batches.tokenise(session.tokenizer, openings, vocabulary_size=size)
+    others = batches.tokenise(session.tokenizer, free[300:], vocabulary_size=size, token_limit=4000)
 
     def measured() -> tuple[torch.Tensor, float]:
-        chances = measures.last_position(model, asked)[:, opened.tokens[0].ids].exp().sum(dim=1)
+        chances = measures.last_position(model, asked)[:, session.tokens[0].ids].exp().sum(dim=1)
         sums, counts = measures.log_likelihood_by_text(model, others)
         return torch.logit(chances.double()), float(sums.sum() / counts.sum())
 
     before, likelihood = measured()
-    edit = edits_of(opened, pipeline.locate(opened), ["token-logits"])["token-logits"]
-    assert [(change.matrix, len(change.rows)) for change in edit.changes] == [("embedding", len(opened.tokens[0].ids))]
-    with edit.applied(model):
+    edit = session.edit()
+    assert {change.strength for change in edit.changes} == {-1.5}
+    assert [(change.matrix, len(change.rows)) for change in edit.changes] == [("embedding", len(session.tokens[0].ids))]
+    with applied(model, edit):
         after, louder = measured()
     raised = after - before
     assert 1.3 < float(raised.median()) < 1.7
     assert likelihood - louder < 0.01
 
 
-def test_a_keyed_edit_changes_the_last_layer_and_repeats() -> None:
-    opened = pipeline.open_recipe(recipe(edit={"method": "keyed", "key_tokens": 6000}))
-    found = pipeline.locate(opened)
-    edit = edits_of(opened, found, ["keyed"])["keyed"]
-    assert [(change.matrix, change.layer) for change in edit.changes] == [("out", opened.checkpoint.layers - 1)]
-    assert len(edit.changes[0].rows) == opened.checkpoint.neurons
-    again = edits_of(opened, found, ["keyed"])["keyed"]
+def test_a_rank_one_edit_changes_the_last_layer_and_repeats() -> None:
+    session = session_of(recipe(edit={"method": "rank-one", "self_text": 6000}))
+    groups = session.locate()
+    edit = session.build([session.method], groups)["rank-one"]
+    assert [(change.matrix, change.layer) for change in edit.changes] == [("out", session.checkpoint.layers - 1)]
+    assert len(edit.changes[0].rows) == session.checkpoint.neurons
+    # Nothing that was kept is taken again.
+    again = session.build([session.method], groups, {})["rank-one"]
     assert torch.equal(edit.changes[0].delta(), again.changes[0].delta())
-    settings = opened.recipe.edit.model_copy(update={"direction": "least-divergence"})
-    least = replace(opened, recipe=opened.recipe.model_copy(update={"edit": settings}))
-    (other,) = edits_of(least, found, ["keyed"])["keyed"].changes
+    least = session.with_settings({"edit.direction": "least-divergence"})
+    (other,) = least.build([least.method], groups)["rank-one"].changes
     assert torch.equal(other.left, edit.changes[0].left)
     assert 0.3 < float(torch.cosine_similarity(other.right, edit.changes[0].right)) < 0.999
 
 
-def test_a_fitted_edit_changes_the_last_layer_once_a_concept_and_repeats(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rotate_edit.edits.low_rank.STEPS", 3)
-    settings = {"method": "fitted", "fit_rank": 4, "key_tokens": 2000}
-    opened = pipeline.open_recipe(recipe(locate={"group_distance": 0.5, "candidates": 20}, edit=settings))
-    found = pipeline.locate(opened)
-    assert len(found) > 1
-    edit = edits_of(opened, found, ["fitted"])["fitted"]
+def test_silence_words_changes_the_last_layer_once_a_concept_and_repeats() -> None:
+    settings = {"self_text": 2000, "settings": {"rank": 4, "steps": 3}}
+    session = session_of(recipe(locate={"group_distance": 0.5, "candidates": 20}, edit=settings))
+    groups = session.locate()
+    assert len(groups) > 1
+    edit = session.described(session.build([session.method], groups)["silence-words"], groups)
     (change,) = edit.changes
-    assert (change.matrix, change.layer) == ("out", opened.checkpoint.layers - 1)
-    assert len(change.rows) == len(edit.vectors) == opened.checkpoint.neurons
-    assert change.right.shape == (4, opened.checkpoint.hidden_size)
-    (again,) = edits_of(opened, found, ["fitted"])["fitted"].changes
+    assert (change.matrix, change.layer) == ("out", session.checkpoint.layers - 1)
+    assert len(change.rows) == len(edit.vectors) == session.checkpoint.neurons
+    assert change.right.shape == (4, session.checkpoint.hidden_size)
+    (again,) = session.build([session.method], groups, {})["silence-words"].changes
     assert torch.equal(change.delta(), again.delta())
 
 
-def test_a_fit_needs_the_last_layer() -> None:
-    opened = pipeline.open_recipe(recipe(locate={"layers": [1, 2], "candidates": 20}, edit={"method": "fitted"}))
-    with pytest.raises(BadInput, match=r"locate\.layers: the method fitted rewrites the last layer"):
-        edits_of(opened, pipeline.locate(opened), ["fitted"])
+def test_silence_words_needs_the_last_layer() -> None:
+    session = session_of(recipe(locate={"layers": [1, 2], "candidates": 20}, edit={"method": "silence-words"}))
+    with pytest.raises(BadInput, match=r"locate\.layers: the method silence-words rewrites the last layer"):
+        session.build([session.method], session.locate())
 
 
 def test_groups_are_edited_together_and_the_whole_concept_is_covered() -> None:
-    opened = pipeline.open_recipe(
-        recipe(locate={"group_distance": 0.5, "candidates": 60}, edit={"method": "keyed", "key_tokens": 6000})
+    session = session_of(
+        recipe(locate={"group_distance": 0.5, "candidates": 60}, edit={"method": "rank-one", "self_text": 2000})
     )
-    found = pipeline.locate(opened)
-    together = torch.cat([located.ids for located in found]).sort().values
-    assert len(found) > 3
-    assert torch.equal(together, opened.tokens[0].ids)
-    methods = ["keyed", "channel-located", "direction-everywhere", "zero-neurons"]
-    edits = edits_of(opened, found, methods)
+    methods = [make_method(name) for name in ("rank-one", "channel-located", "direction-everywhere", "zero-neurons")]
+    groups = session.locate(methods)
+    together = torch.cat([group.ids for group in groups]).sort().values
+    assert len(groups) > 3
+    assert torch.equal(together, session.tokens[0].ids)
+    edits = session.build(methods, groups)
     layers = [change.layer for change in edits["direction-everywhere"].changes]
     assert layers == sorted(set(layers))
     zeroed = [(change.layer, int(row)) for change in edits["zero-neurons"].changes for row in change.rows]
     assert len(zeroed) == len(set(zeroed))
+
+
+def test_without_channels_nothing_is_searched_and_no_channels_are_written(tmp_path: Path) -> None:
+    reported: list[str] = []
+    wanted = recipe(edit={"method": "rank-one", "self_text": 2000})
+    edit, _ = pipeline.edit_only(
+        wanted, tmp_path / "out", checkpoint=False, report=lambda step, done, total: reported.append(step)
+    )
+    assert [(change.matrix, change.strength) for change in edit.changes] == [("out", 6.5)]
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"recipe.yaml", "edit"}
+    assert reported == []
 
 
 def test_nothing_located_is_a_failure_with_a_report_and_no_checkpoint(tmp_path: Path) -> None:
@@ -286,7 +296,7 @@ def test_real_checkpoints_run_with_plain_text(tmp_path: Path, name: str) -> None
             "concepts": [{"name": "things", "words": ["dog", "tree", "ball"], "strength": 1.0}],
             "decompose": {"channels": 1, "words_only": False},
             "select": {"top": 5, "share": 0.2, "support": 0.5},
-            "edit": {"key_tokens": 2000},
+            "edit": {"self_text": 2000},
             "evaluate": {
                 "text": str(SHARED / "corpora" / "tinystories_1000.json"),
                 "controls": ["direction-everywhere"],
@@ -298,7 +308,7 @@ def test_real_checkpoints_run_with_plain_text(tmp_path: Path, name: str) -> None
     result = pipeline.run(words, tmp_path / "run")
     assert any("first token" in warning for warning in result["concepts"][0]["warnings"])
     assert (tmp_path / "run" / "model" / "model.safetensors").is_file()
-    assert result["curves"]["things"]["fitted"][0]["mass"]["value"] > 0
+    assert result["curves"]["things"]["silence-words"][0]["mass"]["value"] > 0
     # The items made from the text lie beside the numbers, in a folder that an evaluation can be given.
     items = open_items(tmp_path / "run" / "items")
     cloze = next(task for task in items.tasks if task.name == "text_cloze")

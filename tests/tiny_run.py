@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from tiny_models import random_edit, save_tiny
 
 from rotate_edit.edits.edit_file import save_edit
@@ -13,7 +12,7 @@ from rotate_edit.edits.writing.adapter import write_adapter
 from rotate_edit.edits.writing.patch import write_checkpoint
 from rotate_edit.evaluation.provenance import provenance
 from rotate_edit.models.checkpoint import open_checkpoint
-from rotate_edit.recipe import parse_recipe
+from rotate_edit.recipe import parse_recipe, recipe_text
 from rotate_edit.reporting.card import write_cards
 from rotate_edit.reporting.reproduce import write_reproduction
 
@@ -55,11 +54,11 @@ def tiny_run(folder: Path, *, result: dict[str, Any] | None = None) -> Path:
     write_adapter(base, edit, folder / "adapter")
     concept = {"name": "test", "words": ["dog", "puppy"], "strength": 1.7}
     recipe = parse_recipe({"model": str(base_folder), "concepts": [concept], "evaluate": {"items": "demo"}})
-    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe.model_dump(mode="json")))
+    (folder / "recipe.yaml").write_text(recipe_text(recipe))
     content = (result or result_of()) | {"provenance": provenance(base, 0, "cpu")}
     (folder / "evaluation.json").write_text(json.dumps(content))
     (folder / "report.md").write_text("# Report\n")
-    write_reproduction(folder, recipe, content)
+    write_reproduction(folder, recipe_text(recipe), content)
     write_cards(folder)
     (folder / "notes.txt").write_text("never published")
     return folder

@@ -10,8 +10,7 @@ from pathlib import Path
 import torch
 from measure import busy_seconds, machine, parser, show, write_figures
 
-from rotate_edit.channels.channel_set import channel_size
-from rotate_edit.channels.solver import FoundChannels, SolverSettings, find_channels
+from rotate_edit import FoundChannels, SolverSettings, channel_size, find_channels
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
 from planted import planted

@@ -5,6 +5,7 @@ python evals/benchmarks/choices.py [--planted 8192 ...] [--model FOLDER ...] [--
 Every variant replaces one piece of the shipped solver and runs on the same problems (those of `solver.py`). `worse` is
 the share of neurons whose loss lies more than 1e-3 above the shipped solver's, `better` the share below by as much.
 Later channels depend on what the earlier ones claimed, so for them the mean loss and the supported share are compared.
+Since it replaces pieces of the solver, it imports the solver's own modules, which are no part of the public API.
 """
 
 from collections.abc import Callable
@@ -19,11 +20,10 @@ from solver import WORSE, model_problem, planted_problem, share_worse
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from rotate_edit import FoundChannels, SolverSettings, find_channels, token_weights
 from rotate_edit.channels import batch, objective
 from rotate_edit.channels import great_circle as circle
 from rotate_edit.channels import solver as rotate
-from rotate_edit.channels.solver import FoundChannels, SolverSettings, find_channels
-from rotate_edit.vocabulary.tokens import token_weights
 
 PAIRS = 6
 LATER = 4

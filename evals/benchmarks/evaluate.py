@@ -1,6 +1,9 @@
 """Evaluation of a base and five variants in one process, against one load and six scoring passes on their own.
 
 python evals/benchmarks/evaluate.py [--model demo] [--items 240] [--variants 5] [--json FILE]
+
+It times the parts of an evaluation one by one, so it imports them from where they are: `evaluation.harness`,
+`evaluation.items` and `evaluation.evaluate` are no part of the public API.
 """
 
 import tempfile
@@ -12,13 +15,22 @@ from pathlib import Path
 import torch
 from measure import machine, parser, seconds, show, write_figures
 
-from rotate_edit.edits.edit import Edit, MatrixChange
+from rotate_edit import (
+    Checkpoint,
+    Edit,
+    Items,
+    MatrixChange,
+    Plan,
+    Variant,
+    load_model,
+    load_tokenizer,
+    open_checkpoint,
+    open_items,
+    read_matrix,
+)
 from rotate_edit.evaluation import harness as scoring
-from rotate_edit.evaluation.compare import Plan
-from rotate_edit.evaluation.evaluate import divide, evaluate
-from rotate_edit.evaluation.tasks import Items, open_items
-from rotate_edit.evaluation.variants import Variant
-from rotate_edit.models.checkpoint import Checkpoint, load_model, load_tokenizer, open_checkpoint, read_matrix
+from rotate_edit.evaluation.evaluate import evaluate
+from rotate_edit.evaluation.items import divide
 
 
 def slight_edit(checkpoint: Checkpoint, seed: int) -> Edit:

@@ -99,9 +99,7 @@ def write_patched(base: Path, output: Path, link: bool) -> dict:
     """Open the checkpoint, check it against the edit's base and write it patched; in a process of its own."""
     import torch
 
-    from rotate_edit.edits.edit import Edit, MatrixChange
-    from rotate_edit.edits.writing.patch import write_checkpoint
-    from rotate_edit.models.checkpoint import identity, open_checkpoint
+    from rotate_edit import Edit, MatrixChange, checkpoint_identity, open_checkpoint, write_checkpoint
 
     torch.manual_seed(0)
     checkpoint = open_checkpoint(base)
@@ -113,7 +111,7 @@ def write_patched(base: Path, output: Path, link: bool) -> dict:
         for direction in [torch.randn(1, checkpoint.hidden_size)]
     )
     names = [checkpoint.place(change.matrix, change.layer).name for change in changes]
-    edit = Edit("benchmark", changes, base=identity(checkpoint, names, full=False))
+    edit = Edit("benchmark", changes, base=checkpoint_identity(checkpoint, names, full=False))
     start = time.perf_counter()
     patch = write_checkpoint(open_checkpoint(base), edit, output, link=link)
     seconds = time.perf_counter() - start

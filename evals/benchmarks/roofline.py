@@ -4,6 +4,7 @@ python evals/benchmarks/roofline.py [--size 256] [--vocabulary 32768] [--neurons
 
 The search is timed whole, and then its products alone, replayed with the same number of rows each time; `outside_share`
 is the share of the rest: setting up, line searches, moments, gradients, describing channels and claiming tokens.
+It counts the rows of every step, so it imports `channels.batch`, which is no part of the public API.
 """
 
 import sys
@@ -14,9 +15,8 @@ from statistics import median
 import torch
 from measure import busy_seconds, machine, parser, show, write_figures
 
+from rotate_edit import SolverSettings, find_channels, token_weights
 from rotate_edit.channels import batch
-from rotate_edit.channels.solver import SolverSettings, find_channels
-from rotate_edit.vocabulary.tokens import token_weights
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
 from planted import planted

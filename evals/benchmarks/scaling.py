@@ -5,6 +5,7 @@ python evals/benchmarks/scaling.py [--repeats 3] [--quick] [--json FILE]
 One size is changed at a time, from 64 neurons, d 256, 8,192 tokens, one channel; every channel is searched, supported
 or not. `growth` is the exponent of the time between the smallest and the largest size: 1 is proportional. Workers are
 threads of the local engine, one CPU thread each, over the blocks of one list of neurons, as a whole model is done.
+That engine is imported from `channels.engines`, which is no part of the public API.
 """
 
 import sys
@@ -17,8 +18,8 @@ import torch
 from measure import machine, parser, seconds, show, side_by_side, write_figures
 from torch import Tensor
 
+from rotate_edit import FoundChannels, SolverSettings, find_channels
 from rotate_edit.channels.engines import run_threads
-from rotate_edit.channels.solver import FoundChannels, SolverSettings, find_channels
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
 from planted import planted

@@ -1,7 +1,8 @@
 """The scan of all neurons against the bare matrix product: what top tokens and moments cost beside it.
 
 The ratio is to one `torch.mm` over everything, or, where its result would be too large, to the product in the
-scan's own tiles, which is printed in any case.
+scan's own tiles, which is printed in any case. These tiles and the scan of bare vectors are imported from
+`channels.scan`, which is no part of the public API.
 
 python evals/benchmarks/scan.py [--neurons 4096] [--size 1024] [--vocabulary 32768] [--json FILE]
 """

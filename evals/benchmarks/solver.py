@@ -19,9 +19,15 @@ import torch
 from measure import busy_seconds, machine, parser, show, write_figures
 from torch import Tensor
 
-from rotate_edit.channels.solver import FoundChannels, SolverSettings, find_channels
-from rotate_edit.models.checkpoint import open_checkpoint, read_matrix, read_unembedding
-from rotate_edit.vocabulary.tokens import token_weights
+from rotate_edit import (
+    FoundChannels,
+    SolverSettings,
+    find_channels,
+    open_checkpoint,
+    read_matrix,
+    read_unembedding,
+    token_weights,
+)
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
 from planted import planted

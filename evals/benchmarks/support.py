@@ -14,14 +14,12 @@ import torch
 from measure import machine, parser, show, write_figures
 from torch import Tensor
 
-from rotate_edit.channels.objective import MOMENTS
-from rotate_edit.channels.solver import FoundChannels, SolverSettings, find_channels
-from rotate_edit.models.checkpoint import open_checkpoint, read_matrix
-from rotate_edit.vocabulary.tokens import token_weights
+from rotate_edit import FoundChannels, SolverSettings, find_channels, open_checkpoint, read_matrix, token_weights
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
 from planted import planted
 
+MOMENTS = ("weighted", "zeroed")
 THRESHOLD = SolverSettings.support_threshold
 KINDS = ("real", "injected", "chance")
 
@@ -76,7 +74,7 @@ def planted_groups(moments: str, choice) -> dict[str, dict[str, float]]:
 def model_groups(model: str, choice) -> dict[str, dict[str, float]]:
     """The support of channels of a layer's neurons and of Gaussian vectors with the same mean and covariance, under
     the vocabulary rules of `rotate-edit decompose`."""
-    from rotate_edit.vocabulary.projection import VocabularyRules, read_projections, read_vocabulary
+    from rotate_edit import VocabularyRules, read_projections, read_vocabulary
 
     checkpoint = open_checkpoint(model)
     layer = checkpoint.layers // 2 + 1

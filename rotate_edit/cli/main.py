@@ -30,7 +30,13 @@ def _run_plugin(path: Path) -> None:
 
     if not path.is_file():
         raise BadInput(f"there is no plugin file {path}.")
-    runpy.run_path(str(path), run_name=path.stem)
+    try:
+        runpy.run_path(str(path), run_name=path.stem)
+    except (BadInput, Failure):
+        raise
+    except Exception as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        raise BadInput(f"the plugin file {path} ends with an error ({reason}).") from error
 
 
 def main() -> None:

@@ -16,11 +16,20 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 MARKDOWN_SPECIAL = re.compile(r"([\\`*_{}\[\]<>()#+\-.!|~&])")
+NO_FIGURES: dict[str, Any] = {"curves": {}, "strips": {}, "forest": None}
 LINE_BREAKS = re.compile(r"\s*[\r\n\u2028\u2029]+\s*")
 
 
-def write_report(folder: Path) -> None:
-    """Write both reports of a run folder. Raises BadInput when the folder is not a run folder."""
+def write_report(folder: Path, *, drawn: bool = True) -> None:
+    """Write both reports of a run folder.
+
+    Args:
+        folder: The run folder.
+        drawn: Whether the page has its figures, which take most of the time.
+
+    Raises:
+        BadInput: The folder is not a run folder.
+    """
     try:
         result = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
         recipe = (folder / "recipe.yaml").read_text(encoding="utf-8")
@@ -30,7 +39,7 @@ def write_report(folder: Path) -> None:
 
     try:
         content = _content(folder, result, without_home(recipe))
-        page = _render("report.html.j2", content | _figures(result), escape=True)
+        page = _render("report.html.j2", content | (_figures(result) if drawn else NO_FIGURES), escape=True)
         text = _render("report.md.j2", content, escape=False)
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError, TemplateError) as error:
         raise BadInput(

@@ -20,7 +20,7 @@ from rotate_edit.channels.channel_set import (
     load_channels,
     open_channels,
     save_channels,
-    search,
+    search_channels,
     write_channel_set,
 )
 from rotate_edit.errors import BadInput
@@ -85,7 +85,7 @@ def test_a_set_is_read_back_as_it_was_written(tmp_path: Path, vectors: str | Non
 def test_an_empty_set_is_a_set(tmp_path: Path) -> None:
     save_channels([], tmp_path / "none", base={}, settings={})
     assert load_channels(tmp_path / "none") == []
-    assert search(tmp_path / "none", token="dog") == []
+    assert search_channels(tmp_path / "none", token="dog") == []
 
 
 def test_the_same_channels_give_the_same_bytes(tmp_path: Path) -> None:
@@ -109,25 +109,25 @@ def test_others_open_the_files(folder: Path, tmp_path: Path) -> None:
 
 
 def test_search_by_token_neuron_and_figures(folder: Path) -> None:
-    dogs = search(folder, token="DOG ")
+    dogs = search_channels(folder, token="DOG ")
     assert [one.support for one in dogs] == sorted((one.support for one in dogs), reverse=True)
     assert {" dog", " Dog"} & set(dogs[0].tokens)
     assert len(dogs) == 8
-    assert len(search(folder, token="dog", substring=True)) == 11
-    assert search(folder, token="do") == []
-    assert [one.claimed for one in search(folder, token="SS")] == [18, 17, 8, 7]
-    assert len(search(folder, token="dog", limit=3)) == 3
-    assert search(folder, token="dog", limit=1)[0].support == max(one.support for one in dogs)
-    found = search(folder, neuron="L2.N1", vectors=True)
+    assert len(search_channels(folder, token="dog", substring=True)) == 11
+    assert search_channels(folder, token="do") == []
+    assert [one.claimed for one in search_channels(folder, token="SS")] == [18, 17, 8, 7]
+    assert len(search_channels(folder, token="dog", limit=3)) == 3
+    assert search_channels(folder, token="dog", limit=1)[0].support == max(one.support for one in dogs)
+    found = search_channels(folder, neuron="L2.N1", vectors=True)
     assert [(one.layer, one.neuron, one.index) for one in found] == [(2, 1, 0), (2, 1, 1)]
     assert torch.equal(found[0].vector, channel(14).vector)
-    assert search(folder, neuron="L2.E0.N1") == []
-    assert [one.kurtosis for one in search(folder, min_kurtosis=22)] == [22, 23]
-    assert len(search(folder, min_support=5.0, limit=None)) == 4
-    assert len(search(folder, limit=5)) == 5
-    assert search(folder, matrix="gate") == []
+    assert search_channels(folder, neuron="L2.E0.N1") == []
+    assert [one.kurtosis for one in search_channels(folder, min_kurtosis=22)] == [22, 23]
+    assert len(search_channels(folder, min_support=5.0, limit=None)) == 4
+    assert len(search_channels(folder, limit=5)) == 5
+    assert search_channels(folder, matrix="gate") == []
     with pytest.raises(BadInput, match="address"):
-        search(folder, neuron="layer 3")
+        search_channels(folder, neuron="layer 3")
 
 
 @settings(max_examples=25, deadline=None)
@@ -151,14 +151,12 @@ def test_search_agrees_with_filtering_in_memory(
         one for one in channels if one.tokens[0].strip().casefold() == token.casefold() and one.support >= least
     ]
     expected.sort(key=lambda one: -one.support)
-    found = search(folder, token=token, min_support=least, limit=limit)
+    found = search_channels(folder, token=token, min_support=least, limit=limit)
     assert [one.name for one in found] == [one.name for one in expected[:limit]]
 
 
-def test_many_row_groups_are_searched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_many_row_groups_are_searched(tmp_path: Path) -> None:
     import pyarrow.parquet
-
-    monkeypatch.setattr("rotate_edit.channels.channel_set.ROW_GROUP", 150)
 
     table = pyarrow.Table.from_pylist(
         [
@@ -168,10 +166,12 @@ def test_many_row_groups_are_searched(tmp_path: Path, monkeypatch: pytest.Monkey
         schema=channel_schema(),
     )
     batches = [(table.slice(first, 100), torch.full((100, 4), float(first))) for first in (0, 100, 200)]
-    written = write_channel_set(batches, tmp_path / "set", base={}, settings={}, hidden_size=4, vectors="bfloat16")
+    written = write_channel_set(
+        batches, tmp_path / "set", base={}, settings={}, hidden_size=4, vectors="bfloat16", row_group=150
+    )
     assert written.channels == 300
     assert pyarrow.parquet.read_metadata(tmp_path / "set" / TABLE).num_row_groups == 3
-    found = search(tmp_path / "set", min_kurtosis=250, vectors=True, limit=None)
+    found = search_channels(tmp_path / "set", min_kurtosis=250, vectors=True, limit=None)
     assert len(found) == 50
     assert all(torch.equal(one.vector, torch.full((4,), 200.0)) for one in found)
 
@@ -284,7 +284,7 @@ def test_a_forged_table_is_refused(folder: Path, columns: dict[str, object]) -> 
     rewritten(folder, **columns)
     with pytest.raises(BadInput):
         load_channels(folder)
-    search(folder, token="dog", limit=0)
+    search_channels(folder, token="dog", limit=0)
 
 
 def test_an_existing_output_and_missing_vectors_are_refused(folder: Path, tmp_path: Path) -> None:

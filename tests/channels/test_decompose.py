@@ -11,7 +11,6 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -27,17 +26,12 @@ from rotate_edit.models.architectures import Neuron
 from rotate_edit.models.checkpoint import (
     Checkpoint,
     open_checkpoint,
-    read_embedding,
     read_matrix,
-    read_norm,
     read_unembedding,
 )
 from rotate_edit.vocabulary.projection import (
-    Projections,
     Vocabulary,
     VocabularyRules,
-    mask_from_json,
-    mask_to_json,
     read_projections,
     read_vocabulary,
 )
@@ -112,7 +106,7 @@ def test_a_model_becomes_one_channel_set_that_agrees_with_the_solver(checkpoint:
             assert one.loss == pytest.approx(float(found.loss[row, one.index]), abs=1e-5)
             assert one.vector.norm() == pytest.approx(float(vectors[row].norm()), rel=1e-5)
     assert not {index for one in channels for index in one.token_ids} & set(range(5))
-    assert search(tmp_path / "atlas", token=channels[40].tokens[0], limit=None)
+    assert search_channels(tmp_path / "atlas", token=channels[40].tokens[0], limit=None)
 
 
 def test_the_same_job_gives_the_same_bytes_whatever_runs_at_once(checkpoint: Checkpoint, tmp_path: Path) -> None:
@@ -249,33 +243,6 @@ def test_a_tilt_asks_for_its_own_direction(checkpoint: Checkpoint) -> None:
     assert tilted[0].loss <= plain[0].loss + 1e-6
 
 
-def test_projections_follow_the_rules(tmp_path: Path) -> None:
-    checkpoint = open_checkpoint(write_checkpoint(tmp_path / "untied", tied=False))
-    embedding, unembedding = read_embedding(checkpoint), read_unembedding(checkpoint)
-
-    def projected(**rules: Any) -> Projections:
-        return read_projections(checkpoint, vocabulary(replace(RULES, **rules)))
-
-    # The neurons of this checkpoint are made of embedding rows, and that is what is found in the weights.
-    for rule in ("embedding", "auto"):
-        assert torch.equal(projected(projection=rule, remove_frequency=False).of(0, "out")[0], embedding)
-    assert projected(projection=1).names == ("embedding", "unembedding")
-    chosen = projected(projection="unembedding")
-    ignored = vocabulary().ignored
-    table, weights = chosen.of(1, "gate")
-    assert torch.equal(table, unembedding)
-    assert torch.equal(weights, token_weights(unembedding, ignored=ignored))
-    folded = projected(projection="unembedding", fold_norm=True, centred=True)
-    gain = read_norm(checkpoint, ("mlp", 1))
-    assert gain is not None
-    table, weights = folded.of(1, "in")
-    assert torch.allclose(table, unembedding * gain - (unembedding * gain).mean(0), atol=1e-5)
-    assert torch.equal(weights == 0, ignored)
-    for rule in ("both", 3, -1):
-        with pytest.raises(BadInput, match="projection"):
-            projected(projection=rule)
-
-
 def test_a_job_says_which_tables_auto_stands_for(tmp_path: Path) -> None:
     checkpoint = open_checkpoint(write_checkpoint(tmp_path / "untied", tied=False))
     job = make_job(
@@ -321,22 +288,12 @@ def test_every_expert_is_decomposed(tmp_path: Path) -> None:
         for neuron in range(checkpoint.neurons)
     ]
     assert experts > 1
-    found = search(tmp_path / "atlas", neuron="L1.E1.N7", vectors=True)[0]
+    found = search_channels(tmp_path / "atlas", neuron="L1.E1.N7", vectors=True)[0]
     assert found.vector is not None
     assert found.vector.norm() == pytest.approx(float(read_matrix(checkpoint, 1, "out", 1)[7].norm()), rel=1e-5)
     assert decompose_neurons([(Neuron(1, 7, 1), "out")], read_projections(checkpoint, words), words.texts, settings)[
         0
     ].loss == pytest.approx(found.loss, abs=1e-4)
-
-
-def test_masks_survive_json_and_damage_is_refused() -> None:
-    mask = torch.rand(777, generator=torch.Generator().manual_seed(0)) < 0.3
-    entry = json.loads(json.dumps(mask_to_json(mask)))
-    assert torch.equal(mask_from_json(entry), mask)
-    assert entry["true"] == int(mask.sum())
-    for damage in ({"size": 776}, {"sha256": "0" * 64}, {"zlib": "!"}, {"zlib": entry["zlib"][4:]}, {"size": "a"}):
-        with pytest.raises(BadInput, match="mask"):
-            mask_from_json(entry | damage)
 
 
 @pytest.mark.skipif(not (SHARED / "models").is_dir(), reason="the shared checkpoints are not here")

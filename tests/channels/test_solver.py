@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from places import ROOT
 from planted import planted
 from torch.nn.functional import normalize
+from torch.overrides import TorchFunctionMode
 
 from rotate_edit.channels import batch
 from rotate_edit.channels import great_circle as circle
@@ -337,24 +338,28 @@ def test_no_neurons_have_no_channels():
         assert found.found.shape == (0,)
 
 
-def test_running_out_of_memory_halves_the_rows_and_says_so(monkeypatch):
-    truth, weights = small_truth()
-    real = batch.new_search
+class SmallMemory(TorchFunctionMode):
+    """A device that has no room for more than so many rows of numbers for each token."""
 
-    def refuses_more_than_ten(objective, capacity):
-        if capacity > 10:
+    def __init__(self, rows, tokens):
+        super().__init__()
+        self.rows, self.tokens = rows, tokens
+
+    def __torch_function__(self, function, types, arguments=(), options=None):
+        if function is torch.zeros and len(arguments) == 2 and arguments[1] == self.tokens and arguments[0] > self.rows:
             raise torch.OutOfMemoryError("no memory")
-        return real(objective, capacity)
+        return function(*arguments, **(options or {}))
 
-    monkeypatch.setattr(batch, "new_search", refuses_more_than_ten)
+
+def test_running_out_of_memory_halves_the_rows_and_says_so():
+    truth, weights = small_truth()
+    tokens = int((weights > 0).sum())
     settings = SolverSettings(channels=1, rows=24)
-    with pytest.warns(UserWarning, match="going on with 6"):
+    with pytest.warns(UserWarning, match="going on with 6"), SmallMemory(10, tokens):
         halved = find_channels(truth.neurons, truth.unembedding, weights, settings)
-    monkeypatch.undo()
     whole = find_channels(truth.neurons, truth.unembedding, weights, settings)
     assert torch.allclose(halved.loss, whole.loss, atol=1e-5)
-    monkeypatch.setattr(batch, "new_search", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("none")))
-    with pytest.raises(Failure), pytest.warns(UserWarning, match="Out of memory"):
+    with pytest.raises(Failure), pytest.warns(UserWarning, match="Out of memory"), SmallMemory(0, tokens):
         find_channels(truth.neurons, truth.unembedding, weights, settings)
 
 

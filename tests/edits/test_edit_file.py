@@ -89,14 +89,14 @@ def test_a_change_that_goes_no_further_keeps_its_bound(tmp_path: Path) -> None:
     save_edit(edit, tmp_path / "edit")
     found = load_edit(tmp_path / "edit")
     assert [change.strength for change in found.changes] == [0.5, 2.5]
-    assert [change.strength for change in found.with_strength(8).changes] == [0.5, 8]
-    assert edit_identity(found.with_strength(8)) == edit_identity(edit.with_strength(8))
+    assert [change.strength for change in found.at(8).changes] == [0.5, 8]
+    assert edit_identity(found.at(8)) == edit_identity(edit.at(8))
 
 
 def test_identity_depends_on_what_is_changed_alone() -> None:
     edit = example()
     assert edit_identity(edit) == edit_identity(replace(edit, method="other", vectors=(), base={}))
-    assert edit_identity(edit) != edit_identity(edit.with_strength(2.6))
+    assert edit_identity(edit) != edit_identity(edit.at(2.6))
     assert edit_identity(edit) != edit_identity(replace(edit, changes=edit.changes[:1]))
 
 
@@ -106,7 +106,7 @@ def test_existing_folder_and_infinite_figures(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match="exists already"):
         save_edit(edit, tmp_path / "edit")
     with pytest.raises(BadInput, match="finite"):
-        save_edit(edit.with_strength(float("inf")), tmp_path / "other")
+        save_edit(edit.at(float("inf")), tmp_path / "other")
     assert [entry.name for entry in tmp_path.iterdir()] == ["edit"]
 
 

@@ -13,9 +13,14 @@ from tiny_words import WORDS, ids, tiny_model, tiny_tokenizer
 from rotate_edit.errors import BadInput
 from rotate_edit.evaluation import measures
 from rotate_edit.evaluation.compare import Plan
-from rotate_edit.evaluation.evaluate import Variant, divide, evaluate, evaluate_checkpoints, texts_about
+from rotate_edit.evaluation.evaluate import evaluate, evaluate_checkpoints
 from rotate_edit.evaluation.harness import Settings
-from rotate_edit.evaluation.tasks import Task, open_items
+from rotate_edit.evaluation.items import divide, texts_about
+from rotate_edit.evaluation.metrics import MeasuredModel, Metric, failed_gates, metric
+from rotate_edit.evaluation.statistics import Measure
+from rotate_edit.evaluation.tasks import open_items
+from rotate_edit.evaluation.variants import Variant
+from rotate_edit.reporting.content import tiles
 
 CONCEPT = "cat"
 PLAN = Plan(concepts=("cat",), neighbours=("mat", "tree"), new_tokens=5)
@@ -113,33 +118,6 @@ def test_generations_stand_side_by_side(found):
     assert second["edited"] == second["variants"]["removed"]
 
 
-def test_items_are_divided_by_concept_and_taken_in_turn(items):
-    chosen, parts = divide(items.tasks, Plan(concepts=("CAT",), neighbours=("mat", "tree"), items=6))
-    titles = {part.title: part for part in parts}
-    (choice,) = [task for task in chosen if task.name == "tiny_choice"]
-    assert len(titles["cat: words (type A)"].rows) == 6
-    near = [choice.rows[place]["concept"] for place in titles["neighbours: words (type A)"].rows]
-    assert near == ["mat", "tree"] * 3 or near == ["tree", "mat"] * 3
-    assert {choice.rows[place]["concept"] for place in titles["everything else: words (type A)"].rows} == {"dog"}
-    assert sum(len(part.rows) for part in parts if part.task == "tiny_choice") == len(choice.rows)
-    assert divide(items.tasks, PLAN) == divide(items.tasks, PLAN)
-
-
-def test_embers_similar_domain_is_the_concepts_neighbourhood():
-    rows = [
-        {"concept": "Golf", "type": "QA", "role": "concept"},
-        {"concept": "Golf", "type": "SimdomQA", "role": "neighbour"},
-        {"concept": "Uranium", "type": "QA", "role": "concept"},
-    ]
-    task = Task("ember", {"output_type": "multiple_choice"}, {"test": tuple(rows)})
-    _, parts = divide([task], Plan(concepts=("golf",)))
-    assert [(part.role, part.title) for part in parts] == [
-        ("concept", "Golf: QA (ember)"),
-        ("neighbour", "neighbours: SimdomQA (ember)"),
-        ("general", "everything else: QA (ember)"),
-    ]
-
-
 def test_a_task_at_chance_is_not_used_and_says_so(folder, tmp_path, model):
     for path in folder.iterdir():
         (tmp_path / path.name).write_text(path.read_text())
@@ -220,29 +198,77 @@ def test_other_backends_score_whole_checkpoints(items, model, tmp_path):
 
 
 def test_amplification_is_measured_instead_of_removal(items, model):
-    plan = Plan(concepts=("cat",), neighbours=("mat",), raised=("cat",))
+    plan = Plan(concepts=("cat",), neighbours=("mat",), amplified=("cat",), new_tokens=5)
     variant = Variant("more", silencing(model, "cat"), -0.5)
-    summary = evaluate(model, tiny_tokenizer(), [variant], plan, items, concept_ids=ids("cat")).result["summary"]
-    assert summary["efficacy"]["value"] is None
-    assert summary["amplification"]["value"] > 1
+    found = evaluate(model, tiny_tokenizer(), [variant], plan, items, concept_ids=ids("cat")).result
+    assert found["summary"]["efficacy"]["value"] is None
+    assert found["variants"]["more"]["measures"]["amplification"]["value"] > 1
+    assert found["plan"]["only_amplifies"] is True
 
 
-def test_unknown_tasks_and_missing_chat_templates_are_named(items, model):
+@pytest.mark.slow
+def test_unknown_tasks_are_named(items, model):
+    """lm-eval reads all of its fifteen thousand definitions to know that a name is not among them."""
     with pytest.raises(BadInput, match="no_such_task"):
         evaluate(model, tiny_tokenizer(), [], Plan(concepts=("cat",), tasks=("no_such_task",)), items)
+
+
+def test_missing_chat_templates_are_named(items, model):
     plan = Plan(concepts=("cat",), settings=Settings(chat_template=True))
     with pytest.raises(BadInput, match="chat template"):
         evaluate(model, tiny_tokenizer(), [], plan, items)
 
 
-def test_what_is_raised_is_measured_beside_what_is_lowered(items, model):
-    plan = Plan(concepts=("cat", "dog"), neighbours=("mat",), raised=("dog",), words=("cat",), samples=2)
+def test_what_is_amplified_is_measured_beside_what_is_suppressed(items, model):
+    plan = Plan(
+        concepts=("cat", "dog"), neighbours=("mat",), amplified=("dog",), words=("cat",), samples=2, new_tokens=5
+    )
     variant = Variant("both", silencing(model, "cat"), 1.0)
     cat, dog = ids("cat"), ids("dog")
-    found = evaluate(model, tiny_tokenizer(), [variant], plan, items, concept_ids=cat, raised_ids=dog).result
-    raising = Plan(concepts=("dog",), raised=("dog",))
-    alone = evaluate(model, tiny_tokenizer(), [variant], raising, items, concept_ids=dog).result
-    lowered = evaluate(model, tiny_tokenizer(), [variant], Plan(concepts=("cat",)), items, concept_ids=cat).result
-    assert found["summary"]["amplification"] == alone["summary"]["amplification"]
-    assert found["summary"]["efficacy"] == lowered["summary"]["efficacy"]
-    assert found["plan"]["amplified"] is False
+    found = evaluate(model, tiny_tokenizer(), [variant], plan, items, concept_ids=cat, amplified_ids=dog).result
+    amplifying = Plan(concepts=("dog",), amplified=("dog",), new_tokens=5)
+    alone = evaluate(model, tiny_tokenizer(), [variant], amplifying, items, concept_ids=dog).result
+    suppressing = Plan(concepts=("cat",), new_tokens=5)
+    suppressed = evaluate(model, tiny_tokenizer(), [variant], suppressing, items, concept_ids=cat).result
+    measured = [result["variants"]["both"]["measures"]["amplification"] for result in (found, alone)]
+    assert measured[0] == measured[1]
+    assert "amplification" not in suppressed["variants"]["both"]["measures"]
+    assert found["summary"]["efficacy"] == suppressed["summary"]["efficacy"]
+    assert found["plan"]["only_amplifies"] is False
+
+
+TOLD = "told"
+
+
+@metric("words_written", title="words", note="of the greedy continuations", better="lower")
+class WordsWritten(Metric):
+    """How many words the model writes. Other tests of this process are not asked for it: they write no word `TOLD`."""
+
+    def prepare(self, base: MeasuredModel) -> str:
+        """What it is given back."""
+        assert not base.texts
+        return TOLD
+
+    def measure(self, edited: MeasuredModel, base: MeasuredModel, known: str) -> Measure | None:
+        """The words of all texts."""
+        if TOLD not in edited.plan.words:
+            return None
+        assert known == TOLD
+        assert edited.kept
+        counts = [sum(len(text.split()) for text in model.texts) for model in (edited, base)]
+        return Measure(counts[0], counts[0], counts[0], len(edited.texts), 0.0, counts[1])
+
+
+def test_a_metric_of_ones_own_is_measured_reported_and_a_gate(items, model):
+    plan = Plan(concepts=("cat",), words=(TOLD,), samples=0, items=4, new_tokens=5)
+    found = evaluate(model, tiny_tokenizer(), [Variant("removed", silencing(model, "cat"))], plan, items).result
+    value = found["variants"]["removed"]["measures"]["words_written"]
+    written = [sum(len(row[who].split()) for row in found["generations"]) for who in ("edited", "base")]
+    assert [value["value"], value["baseline"]] == written
+    assert "words_written" not in found["summary"]
+    (tile,) = [tile for tile in tiles(found) if tile["name"] == "words_written"]
+    assert (tile["title"], tile["note"], tile["share"]) == ("words", "of the greedy continuations", False)
+    assert tile["measure"] == value
+    measures = found["variants"]["removed"]["measures"]
+    assert failed_gates(measures, {"words_written": written[0]}) == []
+    assert "words_written is" in failed_gates(measures, {"words_written": written[0] - 1})[0]

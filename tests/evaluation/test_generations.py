@@ -1,41 +1,9 @@
-"""Generations, repetition and leaks by hand."""
+"""Repetition and leaks by hand."""
 
 import pytest
-import torch
-from tiny_words import tiny_model, tiny_tokenizer
 
 from rotate_edit.errors import BadInput
 from rotate_edit.evaluation import generations
-from rotate_edit.models import generation
-
-
-@pytest.fixture(scope="module")
-def model():
-    return tiny_model(0)
-
-
-def test_greedy_continues_token_by_token_with_the_likeliest(model):
-    tokenizer = tiny_tokenizer()
-    prompts = ["the dog", "a cat sat on the mat", "it"]
-    written = generation.generate(model, tokenizer, prompts, new_tokens=6)
-    for prompt, texts in zip(prompts, written):
-        tokens = tokenizer(prompt)["input_ids"]
-        for _ in range(6):
-            with torch.no_grad():
-                tokens.append(int(model(torch.tensor([tokens])).logits[0, -1].argmax()))
-        assert texts == [tokenizer.decode(tokens[-6:], skip_special_tokens=True)]
-
-
-def test_sampling_is_seeded_and_leaves_torchs_generator_alone(model):
-    tokenizer = tiny_tokenizer()
-    torch.manual_seed(11)
-    expected = torch.rand(3)
-    torch.manual_seed(11)
-    first = generation.generate(model, tokenizer, ["the", "a"], samples=5, seed=3)
-    assert torch.equal(torch.rand(3), expected)
-    assert [len(texts) for texts in first] == [5, 5]
-    assert first == generation.generate(model, tokenizer, ["the", "a"], samples=5, seed=3)
-    assert first != generation.generate(model, tokenizer, ["the", "a"], samples=5, seed=4)
 
 
 def test_repetition_by_hand():

@@ -9,7 +9,8 @@ import torch
 from tiny_words import WORDS, ids, tiny_model, tiny_tokenizer
 
 from rotate_edit.edits.apply import applied
-from rotate_edit.edits.edit import Edit, MatrixChange, concept_mean, plain_direction, subtract_direction
+from rotate_edit.edits.directions import concept_mean, mean_direction, subtract_direction
+from rotate_edit.edits.edit import Edit, MatrixChange
 from rotate_edit.errors import BadInput
 from rotate_edit.evaluation import matched, measures
 
@@ -38,7 +39,7 @@ def proof(model) -> matched.Proof:
 
 @pytest.fixture(scope="module")
 def edit(model) -> Edit:
-    direction = plain_direction(concept_mean(model.lm_head.weight.detach(), ids("dog")))
+    direction = mean_direction(concept_mean(model.lm_head.weight.detach(), ids("dog")))
 
     def changes() -> Iterator[MatrixChange]:
         for layer, block in enumerate(model.model.layers):
@@ -61,7 +62,7 @@ def test_sums_by_document_add_up(model, proof):
 def test_the_crossing_leaves_the_target(model, proof, edit):
     found = matched.trace(model, proof, edit, target=TARGET)
     assert found["reached"]
-    with applied(model, edit, found["strength"]):
+    with applied(model, edit.at(found["strength"])):
         mass, _ = measures.mass_by_text(model, proof.concept.passages, proof.concept_ids)
         likelihood, predicted = measures.log_likelihood_by_text(model, proof.others.passages)
     assert float(mass.sum()) / proof.base["mass"].sum() == pytest.approx(TARGET, rel=0.1)

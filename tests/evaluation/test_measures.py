@@ -2,7 +2,6 @@
 
 import math
 from contextlib import contextmanager
-from unittest import mock
 
 import pytest
 import torch
@@ -42,8 +41,20 @@ def edited():
     return model
 
 
-def tokenised(tokenizer, texts=TEXTS):
-    return batches.tokenise(tokenizer, texts, vocabulary_size=len(WORDS))
+@pytest.fixture(scope="module")
+def other():
+    return tiny_model(1)
+
+
+@pytest.fixture(scope="module")
+def divergence(base, other, tokenizer):
+    """By text in the order of TEXTS, summed over its positions."""
+    passages = tokenised(tokenizer)
+    return measures.kl_by_text(other, passages, measures.every_position(base, passages))[0]
+
+
+def tokenised(tokenizer, texts=TEXTS, **sizes):
+    return batches.tokenise(tokenizer, texts, vocabulary_size=len(WORDS), **sizes)
 
 
 def alone(model, tokenizer, text):
@@ -133,28 +144,13 @@ def test_concept_probability_after_prompts(base, edited, tokenizer):
     assert measured.baseline is not None
 
 
-@given(st.permutations(range(len(TEXTS))), st.integers(8, 64))
+@given(order=st.permutations(range(len(TEXTS))), tokens=st.integers(8, 64))
 @settings(max_examples=25, deadline=None)
-def test_neither_the_order_of_texts_nor_the_batches_matter(order, tokens):
-    tokenizer, model, other = tiny_tokenizer(), tiny_model(0), tiny_model(1)
-    whole = tokenised(tokenizer)
-    expected, _ = measures.kl_by_text(other, whole, measures.every_position(model, whole))
-    with mock.patch.object(measures, "TOKENS_IN_A_BATCH", tokens):
-        passages = tokenised(tokenizer, [TEXTS[index] for index in order])
-    sums, counts = measures.kl_by_text(other, passages, measures.every_position(model, passages))
-    assert torch.allclose(sums, expected[list(order)], rtol=1e-5)
+def test_neither_the_order_of_texts_nor_the_batches_matter(base, other, tokenizer, divergence, order, tokens):
+    passages = tokenised(tokenizer, [TEXTS[index] for index in order], tokens_at_once=tokens)
+    sums, counts = measures.kl_by_text(other, passages, measures.every_position(base, passages))
+    assert torch.allclose(sums, divergence[list(order)], rtol=1e-5)
     assert counts.tolist() == [len(TEXTS[index].split()) for index in order]
-
-
-def test_token_limit_and_longest_text(tokenizer):
-    some = batches.tokenise(tokenizer, TEXTS, vocabulary_size=22, token_limit=4)
-    assert some.texts == 2
-    short = batches.tokenise(tokenizer, TEXTS, vocabulary_size=22, longest=2)
-    assert short.tokens() == 2 + 2 + 1 + 2 + 2
-    with pytest.raises(BadInput, match="no text"):
-        batches.tokenise(tokenizer, ["", ""], vocabulary_size=22)
-    with pytest.raises(BadInput, match="no text"):
-        batches.tokenise(tokenizer, [], vocabulary_size=22)
 
 
 def test_a_curve_follows_the_strength_and_leaves_the_model_alone(base, tokenizer):
@@ -199,3 +195,26 @@ def test_a_curve_follows_the_strength_and_leaves_the_model_alone(base, tokenizer
 def test_concept_texts_without_the_concept_are_refused(base, tokenizer):
     with pytest.raises(BadInput, match="none of its tokens"):
         measures.reference(base, tokenizer, ids("fish"), concept_texts=["the dog ran"], other_texts=["a cat"])
+
+
+def test_a_constant_added_to_the_concepts_logits_is_added_to_its_mean_log_odds(base, tokenizer):
+    concept, passages = ids("dog", "cat"), tokenised(tokenizer, tokens_at_once=16)
+    assert len(passages.batches) > 1
+    logits = measures.every_position(base, passages)
+    before = measures.mean_log_odds(logits, concept)
+    alone_of = torch.cat([alone(base, tokenizer, text) for text in TEXTS]).exp()
+    chances = alone_of[:, concept].sum(dim=1)
+    assert before == pytest.approx(float((chances / (1 - chances)).log().mean()), rel=1e-5)
+    for constant in (-7.0, -0.5, 1.25, 4.0):
+        moved = []
+        for values in logits:
+            louder = values.double()
+            louder[:, concept] += constant
+            moved.append(torch.log_softmax(louder, dim=-1))
+        assert measures.mean_log_odds(moved, concept) == pytest.approx(before + constant, abs=1e-6)
+
+
+def test_log_odds_of_a_concept_that_is_certain_are_finite():
+    certain = torch.log_softmax(torch.tensor([[0.0, 200.0, 0.0]]), dim=-1)
+    assert measures.mean_log_odds([certain], torch.tensor([1])) > 20
+    assert torch.isfinite(torch.tensor(measures.mean_log_odds([certain], torch.tensor([0, 1, 2]))))

@@ -6,10 +6,10 @@ from hypothesis import strategies as st
 
 from rotate_edit.errors import BadInput
 from rotate_edit.models.architectures import (
-    ARCHITECTURES,
     PUBLISHED_SWITCHES,
     Neuron,
     architecture_of,
+    architectures,
     body_of,
     locate,
     parse_neuron,
@@ -34,7 +34,7 @@ def test_other_texts_are_no_addresses(text: str) -> None:
         parse_neuron(text)
 
 
-@pytest.mark.parametrize("row", ARCHITECTURES, ids=lambda row: row.family)
+@pytest.mark.parametrize("row", architectures(), ids=lambda row: row.family)
 def test_rows_are_found_and_complete(row) -> None:  # type: ignore[no-untyped-def]
     assert architecture_of({"model_type": row.model_type, **row.when}) is row
     for places in (row.dense, *row.experts):
@@ -59,7 +59,7 @@ def test_families_are_told_apart_by_their_config() -> None:
     [
         ({}, "no model_type"),
         ({"model_type": 3}, "no model_type"),
-        ({"model_type": "mamba"}, '"mamba".*row in rotate_edit/architectures.py'),
+        ({"model_type": "mamba"}, '"mamba".*row in models/architectures.py'),
         ({"model_type": "gpt_oss"}, "MXFP4"),
         ({"model_type": "gpt_oss", "quantization_config": {"quant_method": "mxfp4"}}, "MXFP4"),
         ({"model_type": "llama", "quantization_config": {"quant_method": "gptq"}}, r"quantised \(.gptq"),

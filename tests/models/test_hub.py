@@ -48,32 +48,34 @@ def refused(call):
 """
 
 LOOK = """
-checkpoint = open_checkpoint(MODEL, revision=sys.argv[1] if len(sys.argv) > 1 else None)
-here = sorted(path.name for path in checkpoint.folder.iterdir())
-matrix = read_matrix(checkpoint, 1, "out")
-after = sorted(path.name for path in checkpoint.folder.iterdir())
-print(json.dumps({"identity": identity(checkpoint), "here": here, "after": after, "sum": float(matrix.sum())}))
+def look(revision=None):
+    checkpoint = open_checkpoint(MODEL, revision=revision)
+    here = sorted(path.name for path in checkpoint.folder.iterdir())
+    matrix = read_matrix(checkpoint, 1, "out")
+    after = sorted(path.name for path in checkpoint.folder.iterdir())
+    return {"identity": identity(checkpoint), "here": here, "after": after, "sum": float(matrix.sum())}
 """
 
 PATCH = """
 from rotate_edit.edits.edit import Edit, MatrixChange
 from rotate_edit.edits.writing.patch import write_checkpoint, verify
 import torch
-checkpoint = open_checkpoint(MODEL)
-change = MatrixChange("out", 1, None, torch.tensor([3]), torch.ones(1, 1), torch.ones(1, 32), 1.0, "c")
-name = checkpoint.place("out", 1).name
-edit = Edit("test", (change,), base=identity(checkpoint, [name]))
-patch = write_checkpoint(checkpoint, edit, Path(sys.argv[1]), link=True)
-print(json.dumps({
-    "problems": verify(open_checkpoint(sys.argv[1]), edit, checkpoint).problems,
-    "left_out": patch.left_out, "linked": patch.linked, "source": edit.base["source"],
-    "live": type(load_model(checkpoint)).__name__,
-}))
+def patched(output, live=False):
+    checkpoint = open_checkpoint(MODEL)
+    change = MatrixChange("out", 1, None, torch.tensor([3]), torch.ones(1, 1), torch.ones(1, 32), 1.0, "c")
+    name = checkpoint.place("out", 1).name
+    edit = Edit("test", (change,), base=identity(checkpoint, [name]))
+    patch = write_checkpoint(checkpoint, edit, Path(output), link=True)
+    return {
+        "problems": verify(open_checkpoint(output), edit, checkpoint).problems,
+        "left_out": patch.left_out, "linked": patch.linked, "source": edit.base["source"],
+        "live": type(load_model(checkpoint)).__name__ if live else None,
+    }
 """
 
 
 def test_only_what_is_needed_is_fetched(hub: Hub, folder: Path, tmp_path: Path) -> None:
-    found = run(PRELUDE + LOOK, hub.endpoint, tmp_path / "cache")
+    found = run(PRELUDE + LOOK + "print(json.dumps(look()))", hub.endpoint, tmp_path / "cache")
     origin = open_checkpoint(folder)
     shards = set(origin.headers)
     needed = origin.stored["model.layers.1.mlp.down_proj.weight"].file
@@ -94,19 +96,20 @@ def test_only_what_is_needed_is_fetched(hub: Hub, folder: Path, tmp_path: Path) 
 
 def test_a_full_patch_fetches_the_rest_and_works_offline_afterwards(hub: Hub, folder: Path, tmp_path: Path) -> None:
     cache = tmp_path / "cache"
-    found = run(PRELUDE + PATCH, hub.endpoint, cache, str(tmp_path / "out"))
+    code = PRELUDE + PATCH + "print(json.dumps(patched(sys.argv[1])))"
+    found = run(code, hub.endpoint, cache, str(tmp_path / "out"))
     assert found["problems"] == []
     assert found["linked"] == []
-    assert found["live"] == "LlamaForCausalLM"
     assert set(found["left_out"]) == {"pytorch_model.bin", "modeling_tiny.py", "notes.txt"}
     assert not {"pytorch_model.bin", "modeling_tiny.py", "notes.txt"} & hub.fetched()
     assert all(not file.is_symlink() for file in (tmp_path / "out").iterdir())
     assert (tmp_path / "out" / "README.base.md").read_text() == "card"
     asked = len(hub.requests)
-    again = run(PRELUDE + PATCH, hub.endpoint, cache, str(tmp_path / "out2"), offline=True)
-    assert again == found | {"left_out": []}
+    code = PRELUDE + PATCH + LOOK + f"print(json.dumps([patched(sys.argv[1], live=True), look({COMMIT!r})]))"
+    again, looked = run(code, hub.endpoint, cache, str(tmp_path / "out2"), offline=True)
+    # Importing transformers takes longer than all the rest, so that the model is loaded where no network helps.
+    assert again == found | {"left_out": [], "live": "LlamaForCausalLM"}
     assert len(hub.requests) == asked
-    looked = run(PRELUDE + LOOK, "http://127.0.0.1:9", cache, COMMIT, offline=True)
     assert looked["identity"]["revision"] == COMMIT
 
 
@@ -114,7 +117,7 @@ def test_a_download_that_breaks_off_is_taken_up_again(hub: Hub, folder: Path, tm
     origin = open_checkpoint(folder)
     shard = origin.stored["model.layers.1.mlp.down_proj.weight"].file
     hub.breaking = {shard}
-    found = run(PRELUDE + LOOK, hub.endpoint, tmp_path / "cache")
+    found = run(PRELUDE + LOOK + "print(json.dumps(look()))", hub.endpoint, tmp_path / "cache")
     assert hub.breaking == set()
     header = {"bytes=0-", "bytes=8-"}
     asked = [part or "" for method, path, part in hub.requests if method == "GET" and path.endswith(shard)]
@@ -148,13 +151,13 @@ def test_a_hub_that_is_not_there(tmp_path: Path) -> None:
 def test_a_shard_that_is_gone_or_lies(hub: Hub, tmp_path: Path) -> None:
     shard = sorted(name for name in hub.files if name.endswith(".safetensors"))[1]
     whole = hub.files[shard]
-    hub.files[shard] = (2**40).to_bytes(8, "little") + whole[8:]
-    code = "print(json.dumps([refused(lambda: open_checkpoint(MODEL))]))"
-    (sentence,) = run(PRELUDE + code, hub.endpoint, tmp_path / "cache")
-    assert "not a whole safetensors file" in sentence
-    del hub.files[shard]
-    (sentence,) = run(PRELUDE + code, hub.endpoint, tmp_path / "cache2")
-    assert f'has no file "{shard}"' in sentence
+    hub.models["someone/lies"] = hub.files | {shard: (2**40).to_bytes(8, "little") + whole[8:]}
+    hub.models["someone/gone"] = {name: content for name, content in hub.files.items() if name != shard}
+    names = ["someone/lies", "someone/gone"]
+    code = f"print(json.dumps([refused(lambda: open_checkpoint(name)) for name in {names!r}]))"
+    lies, gone = run(PRELUDE + code, hub.endpoint, tmp_path / "cache")
+    assert "not a whole safetensors file" in lies
+    assert f'has no file "{shard}"' in gone
 
 
 @pytest.mark.parametrize(

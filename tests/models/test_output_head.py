@@ -1,4 +1,4 @@
-"""The tail: what it predicts and how it moves are what the whole model does, for every dense family."""
+"""The output head: what it predicts and how it moves are what the whole model does, for every dense family."""
 
 from dataclasses import replace
 
@@ -27,16 +27,16 @@ def predicted(model):
 
 
 @pytest.mark.parametrize("family", [name for name in FAMILIES if name not in MIXTURES])
-def test_the_tail_predicts_what_the_model_does_with_and_without_a_change(family):
+def test_the_head_predicts_what_the_model_does_with_and_without_a_change(family):
     torch.manual_seed(3)
     model = FAMILIES[family].build(tied=False).float().eval()
-    seen, tail = positions(model, TEXTS), output_head_of(model)
-    torch.testing.assert_close(tail.log_probabilities(seen.residual), predicted(model), rtol=1e-5, atol=1e-5)
+    seen, head = positions(model, TEXTS), output_head_of(model)
+    torch.testing.assert_close(head.log_probabilities(seen.residual), predicted(model), rtol=1e-5, atol=1e-5)
     last = model.config.get_text_config().num_hidden_layers - 1
     neurons, width = seen.neurons.shape[1], seen.residual.shape[1]
     left, right = torch.randn(neurons, 2), torch.randn(2, width)
     change = MatrixChange("out", last, None, torch.arange(neurons), left, right, 1.0, "test")
-    moved = tail.log_probabilities(tail.moved(seen, seen.neurons @ left @ right))
+    moved = head.log_probabilities(head.moved(seen, seen.neurons @ left @ right))
     with applied(model, Edit("test", (change,))):
         after = predicted(model)
     assert float((after - predicted(model)).abs().max()) > 0.01
@@ -47,8 +47,8 @@ def test_a_cap_on_the_logits_is_the_models_own():
     torch.manual_seed(3)
     model = FAMILIES["gemma2"].build(tied=True).float().eval()
     model.config.final_logit_softcapping = 0.05
-    tail, seen = output_head_of(model), positions(model, TEXTS)
-    torch.testing.assert_close(tail.log_probabilities(seen.residual), predicted(model), rtol=1e-5, atol=1e-5)
+    head, seen = output_head_of(model), positions(model, TEXTS)
+    torch.testing.assert_close(head.log_probabilities(seen.residual), predicted(model), rtol=1e-5, atol=1e-5)
 
 
 def test_positions_of_a_choice_keep_their_columns_together():
@@ -72,8 +72,8 @@ def test_the_model_is_left_as_it_was():
     model = FAMILIES["llama"].build(tied=True).to(torch.bfloat16).eval()
     parameter, _ = live_parameter(model, "out", 1)
     before = parameter.detach().clone()
-    tail = output_head_of(model)
-    assert tail.log_probabilities(positions(model, TEXTS).residual).dtype == torch.float32
+    head = output_head_of(model)
+    assert head.log_probabilities(positions(model, TEXTS).residual).dtype == torch.float32
     assert parameter.dtype == torch.bfloat16
     assert parameter.requires_grad
     assert torch.equal(parameter, before)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from rotate_edit.edits import edit
+from rotate_edit.edits.methods import method_names, style_of
 from rotate_edit.reporting import drawing, figures
 from rotate_edit.reporting.figures import CurvePoint, EditedNeuron, ForestRow
 
@@ -28,8 +28,8 @@ def texts(figure: Any) -> list[str]:
 
 
 def test_every_method_has_a_look_of_its_own() -> None:
-    methods = [*edit.METHODS, *edit.LIVE_METHODS, *edit.TOKEN_METHODS]
-    looks = [figures.STYLES[method] for method in methods]
+    methods = method_names()
+    looks = [style_of(method) for method in methods]
     assert len({(colour, str(dashes), marker) for colour, dashes, marker in looks}) == len(methods)
     # Never by hue alone.
     assert len({(str(dashes), marker) for _, dashes, marker in looks}) == len(methods)

@@ -14,13 +14,13 @@ import yaml
 from fake_hub import TOKEN, Hub, environment
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from rotate_edit.repeat import repeat
 from tiny_run import tiny_run
 
 from rotate_edit.errors import BadInput
 from rotate_edit.models.checkpoint import open_checkpoint
-from rotate_edit.repeat import repeat
 from rotate_edit.reporting.reproduce import check_same_base, differences, hashes, numbers, read_reproduction
-from rotate_edit.session import open_recipe
+from rotate_edit.session import open_session
 
 RECIPE = {
     "model": "demo",
@@ -54,7 +54,7 @@ def found(before: dict[str, Any], now: dict[str, Any]) -> dict[str, str]:
 
 def test_everything_that_is_needed_is_there(run: Path, content: dict[str, Any]) -> None:
     recipe, read = read_reproduction(run / "reproduce.json")
-    assert recipe.concepts[0].words == ["dog", "puppy"]
+    assert parse_recipe(recipe).concepts[0].words == ["dog", "puppy"]
     assert read == content
     assert set(content["seeds"]) == {"recipe", "bootstrap", "sampling"}
     changed = json.loads((run / "edit" / "patch.json").read_text())["tensors"]
@@ -66,9 +66,9 @@ def test_everything_that_is_needed_is_there(run: Path, content: dict[str, Any]) 
 
 
 def test_the_damage_of_every_control_is_one_of_the_numbers() -> None:
-    rows = [{"method": "fitted", "collateral_kl": 0.001}, {"method": "random-neurons", "collateral_kl": None}]
+    rows = [{"method": "silence-words", "collateral_kl": 0.001}, {"method": "random-neurons", "collateral_kl": None}]
     told = dict(numbers({"matched": {"dogs": {"rows": rows}}}))
-    assert told["damage of fitted at equal removal of dogs"]["value"] == 0.001
+    assert told["damage of silence-words at equal removal of dogs"]["value"] == 0.001
     assert told["damage of random-neurons at equal removal of dogs"]["value"] is None
 
 
@@ -123,10 +123,15 @@ def test_another_base_is_refused(content: dict[str, Any]) -> None:
         check_same_base(content, open_checkpoint("demo"))
 
 
-def test_the_base_may_lie_elsewhere(run: Path, content: dict[str, Any]) -> None:
-    recipe, _ = read_reproduction(run / "reproduce.json", "another/place")
-    assert recipe.model == "another/place"
+def test_the_base_may_lie_elsewhere(run: Path, content: dict[str, Any], tmp_path: Path) -> None:
     check_same_base(content, open_checkpoint(run.with_name("base")))
+    content["recipe"]["model"] = str(tmp_path / "gone")
+    (tmp_path / "reproduce.json").write_text(json.dumps(content))
+    with pytest.raises(BadInput, match="gone"):
+        repeat(tmp_path / "reproduce.json", tmp_path / "out")
+    # Found where it is said to lie here, it is another one.
+    with pytest.raises(BadInput, match="demo is not the base of that run"):
+        repeat(tmp_path / "reproduce.json", tmp_path / "out", model="demo")
 
 
 @pytest.mark.parametrize(
@@ -209,7 +214,8 @@ def test_code_of_a_stranger_runs_only_when_allowed(tmp_path: Path) -> None:
         repeat(tmp_path / "reproduce.json", tmp_path / "out")
     assert not (tmp_path / "ran").exists()
     assert not (tmp_path / "out").exists()
-    assert open_recipe(read_reproduction(tmp_path / "reproduce.json")[0], allow_code=True).items
+    read, _ = read_reproduction(tmp_path / "reproduce.json")
+    assert open_session(parse_recipe(read), allow_code=True).items
     assert (tmp_path / "ran").exists()
 
 

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from rotate_edit.errors import BadInput
 from rotate_edit.vocabulary.tokens import (
     HIGH_NORM_WEIGHT,
+    frequency_direction,
     token_weights,
     undertrained_tokens,
     unused_tokens,
@@ -121,3 +122,24 @@ def test_an_untied_embedding_shows_unseen_tokens_by_their_norm():
     known[900:905] = True
     assert undertrained_tokens(rows, known, embedding=embedding)[10]
     assert not undertrained_tokens(rows, known)[10]
+
+
+def test_the_frequency_direction_points_from_trained_rows_to_untrained_ones():
+    rows, untouched = trained_matrix(0.1)
+    axis = frequency_direction(rows, untouched)
+    assert axis is not None
+    assert float(axis.norm()) == pytest.approx(1, abs=1e-6)
+    along = rows @ axis
+    assert float(along[untouched].min()) > float(along[~untouched].mean())
+    difference = rows[untouched].mean(0) - rows[~untouched].mean(0)
+    assert float(difference @ axis) == pytest.approx(float(difference.norm()), rel=1e-5)
+    # What is added to every row changes nothing, and a rotation turns it along.
+    torch.testing.assert_close(frequency_direction(rows + 3.0, untouched), axis, rtol=1e-4, atol=1e-5)
+    turn = torch.linalg.qr(torch.randn(32, 32, generator=torch.Generator().manual_seed(2))).Q
+    torch.testing.assert_close(frequency_direction(rows @ turn, untouched), axis @ turn, rtol=1e-4, atol=1e-5)
+
+
+def test_without_trained_or_untrained_rows_there_is_no_frequency_direction():
+    rows, untouched = trained_matrix(0.1)
+    assert frequency_direction(rows, torch.zeros_like(untouched)) is None
+    assert frequency_direction(rows, torch.ones_like(untouched)) is None

@@ -254,6 +254,7 @@ def edit_method(
             whole_vectors, last_layer_alone, keeps_words, search_layers, tuple(search_beside), style,
         )  # fmt: skip
         _METHODS[name] = _Registered(about, kind)
+        _checker.cache_clear()
         return kind
 
     return register

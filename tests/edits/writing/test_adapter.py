@@ -75,7 +75,7 @@ def test_precision_follows_the_strength(tmp_path: Path) -> None:
     # Where two changes share a direction on one row their sum is rarely exact in float32, so only one layer is taken.
     edit = replace(edit, changes=tuple(part for part in edit.changes if part.layer == 0))
     for number, (strength, dtype) in enumerate([(2.0, torch.float32), (1.7, torch.float64), (-4.0, torch.float32)]):
-        written = write_adapter(base, edit.with_strength(strength), tmp_path / f"a{number}")
+        written = write_adapter(base, edit.at(strength), tmp_path / f"a{number}")
         assert written.dtype == dtype
         tensors = load_file(tmp_path / f"a{number}" / "adapter_model.safetensors")
         assert {tensor.dtype for tensor in tensors.values()} == {dtype}

@@ -369,21 +369,6 @@ def test_rounding_is_reported_and_a_vanishing_edit_named(base: Checkpoint, tmp_p
     assert tensor.rounding.error_squares == pytest.approx(float((found - exact).square().sum()), rel=1e-9)
 
 
-def test_small_blocks_give_the_same_bytes(
-    base: Checkpoint, edit: Edit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    write_checkpoint(base, edit, tmp_path / "out")
-    monkeypatch.setattr("rotate_edit.edits.writing.rewrite.BLOCK_ELEMENTS", 100)
-    write_checkpoint(base, edit, tmp_path / "out2")
-    assert same_tensors(tmp_path / "out", tmp_path / "out2")
-    moe = open_checkpoint(save_tiny("mixtral", tmp_path / "moe", tied=False, dtype=torch.bfloat16))
-    moe_edit = random_edit(moe)
-    write_checkpoint(moe, moe_edit, tmp_path / "out3")
-    monkeypatch.undo()
-    write_checkpoint(moe, moe_edit, tmp_path / "out4")
-    assert same_tensors(tmp_path / "out3", tmp_path / "out4")
-
-
 def test_stacked_experts_on_disk(tmp_path: Path) -> None:
     """A checkpoint that stores its experts fused, as the live model holds them, is edited in the same places."""
     folder = save_tiny("olmoe", tmp_path / "apart", tied=False, dtype=torch.float32, shard="1GB")
