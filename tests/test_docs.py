@@ -1,42 +1,51 @@
-"""What the documents show is true: links lead to files, examples run."""
+"""What the documents show is true: links lead to files, tables are up to date, examples run."""
 
 import re
 from pathlib import Path
 
 import pytest
-import torch
+import yaml
+from documents import PAGES, blocks
 from places import ROOT
-from test_edit import applied, target
 
-from rotate_edit.edits.edit import METHODS
-
-PAGES = sorted([ROOT / "README.md", ROOT / "evals" / "README.md", *(ROOT / "docs").glob("*.md")])
-
-
-def blocks(page: Path, language: str) -> list[str]:
-    """The fenced blocks of a page in one language."""
-    return re.findall(rf"```{language}\n(.*?)```", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+from rotate_edit.edits.methods.table import method_table
+from rotate_edit.recipe import parse_recipe
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_lead_to_files(page: Path) -> None:
-    links = re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8"))
+    links = re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8"))
     local = [link for link in links if "://" not in link]
     assert all((page.parent / link).exists() for link in local), local
 
 
-def test_the_example_of_a_method_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rotate_edit.edits.edit.METHODS", dict(METHODS))
-    exec(blocks(ROOT / "docs" / "methods.md", "python")[0], {})
-    seen = target()
-    after = applied("strongest-half", seen, 1.0)
-    held = (seen.vectors @ seen.direction.read).abs()
-    changed = (after != seen.vectors).any(dim=1)
-    assert changed.sum() == 2
-    assert set(changed.nonzero()[:, 0].tolist()) <= set(seen.located.tolist())
-    # Strength 1 leaves nothing of the concept in the changed rows, and these were the strongest.
-    assert torch.allclose(after[changed] @ seen.direction.read, torch.zeros(2), atol=1e-5 * float(held.max()))
-    assert held[changed].min() >= held[seen.located][~changed[seen.located]].max()
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_recipes_in_documents_are_recipes(page: Path) -> None:
+    for block in blocks(page, "yaml"):
+        content = yaml.safe_load(block)
+        if isinstance(content, dict) and {"model", "concepts"} <= set(content):
+            assert parse_recipe(content, page.name).concepts
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_sentences_are_short(page: Path) -> None:
+    text = re.sub(r"```.*?```|^ {4}.*$|\|.*", " ", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+    long = [sentence for sentence in re.split(r"(?<=[.!?:])\s+|\n\s*[*\d]+\.? ", text) if len(sentence.split()) > 40]
+    assert not long, long
+
+
+def test_the_table_of_methods_is_up_to_date() -> None:
+    text = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
+    assert text.split("<!-- methods -->")[1].split("<!-- /methods -->")[0].strip() == method_table()
+
+
+def test_the_tree_names_every_package_and_module() -> None:
+    text = (ROOT / "docs" / "structure.md").read_text(encoding="utf-8")
+    for path in (ROOT / "rotate_edit").iterdir():
+        if path.suffix == ".py":
+            assert f"── {path.name} " in text, path.name
+        elif (path / "__init__.py").is_file():
+            assert f"── {path.name}/ " in text, path.name
 
 
 @pytest.mark.slow
@@ -50,4 +59,4 @@ def test_the_python_of_the_readme_runs(
     written = capsys.readouterr().out
     assert "Edgar looked at the" in written
     assert "spaniel" not in written
-    assert (tmp_path / "runs" / "dogs" / "report.html").is_file()
+    assert (tmp_path / "dogs-silenced" / "model.safetensors").is_file()

@@ -1,6 +1,8 @@
 """The structure of the package: nothing imports upwards, nothing imports in a circle."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -120,3 +122,27 @@ def test_no_module_but_their_own_knows_the_names_of_methods() -> None:
             if isinstance(node, ast.Constant) and isinstance(node.value, str)
         }
         assert not texts & set(method_names()) - {"rank-one"} or name == "rotate_edit.recipe", f"{name} names a method"
+
+
+@pytest.mark.parametrize("module", ["rotate_edit", "rotate_edit.recipe", "rotate_edit.cli.main"])
+def test_nothing_heavy_is_imported_before_it_is_needed(module: str) -> None:
+    code = f"import sys, {module}; print(*{{'torch', 'transformers', 'numpy', 'datasets'}} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert done.stdout.split() == []
+
+
+def test_the_public_names_are_seen_and_are_what_they_say() -> None:
+    import rotate_edit
+
+    assert set(rotate_edit.__all__) <= set(dir(rotate_edit))
+    assert all(getattr(rotate_edit, name).__doc__ for name in rotate_edit.__all__)
+    tree = ast.parse((PACKAGE / "__init__.py").read_text(encoding="utf-8"))
+    typed = {
+        alias.asname or alias.name
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If)
+        for inner in node.body
+        if isinstance(inner, ast.ImportFrom)
+        for alias in inner.names
+    }
+    assert typed == set(rotate_edit.__all__)

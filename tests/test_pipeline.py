@@ -29,10 +29,10 @@ from rotate_edit.recipe import Recipe, parse_recipe
 
 def recipe(**changes: Any) -> Recipe:
     dogs = words_of("dogs", strength=6.5, neighbours=["cats"])
-    small = {
+    small: dict[str, Any] = {
         "model": "demo",
         "concepts": [dogs | changes.pop("concept", {})],
-        "locate": {"group_distance": 2.0},
+        "locate": {"group_distance": 2.0, "candidates": 120},
         "decompose": {"channels": 1},
         "edit": {"self_text": 6000},
         "evaluate": {
@@ -40,6 +40,7 @@ def recipe(**changes: Any) -> Recipe:
             "controls": ["direction-everywhere", "random-neurons", "channel-located"],
             "strengths": [2, 8],
             "tokens": 1000,
+            "limit": 60,
         },
     }
     return parse_recipe(small | changes)
@@ -177,7 +178,7 @@ def test_amplifying_raises_the_concept_alike_after_every_opening() -> None:
 
 
 def test_a_rank_one_edit_changes_the_last_layer_and_repeats() -> None:
-    session = session_of(recipe(edit={"method": "rank-one", "self_text": 6000}))
+    session = session_of(recipe(edit={"method": "rank-one", "self_text": 2000}))
     groups = session.locate()
     edit = session.build([session.method], groups)["rank-one"]
     assert [(change.matrix, change.layer) for change in edit.changes] == [("out", session.checkpoint.layers - 1)]
@@ -206,7 +207,8 @@ def test_silence_words_changes_the_last_layer_once_a_concept_and_repeats() -> No
 
 
 def test_silence_words_needs_the_last_layer() -> None:
-    session = session_of(recipe(locate={"layers": [1, 2], "candidates": 20}, edit={"method": "silence-words"}))
+    edit = {"method": "silence-words", "self_text": 1000}
+    session = session_of(recipe(locate={"layers": [1, 2], "candidates": 20}, edit=edit))
     with pytest.raises(BadInput, match=r"locate\.layers: the method silence-words rewrites the last layer"):
         session.build([session.method], session.locate())
 

@@ -1,6 +1,7 @@
-"""A method, a control, a metric and a family of models need one file each, and nothing of the package changes."""
+"""A method, a control, a metric, a locator and a family need one file each: the examples of docs/methods.md, run."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -8,11 +9,11 @@ from pathlib import Path
 
 import pytest
 import yaml
-from places import ROOT, TESTS
+from documents import blocks
+from places import ROOT
 
 from rotate_edit.models.demo import demo_model_folder
 
-PLUGIN = TESTS / "plugins" / "everything.py"
 RECIPE = {
     "model": "demo",
     "concepts": [{"name": "dogs", "words": ["dog", "puppy", "terrier", "kennel"], "plurals": True, "strength": 2}],
@@ -23,70 +24,89 @@ RECIPE = {
     "save": {"adapter": False},
     "evaluate": {"items": "items", "tokens": 300, "strengths": [1, 2]},
 }
+FAMILY = """
+from rotate_edit import Architecture, add_architecture, gated
+
+add_architecture(Architecture(family="Made up", model_type="made_up", dense=gated("layers.{layer}.mlp")))
+"""
 
 
 @pytest.fixture(scope="module")
-def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The demo, run from the command line with the plugin, on a copy whose family the plugin adds."""
-    folder = tmp_path_factory.mktemp("plugins")
-    (folder / "items").mkdir()
-    for name, lines in (("texts-test.jsonl", 200), ("prompts.jsonl", 10)):
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the plugin, items of the demo and a recipe."""
+    where = tmp_path_factory.mktemp("plugins")
+    examples = blocks(ROOT / "docs" / "methods.md", "python")
+    assert len(examples) == 5
+    (where / "plugin.py").write_text("\n".join([*examples, FAMILY]), encoding="utf-8")
+    (where / "items").mkdir()
+    for name, lines in (("texts-test.jsonl", 200), ("prompts.jsonl", 10), ("generation.jsonl", 3)):
         some = (ROOT / "evals" / "demo" / name).read_text(encoding="utf-8").splitlines()[:lines]
-        (folder / "items" / name).write_text("\n".join(some), encoding="utf-8")
-    (folder / "recipe.yaml").write_text(yaml.safe_dump(RECIPE), encoding="utf-8")
-    command = [sys.executable, "-m", "rotate_edit", "--plugin", str(PLUGIN), "run", "recipe.yaml", "--output", "run"]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, env=environment())
+        (where / "items" / name).write_text("\n".join(some), encoding="utf-8")
+    (where / "recipe.yaml").write_text(yaml.safe_dump(RECIPE), encoding="utf-8")
+    return where
+
+
+def command(folder: Path, *words: str, plugin: bool = True) -> "subprocess.CompletedProcess[str]":
+    """The command line in a process of its own, so that nothing stays registered."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    given = ["--plugin", "plugin.py"] if plugin else []
+    return subprocess.run(
+        [sys.executable, "-m", "rotate_edit", *given, *words],
+        cwd=folder, capture_output=True, text=True, env=environment,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def result(folder: Path) -> dict:
+    """What a run of the demo with the plugin finds."""
+    done = command(folder, "run", "recipe.yaml", "--output", "run")
     assert done.returncode == 0, done.stderr
-    return folder / "run"
+    return json.loads((folder / "run" / "evaluation.json").read_text(encoding="utf-8"))
 
 
-def environment() -> dict[str, str]:
-    import os
-
-    return os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-
-
-def test_the_method_edits_and_the_control_is_drawn(run_folder: Path) -> None:
-    result = json.loads((run_folder / "evaluation.json").read_text(encoding="utf-8"))
+def test_the_method_edits_the_half_that_holds_most(folder: Path, result: dict) -> None:
     assert result["chosen_method"] == "strongest-half"
-    # The recipe names no controls, so that the new one is drawn beside those of the package.
-    assert {"strongest-half", "every-other-neuron", "direction-everywhere"} <= set(result["curves"]["dogs"])
-    assert all(point["collateral_kl"]["value"] > 0 for point in result["curves"]["dogs"]["every-other-neuron"])
     located = {channel["name"].split("#")[0] for channel in result["selected_channels"]}
     edited = {f"{vector['address']}.{vector['matrix']}" for vector in result["neurons"]}
-    # Of each matrix the half that holds most, so fewer than were located and none beside them.
     assert edited < located
-    assert json.loads((run_folder / "edit" / "edit.json").read_text(encoding="utf-8"))["method"] == "strongest-half"
+    assert len(edited) >= len(located) / 2
+    assert json.loads((folder / "run" / "edit" / "edit.json").read_text(encoding="utf-8"))["method"] == "strongest-half"
+    done = command(folder, "verify", "run")
+    assert done.returncode == 0, done.stderr
 
 
-def test_the_metric_is_measured_and_shown(run_folder: Path) -> None:
-    result = json.loads((run_folder / "evaluation.json").read_text(encoding="utf-8"))
-    assert result["variants"]["edited"]["measures"]["edited_parameters"]["value"] > 3_000_000
-    assert "edited parameters" in (run_folder / "report.md").read_text(encoding="utf-8")
-    assert "parameters" in (run_folder / "report.html").read_text(encoding="utf-8")
+def test_the_control_is_drawn_beside_those_of_the_package(result: dict) -> None:
+    curves = result["curves"]["dogs"]
+    assert {"strongest-half", "weakest-half", "direction-everywhere", "rank-one"} <= set(curves)
+    damage = {name: points[-1]["collateral_kl"]["value"] for name, points in curves.items()}
+    assert 0 < damage["weakest-half"] < damage["strongest-half"]
 
 
-def test_the_metric_is_no_gate_without_a_better_side(run_folder: Path) -> None:
-    command = [sys.executable, "-m", "rotate_edit", "--plugin", str(PLUGIN), "check", str(run_folder)]
-    done = subprocess.run(
-        [*command, "--gate", "edited_parameters=1"], capture_output=True, text=True, env=environment()
-    )
+def test_the_metric_is_measured_and_shown(folder: Path, result: dict) -> None:
+    measured = result["variants"]["edited"]["measures"]["words_written"]
+    texts = [row["edited"].split() for row in result["generations"]]
+    assert measured["value"] == pytest.approx(sum(map(len, texts)) / len(texts))
+    assert "words written" in (folder / "run" / "report.md").read_text(encoding="utf-8")
+    assert "words written" in (folder / "run" / "report.html").read_text(encoding="utf-8")
+    done = command(folder, "check", "run", "--gate", "words_written=1")
     assert done.returncode == 2
     assert "has no better side" in done.stderr
 
 
-def test_a_family_from_outside_is_opened(tmp_path: Path) -> None:
-    folder = tmp_path / "made-up"
-    shutil.copytree(demo_model_folder(), folder)
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    (folder / "config.json").write_text(json.dumps(config | {"model_type": "made_up"}), encoding="utf-8")
-    command = [sys.executable, "-m", "rotate_edit"]
-    inspect = ["inspect", str(folder), "--json"]
-    known = subprocess.run(
-        [*command, "--plugin", str(PLUGIN), *inspect], capture_output=True, text=True, env=environment()
-    )
+def test_a_family_from_outside_is_opened(folder: Path) -> None:
+    shutil.copytree(demo_model_folder(), folder / "base")
+    config = json.loads((folder / "base" / "config.json").read_text(encoding="utf-8"))
+    (folder / "base" / "config.json").write_text(json.dumps(config | {"model_type": "made_up"}), encoding="utf-8")
+    known = command(folder, "inspect", "base", "--json")
     assert known.returncode == 0, known.stderr
     assert json.loads(known.stdout)["family"] == "Made up"
-    unknown = subprocess.run([*command, *inspect], capture_output=True, text=True, env=environment())
+    unknown = command(folder, "inspect", "base", "--json", plugin=False)
     assert unknown.returncode == 2
     assert "made_up" in unknown.stderr
+
+
+def test_a_plugin_that_is_not_there_is_one_sentence(folder: Path) -> None:
+    (folder / "empty").mkdir()
+    done = command(folder / "empty", "inspect", "demo")
+    assert done.returncode == 2
+    assert done.stderr.strip() == "Error: there is no plugin file plugin.py."

@@ -211,7 +211,6 @@ def measure_faithfulness(
     from rotate_edit.channels.channel_set import load_channels
     from rotate_edit.evaluation import faithfulness
     from rotate_edit.evaluation.text_tasks import read_documents
-    from rotate_edit.reporting import drawing
 
     checkpoint = open_checkpoint(model)
     if output is not None:
@@ -230,7 +229,7 @@ def measure_faithfulness(
     if output is not None:
         content = plain({"rows": rows, "trials": faithfulness.plain_trials(trials)})
         write_atomically(output.with_suffix(".json"), json.dumps(content, indent=1, allow_nan=False))
-        write_atomically(output.with_suffix(".png"), drawing.png(faithfulness.figure(rows)))
+        write_atomically(output.with_suffix(".png"), faithfulness.picture(rows))
     return rows
 
 

@@ -10,6 +10,7 @@ beside three controls. The first is a random direction at the same angle to the 
 the same neuron. The third is the same channel removed from another neuron.
 """
 
+import io
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -561,3 +562,17 @@ def figure(rows: Sequence[Mapping[str, Any]]) -> "Figure":
         panel.set_title(f"{matrix}: {unit}, {of_matrix[0]['channels']} channels", fontsize=9)
     panels[0].legend(fontsize=8)
     return drawn
+
+
+def picture(rows: Sequence[Mapping[str, Any]]) -> bytes:
+    """Draw `figure` as a PNG.
+
+    Args:
+        rows: Rows of `table`.
+
+    Returns:
+        The file's content.
+    """
+    stream = io.BytesIO()
+    figure(rows).savefig(stream, format="png", dpi=144, facecolor="white", metadata={"Software": None})
+    return stream.getvalue()

@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,7 @@ from rotate_edit.reporting import content as report_content
 from rotate_edit.reporting import drawing, figures
 
 if TYPE_CHECKING:
+    import jinja2
     from matplotlib.figure import Figure
 
 MARKDOWN_SPECIAL = re.compile(r"([\\`*_{}\[\]<>()#+\-.!|~&])")
@@ -124,6 +126,11 @@ def _lines(text: str) -> str:
 
 
 def _render(template: str, content: dict[str, Any], *, escape: bool) -> str:
+    return _environment(escape).get_template(template).render(**content, colours=drawing.COLOURS)
+
+
+@cache
+def _environment(escape: bool) -> "jinja2.Environment":
     import jinja2
 
     environment = jinja2.Environment(
@@ -138,7 +145,7 @@ def _render(template: str, content: dict[str, Any], *, escape: bool) -> str:
         "lines": _lines,
         "fence": fence,
     }
-    return environment.get_template(template).render(**content, colours=drawing.COLOURS)
+    return environment
 
 
 # Drawings in their place.

@@ -70,7 +70,7 @@ def test_training_is_seeded_and_learns(model):
 
 def test_what_comes_back_is_counted_against_what_was_lost(model, items):
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    training = Training(epochs=20, learning_rate=1e-2)
+    training = Training(epochs=10, learning_rate=1e-2)
     found = relearn(model, tiny_tokenizer(), [Variant("removed", silenced(model))], PLAN, items, training=training)
     removed = found["models"]["removed"]
     assert removed["before"]["value"] == 0

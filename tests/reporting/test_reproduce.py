@@ -10,15 +10,18 @@ from threading import Thread
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from fake_hub import TOKEN, Hub, environment
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from rotate_edit.repeat import repeat
+from tiny_models import save_tiny
 from tiny_run import tiny_run
 
 from rotate_edit.errors import BadInput
 from rotate_edit.models.checkpoint import open_checkpoint
+from rotate_edit.pipeline import repeat
+from rotate_edit.recipe import parse_recipe
 from rotate_edit.reporting.reproduce import check_same_base, differences, hashes, numbers, read_reproduction
 from rotate_edit.session import open_session
 
@@ -41,6 +44,12 @@ RECIPE = {
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_run(tmp_path_factory.mktemp("runs") / "run")
+
+
+@pytest.fixture(scope="module")
+def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model that no run here was made with."""
+    return save_tiny("qwen2", tmp_path_factory.mktemp("other") / "base", tied=True, dtype=torch.bfloat16)
 
 
 @pytest.fixture
@@ -169,7 +178,9 @@ JSON = st.recursive(
 
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
-def test_any_damage_is_read_or_refused(content: dict[str, Any], tmp_path: Path, data: st.DataObject) -> None:
+def test_any_damage_is_read_or_refused(
+    content: dict[str, Any], other: Path, tmp_path: Path, data: st.DataObject
+) -> None:
     damaged = copy.deepcopy(content)
     place: Any = damaged
     for _ in range(data.draw(st.integers(0, 3))):
@@ -183,9 +194,9 @@ def test_any_damage_is_read_or_refused(content: dict[str, Any], tmp_path: Path, 
     with contextlib.suppress(BadInput):
         _, read = read_reproduction(path)
         assert isinstance(differences(read, content), list)
-    # The demo is not its base, so that nothing is run; and what refuses it is one sentence.
+    # The other model is not its base, so that nothing is run; and what refuses it is one sentence.
     with pytest.raises(BadInput) as caught:
-        repeat(path, tmp_path / "out", model="demo")
+        repeat(path, tmp_path / "out", model=str(other))
     assert "\n" not in str(caught.value)
 
 
