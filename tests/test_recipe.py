@@ -195,7 +195,10 @@ def test_two_goals_are_refused(other: str) -> None:
     ("edit", "message"),
     [
         ({"settings": {"rnk": 3}}, "the method silence-words has no setting 'rnk'; its settings are: key_ridge, rank,"),
-        ({"method": "rank-one", "settings": {"rank": 3}}, "rank-one has no setting 'rank'; its settings are: key_ridge"),
+        (
+            {"method": "rank-one", "settings": {"rank": 3}},
+            "rank-one has no setting 'rank'; its settings are: key_ridge",
+        ),
         ({"method": "zero-neurons", "settings": {"rank": 3}}, "no setting 'rank'; its settings are: none"),
         ({"settings": {"rank": 0}}, "the setting rank of silence-words: input should be greater than 0"),
         ({"settings": {"key_ridge": math.inf}}, "the setting key_ridge of silence-words"),
@@ -222,7 +225,9 @@ def test_controls_are_those_made_for_it_without_the_method_itself() -> None:
 
 
 def test_importing_the_recipe_loads_no_torch() -> None:
-    program = "import sys, rotate_edit.recipe; print([name for name in ('torch', 'transformers') if name in sys.modules])"
+    program = (
+        "import sys, rotate_edit.recipe; print([name for name in ('torch', 'transformers') if name in sys.modules])"
+    )
     here = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=here, check=False)
     assert done.returncode == 0, done.stderr

@@ -143,6 +143,17 @@ class Architecture:
 
 
 def gated(stem: str, gate: str = "gate_proj", read: str = "up_proj", write: str = "down_proj") -> Places:
+    """The matrices of a gated MLP that keeps each in a tensor of its own, neurons as rows of what reads.
+
+    Args:
+        stem: The MLP's name below the body, with {layer} (and {expert}) to fill in.
+        gate: Name of the gate's module.
+        read: Name of the module of what neurons read.
+        write: Name of the module of what neurons write.
+
+    Returns:
+        A place for each of "gate", "in" and "out".
+    """
     return MappingProxyType(
         {
             "gate": Place(f"{stem}.{gate}.weight"),
@@ -153,6 +164,15 @@ def gated(stem: str, gate: str = "gate_proj", read: str = "up_proj", write: str 
 
 
 def ungated(read: str, write: str) -> Places:
+    """The matrices of an MLP without a gate.
+
+    Args:
+        read: Name of the module of what neurons read, with {layer} to fill in.
+        write: Name of the module of what neurons write.
+
+    Returns:
+        A place for each of "in" and "out".
+    """
     return MappingProxyType({"in": Place(f"{read}.weight"), "out": Place(f"{write}.weight", "columns")})
 
 

@@ -10,109 +10,10 @@ from typing import Any
 
 import pytest
 from browser import Page, browser, chromium
+from made_up_run import HOSTILE, run_folder
 
 from rotate_edit.errors import BadInput
-from rotate_edit.reporting import content as report_content
 from rotate_edit.reporting.report import fence, markdown, without_home, write_report
-
-HOSTILE = "<script>alert(1)</script>|`*[x](javascript:1)\x1b[31m ```` &amp; {{ 7*7 }}"
-
-
-def measure(value: float) -> dict[str, Any]:
-    return {"value": value, "low": value / 2, "high": value * 2, "n": 40, "standard_error": value / 4}
-
-
-def run_folder(folder: Path, name: str = HOSTILE, **changes: Any) -> Path:
-    points = [
-        {"strength": s, "mass": measure(1 / (1 + s)), "collateral_kl": measure(0.001 * s), "first_token_kl": None}
-        for s in (1.0, 2.0, 4.0)
-    ]
-    rows = [
-        {
-            "title": f"{group} {name}",
-            "group": group,
-            "scale": scale,
-            "n": 40,
-            "p_holm": p,
-            "used": True,
-            "sentence": f"{name}: no difference was shown.",
-            **{k: measure(0.5) for k in ("base", "edited", "difference")},
-        }
-        for group, scale, p in (
-            ("concept", "accuracy", 0.01),
-            ("neighbour", "probability", 0.4),
-            ("general", "perplexity", None),
-        )
-    ]
-    result = {
-        "concepts": [
-            {
-                "name": name,
-                "strength": 2.0,
-                "words": [name, "dog"],
-                "tokens": [" dog", name],
-                "warnings": [name],
-                "candidates": 3,
-                "channels": 5,
-                "supported_channels": 4,
-                "located_channels": 2,
-                "located_neurons": 2,
-            }
-        ],
-        "model": {
-            "source": name,
-            "layers": 3,
-            "neurons": 10,
-            "hidden_size": 4,
-            "vocabulary_size": 9,
-            "tied": True,
-            "family": name,
-        },
-        "neurons": [
-            {
-                "address": address,
-                "matrix": matrix,
-                "concept": name,
-                "cosine": 0.5,
-                "norm_before": 1.0,
-                "norm_after": 1.5,
-            }
-            for address, matrix in (("L0.N3", "out"), ("L2.N9", "gate"), ("unembedding.T4", "unembedding"))
-        ],
-        "chosen_method": "channel-located",
-        "curves": {name: {"channel-located": points, "direction-everywhere": points, name: points}},
-        "matched": {
-            name: {
-                "target": 0.1,
-                "rows": [
-                    {"method": "channel-located", "strength": 2.0, "collateral_kl": 0.01, "ratio": 1.0},
-                    {"method": name, "strength": None, "collateral_kl": None, "ratio": None},
-                ],
-            }
-        },
-        "summary": {"efficacy": measure(0.9), "specificity": measure(0.8), "harmonic": {"value": None, "n": 0}},
-        "variants": {"edited": {"rows": rows, "words": [name], "measures": {"leak_rate_asked": measure(0.25)}}},
-        "selected_channels": [
-            {
-                "name": f"L1.N2.out#{place}",
-                "concept": name,
-                "support": 3.0 + place,
-                "cosine": 0.8,
-                "kurtosis": 9.0,
-                "tokens": [" dog", name, "\u202e", f" x{place}"],
-                "z_scores": [-9.0, -7.0, -3.0, -1.0],
-            }
-            for place in range(10)
-        ],
-        "generations": [{"prompt": name, "about": name, "base": f"a DOG, two dogs\n{name}", "edited": "a hotdog"}],
-        "cost": {"seconds": {"locate": 3.0, "evaluate": 1.0}, "peak_memory_mb": 512.0},
-        "provenance": {"base": {"source": name, "tensors": {"a": "0" * 64}}, "seed": 7, "device": "cpu", "threads": 2},
-        "definitions": {"demo_choice": {"version": "1", "content": "c" * 64}},
-    }
-    folder.mkdir()
-    (folder / "evaluation.json").write_text(json.dumps(result | changes))
-    (folder / "recipe.yaml").write_text(f"model: {Path.home()}/models/demo # {name}\n")
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -184,53 +85,6 @@ def test_words_of_the_concept_are_marked_as_whole_words(page: str, text: str) ->
     assert "a <mark>DOG</mark>, two <mark>dogs</mark>" in page
     assert "a hotdog" in page
     assert "a **DOG**, two **dogs**" in text
-
-
-def test_chips_are_sized_by_strength_and_the_concept_is_told_apart() -> None:
-    result = json.loads((run_json()).replace("HOSTILE", "dogs"))
-    rows = report_content.channel_rows(result, result["concepts"][0])
-    assert [row["name"] for row in rows] == ["L1.N2.out#1", "L1.N2.out#0"]
-    assert [chip["size"] for chip in rows[0]["chips"]] == [5, 3, 1]
-    assert [chip["own"] for chip in rows[0]["chips"]] == [True, False, False]
-
-
-def run_json() -> str:
-    channel = {"concept": "HOSTILE", "z_scores": [-10.0, -6.0, -1.0]}
-    return json.dumps(
-        {
-            "concepts": [{"name": "HOSTILE", "tokens": [" dog"]}],
-            "selected_channels": [
-                {**channel, "name": "L1.N2.out#0", "support": 2.0, "tokens": [" dog", " cat", " a"]},
-                {**channel, "name": "L1.N2.out#1", "support": 4.0, "tokens": [" dog", " cow", " a"]},
-            ],
-        }
-    )
-
-
-def test_the_same_channel_found_twice_is_shown_once() -> None:
-    result = json.loads(run_json().replace(" cow", " cat"))
-    rows = report_content.channel_rows(result, result["concepts"][0])
-    assert [row["name"] for row in rows] == ["L1.N2.out#0, #1"]
-
-
-def test_rows_that_were_not_used_are_not_drawn(tmp_path: Path) -> None:
-    folder = run_folder(tmp_path / "run", "dogs")
-    result = json.loads((folder / "evaluation.json").read_text())
-    result["variants"]["edited"]["rows"][0]["used"] = False
-    rows = report_content.forest_rows(result)
-    assert [(row.group, row.panel) for row in rows] == [
-        ("general", "the rest: perplexity (lower is better)"),
-        ("neighbour", "the rest: probability of the right word, points"),
-    ]
-    assert [row.value for row in rows] == [0.5, 50.0]
-    assert not any(row.clear for row in rows)
-
-
-def test_what_is_no_neuron_is_left_out_of_the_strip(tmp_path: Path) -> None:
-    result = json.loads((run_folder(tmp_path / "run", "dogs") / "evaluation.json").read_text())
-    found = report_content.edited_neurons(result, "dogs")
-    assert [(neuron.layer, neuron.place, neuron.matrix) for neuron in found] == [(0, 3, "out"), (2, 9, "gate")]
-    assert report_content.layer_counts(found) == {0: 1, 2: 1}
 
 
 def test_no_home_folder_in_a_report(tmp_path: Path) -> None:
