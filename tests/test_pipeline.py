@@ -34,12 +34,12 @@ def recipe(**changes: Any) -> Recipe:
         "concepts": [dogs | changes.pop("concept", {})],
         "locate": {"group_distance": 2.0, "candidates": 120},
         "decompose": {"channels": 1},
-        "edit": {"self_text": 6000},
+        "edit": {"self_text": 3000},
         "evaluate": {
             "items": "demo",
             "controls": ["direction-everywhere", "random-neurons", "channel-located"],
             "strengths": [2, 8],
-            "tokens": 1000,
+            "tokens": 500,
             "limit": 60,
         },
     }

@@ -282,6 +282,6 @@ def test_an_edit_with_a_goal_and_items_without_validation_texts_writes_nothing(t
     concept = {"name": "dog", "words": ["dog"]}
     wanted = recipe("demo", concepts=[concept], evaluate={"items": str(items)}, edit={"method": "rank-one"})
     assert session_of(wanted).reference("dog", "test") is not None
-    with pytest.raises(BadInput, match="concepts.dog.remaining: the items hold no validation text"):
+    with pytest.raises(BadInput, match=r"concepts\.dog\.remaining: the items hold no validation text"):
         pipeline.edit_only(wanted, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["items"]

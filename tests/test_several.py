@@ -49,13 +49,26 @@ def dogs() -> Session:
 
 @cache
 def located() -> tuple[ConceptGroup, ...]:
-    """What carries it. Neither strengths nor the settings of an edit change that."""
-    return dogs().locate()
+    """What carries it. Neither strengths nor the settings of an edit nor other concepts change that."""
+    return tuple(group for group in dogs_and_cats() if group.name == "dogs")
+
+
+@cache
+def dogs_and_cats() -> tuple[ConceptGroup, ...]:
+    return session_of(recipe(SUPPRESSED, AMPLIFIED)).locate()
 
 
 @cache
 def edit(*wanted: tuple[str, float], method: str = "channel-located") -> Edit:
-    return session_of(recipe(*wanted, edit={"method": method})).edit()
+    settings = {"steps": 40} if method == "silence-words" else {}
+    session = session_of(recipe(*wanted, edit={"method": method, "settings": settings}))
+    if "channels" in session.method.about.reads:
+        names = [name for name, _ in wanted]
+        groups = tuple(group for group in dogs_and_cats() if group.name in names)
+    else:
+        groups = session.locate()
+    (made,) = unit(session, groups).values()
+    return made.at(session.strengths(made))
 
 
 def unit(session: Session, groups: tuple[ConceptGroup, ...], *methods: str) -> dict[str, Edit]:
@@ -169,11 +182,6 @@ def test_neighbour_words_are_left_alone_each_or_together_when_they_are_many(word
     assert abs(float(mean @ write)) < 1e-4 * float(mean.norm() * write.norm())
 
 
-@cache
-def dogs_and_cats() -> tuple[ConceptGroup, ...]:
-    return session_of(recipe(SUPPRESSED, AMPLIFIED)).locate()
-
-
 @pytest.mark.parametrize("direction", ["mean", "least-collateral"])
 def test_other_concepts_of_the_recipe_are_kept_by_every_direction(direction: str) -> None:
     session = session_of(recipe(SUPPRESSED, AMPLIFIED, edit={"direction": direction}))
@@ -197,7 +205,7 @@ def test_methods_that_need_text_remove_the_concept_or_say_what_they_need() -> No
     }
     assert max(left.values()) < 0.9
     without = session_of(recipe(("dogs", 1.0), items=None))
-    with pytest.raises(BadInput, match="some methods need text about the concept; give evaluate.items"):
+    with pytest.raises(BadInput, match=r"some methods need text about the concept; give evaluate\.items"):
         without.build([make_method("channel-located"), make_method("snmf-features")], located(), {})
 
 

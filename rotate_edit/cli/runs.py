@@ -141,9 +141,11 @@ def edit(
 @click.option(
     "--output", type=FOLDER, help="The folder of the search (default runs/tune-<recipe>); it is gone on with."
 )
-@click.option("--pick", default="knee", show_default=True, help="knee, a number of the front, or damage=0.01 (nats).")
+@click.option(
+    "--pick", default="knee", show_default=True, help="knee, a number of the Pareto front, or damage=0.01 (nats)."
+)
 @click.option("--tokens", default=1200, show_default=True, type=click.IntRange(256), help="Of text for each trial.")
-@click.option("--lm-eval", is_flag=True, help="Also ask the edits of the front the recipe's items and tasks.")
+@click.option("--lm-eval", is_flag=True, help="Also ask the edits of the Pareto front the recipe's items and tasks.")
 @click.option("--seed", default=0, show_default=True, help="Of the search.")
 def tune(recipe: str, output: Path | None, **how: Any) -> None:
     """Search for the settings of RECIPE that remove most for least damage, and write the chosen recipe."""

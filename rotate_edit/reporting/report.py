@@ -105,7 +105,7 @@ def interval(measure: dict[str, Any] | None) -> str:
 
 
 def markdown(text: Any) -> str:
-    """Hostile text as plain text in Markdown: no markup, no cell border, no control characters."""
+    """Untrusted text as plain text in Markdown: no markup, no cell border, no control characters."""
     return MARKDOWN_SPECIAL.sub(r"\\\1", plain(str(text)))
 
 

@@ -45,7 +45,7 @@ OWN_TARGETS = (0.1, 0.3, 0.05)
 STARTUP_TRIALS = 15
 # A choice is confirmed and reported on so many times the text of a trial, since few comparisons are made there.
 CONFIRMING, PROVING = 2, 4
-# So many points of the front are confirmed at most, a few seconds each.
+# So many points of the Pareto front are confirmed at most, a few seconds each.
 CANDIDATES = 3
 # Other settings must save at least a tenth of the damage on texts that no trial saw, or the recipe's own are kept.
 CLEARLY_LESS = 0.9
@@ -102,12 +102,26 @@ def search(
     lm_eval: bool = False,
     report: Report = silent,
 ) -> dict[str, Any]:
-    """Try settings until `trials` are done, write the front and the chosen recipe to `output`, and return the record.
+    """Try settings, and write the Pareto front and the chosen recipe.
 
-    The trials are kept in a journal in `output`: the same command goes on where an earlier one was stopped. pick:
-    `knee`, a number of the front, or `damage=X`; lm_eval: also ask the front's edits the recipe's items and tasks (a
-    minute each). Raises BadInput when `output` holds the search of another recipe or
-    the pick means nothing, and Failure when no trial worked.
+    The trials are kept in a journal in `output`: the same command goes on where an earlier one was stopped.
+
+    Args:
+        recipe: What is searched for.
+        output: The folder of the search.
+        trials: How many trials there are in all, with those of earlier calls.
+        pick: `knee`, a number of the Pareto front, or `damage=X` in nats.
+        seed: Of the search.
+        tokens: Of text for each trial.
+        lm_eval: Also ask the edits of the Pareto front the recipe's items and tasks, a minute each.
+        report: Is told how far it is.
+
+    Returns:
+        The record, which is written to `output` too.
+
+    Raises:
+        BadInput: `output` holds the search of another recipe, or the pick means nothing.
+        Failure: No trial worked.
     """
     import optuna
 
@@ -197,26 +211,28 @@ def checked_pick(pick: str) -> None:
     except ValueError:
         valid = False
     if not valid:
-        raise BadInput(f"pick {pick!r} means nothing; give knee, a number of the front, or damage=0.01.")
+        raise BadInput(f"pick {pick!r} means nothing; give knee, a number of the Pareto front, or damage=0.01.")
 
 
 def picked(points: Sequence[pareto.Point], pick: str) -> int:
-    """The place on a front that a pick means. Raises BadInput when the front has no such point."""
+    """The place on a Pareto front that a pick means. Raises BadInput when the Pareto front has no such point."""
     if pick == "knee":
         return pareto.knee(points)
     if pick.startswith("damage="):
         place = pareto.within_budget(points, float(pick.removeprefix("damage=")))
         if place is None:
             least = min(damage for _, damage in points)
-            raise BadInput(f"no point of the front has a damage of at most {pick[7:]}; the least is {least:.3g}.")
+            raise BadInput(
+                f"no point of the Pareto front has a damage of at most {pick[7:]}; the least is {least:.3g}."
+            )
         return place
     if int(pick) > len(points):
-        raise BadInput(f"the front has {len(points)} points, so {pick} is none of them.")
+        raise BadInput(f"the Pareto front has {len(points)} points, so {pick} is none of them.")
     return int(pick) - 1
 
 
 def summary(context: SearchContext, study: Any, pick: str, seed: int, tokens: int) -> dict[str, Any]:
-    """All trials, the front, the chosen point, and the choice against the recipe's own settings on other texts.
+    """All trials, the Pareto front, the chosen point, and the choice against the recipe's own settings on other texts.
 
     Raises Failure when no trial worked."""
     tried = [
@@ -297,7 +313,7 @@ def _is_own(context: SearchContext, tried: Trial) -> bool:
 
 
 def asked_front(context: SearchContext, record: dict[str, Any], report: Report) -> list[dict[str, Any]]:
-    """Efficacy, specificity and first-token KL of every edit of the front, as lm-eval measures them; plain JSON."""
+    """The headline metrics of every edit of the Pareto front, as plain JSON."""
     session = context.session
     variants: list[Variant] = []
     for place in record["front"]:

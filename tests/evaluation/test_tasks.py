@@ -107,7 +107,7 @@ def test_a_tag_that_other_code_registers_on_the_safe_loader_is_still_refused(tmp
 
 
 def test_functions_need_allow_code(tmp_path):
-    path = write(tmp_path)
+    path = write(tmp_path, {key: value for key, value in CHOICE.items() if key != "doc_to_text"})
     path.write_text(path.read_text() + "doc_to_text: !function helper.text\n")
     (tmp_path / "helper.py").write_text("def text(doc):\n    return 'seen ' + doc['context']\n")
     with pytest.raises(BadInput, match="--allow-code"):
@@ -128,6 +128,14 @@ def test_python_objects_in_yaml_are_refused(tmp_path):
     path.write_text("task: [unclosed\n")
     with pytest.raises(BadInput, match="not valid YAML"):
         tasks.read_task(path)
+
+
+@pytest.mark.parametrize("allow_code", [False, True])
+def test_a_key_that_stands_twice_is_refused(tmp_path, allow_code):
+    path = write(tmp_path)
+    path.write_text(path.read_text() + "doc_to_text: another\n")
+    with pytest.raises(BadInput, match="the key 'doc_to_text' stands twice"):
+        tasks.read_task(path, allow_code=allow_code)
 
 
 def test_a_link_out_of_the_folder_is_refused(tmp_path):
