@@ -130,12 +130,11 @@ def test_python_objects_in_yaml_are_refused(tmp_path):
         tasks.read_task(path)
 
 
-@pytest.mark.parametrize("allow_code", [False, True])
-def test_a_key_that_stands_twice_is_refused(tmp_path, allow_code):
+def test_a_key_that_stands_twice_is_refused(tmp_path):
     path = write(tmp_path)
     path.write_text(path.read_text() + "doc_to_text: another\n")
     with pytest.raises(BadInput, match="the key 'doc_to_text' stands twice"):
-        tasks.read_task(path, allow_code=allow_code)
+        tasks.read_task(path)
 
 
 def test_a_link_out_of_the_folder_is_refused(tmp_path):
