@@ -9,10 +9,9 @@ import sys
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar
-
-import yaml
 
 from rotate_edit.errors import BadInput, Failure, quoted
 
@@ -512,30 +511,35 @@ def plain(value: Any) -> Any:
     return value
 
 
-class _UniqueKeys(yaml.SafeLoader):
-    """YAML's own tags alone, and no key twice: the last of two would win without a word.
+@cache
+def _unique_keys() -> Any:
+    """The loader of YAML's own tags alone, with no key twice: the last of two would win without a word."""
+    # The channel search reads no YAML and runs where it is not installed.
+    import yaml
 
-    The tables are this class's own, or a tag that other code registers would be inherited.
-    """
+    class UniqueKeys(yaml.SafeLoader):
+        """Its tables are its own, or a tag that other code registers would be inherited."""
 
-    yaml_constructors: ClassVar[dict[Any, Any]] = {
-        tag: build
-        for tag, build in yaml.SafeLoader.yaml_constructors.items()
-        if tag is None or tag.startswith("tag:yaml.org,2002:")
-    }
-    yaml_multi_constructors: ClassVar[dict[Any, Any]] = {}
+        yaml_constructors: ClassVar[dict[Any, Any]] = {
+            tag: build
+            for tag, build in yaml.SafeLoader.yaml_constructors.items()
+            if tag is None or tag.startswith("tag:yaml.org,2002:")
+        }
+        yaml_multi_constructors: ClassVar[dict[Any, Any]] = {}
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """A mapping. Raises MarkedYAMLError for a key that stands twice."""
-        seen: set[str] = set()
-        for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
-                if key.value in seen:
-                    raise yaml.MarkedYAMLError(
-                        problem=f"the key {key.value!r} stands twice, the second time", problem_mark=key.start_mark
-                    )
-                seen.add(key.value)
-        return super().construct_mapping(node, deep)
+        def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+            """A mapping. Raises MarkedYAMLError for a key that stands twice."""
+            seen: set[str] = set()
+            for key, _ in node.value:
+                if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
+                    if key.value in seen:
+                        raise yaml.MarkedYAMLError(
+                            problem=f"the key {key.value!r} stands twice, the second time", problem_mark=key.start_mark
+                        )
+                    seen.add(key.value)
+            return super().construct_mapping(node, deep)
+
+    return UniqueKeys
 
 
 def read_yaml(text: str) -> Any:
@@ -550,4 +554,6 @@ def read_yaml(text: str) -> Any:
     Raises:
         yaml.YAMLError: When it is not valid, holds a tag of its own, or a key twice.
     """
-    return yaml.load(text, Loader=_UniqueKeys)
+    import yaml
+
+    return yaml.load(text, Loader=_unique_keys())

@@ -63,7 +63,7 @@ BENCHMARKS = {
     "scan": (["--neurons", "64", "--size", "16", "--vocabulary", "900"], {"ratio_to_product"}),
     "roofline": (["--neurons", "4", "--size", "16", "--vocabulary", "800"], {"outside_share"}),
     "solver": (
-        ["--planted", "800", "--size", "16", "--neurons", "2", "--seeds", "1"],
+        ["--planted", "200", "--size", "8", "--neurons", "2", "--seeds", "1"],
         {"speedup", "projections_ratio", "loss_not_worse", "adamw_between_seeds"},
     ),
     "scaling": (["--quick"], {"workers_speedup"}),

@@ -37,6 +37,7 @@ RECIPE = {
     ],
     "locate": {"group_distance": 2.0},
     "decompose": {"channels": 1},
+    "edit": {"self_text": 4000},
     "evaluate": {"items": "demo", "controls": [], "strengths": [2, 8], "tokens": 300, "limit": 5},
 }
 
