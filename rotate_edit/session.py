@@ -671,7 +671,23 @@ def open_session(
         for concept in recipe.concepts
     )
     items = _open_items(recipe, tokenizer, allow_code)
+    if output is not None:
+        _check_validation_texts(recipe, items)
     return Session(recipe, checkpoint, tokenizer, vocabulary, tokens, items, device, notes)
+
+
+def _check_validation_texts(recipe: Recipe, items: Items | None) -> None:
+    """Refuse a goal that nothing can be measured for, before anything long. Raises BadInput."""
+    for concept in recipe.concepts:
+        if (
+            concept.goal.kind != "strength"
+            and items is not None
+            and not all(texts_about(items, [concept.name], "validation"))
+        ):
+            raise BadInput(
+                f"concepts.{concept.name}.{concept.goal.kind}: the items hold no validation text with and without it; "
+                "give other items, or a strength."
+            )
 
 
 def estimate(recipe: Recipe, *, measured: bool = True) -> tuple[Cost, str]:
@@ -777,6 +793,9 @@ def _why_unsuited(method: EditMethod, recipe: Recipe, checkpoint: Checkpoint) ->
     kinds = method.about.writes & {"gate", "in", "out"}
     if kinds and not kinds & set(recipe.locate.matrices):
         return f"rewrite {' and '.join(sorted(kinds))} matrices, which locate.matrices leaves out"
+    layers = recipe.locate.layers
+    if method.about.last_layer_alone and layers is not None and checkpoint.layers - 1 not in layers:
+        return f"rewrite the last layer, {checkpoint.layers - 1}, which locate.layers leaves out"
     if checkpoint.experts is not None and method.about.reads & {"activations", "text"}:
         return "read activations of dense layers, and this model has experts"
     return ""

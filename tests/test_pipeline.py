@@ -208,9 +208,8 @@ def test_silence_words_changes_the_last_layer_once_a_concept_and_repeats() -> No
 
 def test_silence_words_needs_the_last_layer() -> None:
     edit = {"method": "silence-words", "self_text": 1000}
-    session = session_of(recipe(locate={"layers": [1, 2], "candidates": 20}, edit=edit))
-    with pytest.raises(BadInput, match=r"locate\.layers: the method silence-words rewrites the last layer"):
-        session.build([session.method], session.locate())
+    with pytest.raises(BadInput, match=r"silence-words rewrite the last layer, 4, which locate\.layers leaves out"):
+        session_of(recipe(locate={"layers": [1, 2], "candidates": 20}, edit=edit))
 
 
 def test_groups_are_edited_together_and_the_whole_concept_is_covered() -> None:

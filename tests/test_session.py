@@ -280,8 +280,10 @@ def test_no_strength_is_chosen_on_test_texts(goal: dict[str, float], solvable: S
 def test_an_edit_with_a_goal_and_items_without_validation_texts_writes_nothing(tmp_path: Path) -> None:
     items = write_items(tmp_path / "items")
     concept = {"name": "dog", "words": ["dog"]}
-    wanted = recipe("demo", concepts=[concept], evaluate={"items": str(items)}, edit={"method": "rank-one"})
-    assert session_of(wanted).reference("dog", "test") is not None
+    settings = {"evaluate": {"items": str(items)}, "edit": {"method": "rank-one"}}
+    wanted = recipe("demo", concepts=[concept], **settings)
+    given = recipe("demo", concepts=[concept | {"strength": 1}], **settings)
+    assert session_of(given).reference("dog", "test") is not None
     with pytest.raises(BadInput, match=r"concepts\.dog\.remaining: the items hold no validation text"):
         pipeline.edit_only(wanted, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["items"]
