@@ -14,7 +14,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from rotate_edit.edits.strength import Goal
-from rotate_edit.errors import BadInput
+from rotate_edit.errors import BadInput, quoted
 from rotate_edit.files import data_folder, read_yaml
 
 Matrix = Literal["gate", "in", "out"]
@@ -465,7 +465,9 @@ def _reference_table(title: str, text: str, rows: Iterable[tuple[str, Any, str]]
 def _explain(error: Any) -> tuple[str, str]:
     # Which alternative of a union it was tells a person nothing.
     alternatives = ("float", "int", "function-after", "literal[", "constrained-int")
-    key = ".".join(str(part) for part in error["loc"] if not str(part).startswith(alternatives))
+    named = [str(part) for part in error["loc"] if not str(part).startswith(alternatives)]
+    # A key may be anybody's text, and the message is one line.
+    key = ".".join(quoted(part)[1:-1] for part in named)
     message = error["msg"].removeprefix("Value error, ")
     if error["type"] == "extra_forbidden":
         guess = _closest_key(error["loc"])

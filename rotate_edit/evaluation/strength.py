@@ -27,8 +27,8 @@ def solve_strength(model: Any, known: Reference, edit: Edit, goal: Goal) -> floa
         goal: What is to be reached.
 
     Returns:
-        The strength, rounded to three digits after the point; below 0 where the goal amplifies. It lies within 1.6 % of
-        the crossing, on the side that meets the goal.
+        The strength, rounded to three digits after the point; below 0 where the goal amplifies. Before rounding it
+        lies on the side that meets the goal, within 1.6 % of the crossing above 1 and within 1/64 below.
 
     Raises:
         Failure: No strength up to 64 reaches the goal, or every one exceeds the budget.

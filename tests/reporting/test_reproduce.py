@@ -151,6 +151,7 @@ def test_the_base_may_lie_elsewhere(run: Path, content: dict[str, Any], tmp_path
         {"version": 2},
         {"recipe": None},
         {"recipe": {"model": "demo"}},
+        {"recipe": {"model": "demo", "concepts": [{"name": "a", "words": ["dog"], "strength": 1}], "one\ntwo": 1}},
         {"hashes": []},
         {"numbers": {"a": 1}},
         {"numbers": {"a": {"value": "x", "low": None, "high": None, "n": 1}}},
