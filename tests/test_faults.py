@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from workers import write_together
 
 from rotate_edit.edits.edit import Edit
 from rotate_edit.edits.writing.patch import write_checkpoint
 from rotate_edit.errors import BadInput, Failure
 from rotate_edit.evaluation.tasks import read_task
-from rotate_edit.files import whole_file, whole_folder
+from rotate_edit.files import whole_file
 from rotate_edit.models.checkpoint import (
     identity,
     load_model,
@@ -109,21 +110,11 @@ def test_one_number_that_is_none_is_refused_by_its_tensor(base: Any, tensor: str
             read()
 
 
-def _write(output: Path, barrier: Any, results: Any, number: int) -> None:
-    try:
-        with whole_folder(output) as folder:
-            (folder / "who").write_text(str(number))
-            barrier.wait(30)
-        results.put((number, "written"))
-    except (BadInput, Failure) as error:
-        results.put((number, str(error)))
-
-
 def test_two_runs_into_one_output_keep_both_results(tmp_path: Path) -> None:
     context = multiprocessing.get_context("spawn")
     barrier, results = context.Barrier(2), context.Queue()
     output = tmp_path / "run"
-    runs = [context.Process(target=_write, args=(output, barrier, results, number)) for number in (1, 2)]
+    runs = [context.Process(target=write_together, args=(output, barrier, results, number)) for number in (1, 2)]
     for run in runs:
         run.start()
     told = dict(results.get(timeout=60) for _ in runs)

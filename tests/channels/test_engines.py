@@ -1,43 +1,16 @@
 """Every engine does every job once, reports what went wrong in one sentence, and starts nothing after an error."""
 
-import os
-import signal
 import sys
 import time
 
 import pytest
 import torch
 from places import TESTS
+from workers import device_of, die, divide, refuse, square
 
 from rotate_edit.channels.engines import run_processes, run_ray, run_threads
 from rotate_edit.errors import BadInput, Failure
 from rotate_edit.machine import pick_device
-
-
-def square(number: int) -> int:
-    return number * number
-
-
-def device_of(number: int) -> tuple[int, str]:
-    # Long enough for the other process to take its share.
-    time.sleep(0.3)
-    return number, os.environ["CUDA_VISIBLE_DEVICES"]
-
-
-def die(number: int) -> int:
-    if number == 2:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return number
-
-
-def divide(number: int) -> float:
-    return 1 / number
-
-
-def refuse(number: int) -> int:
-    if number == 3:
-        raise BadInput(f"job {number} cannot be done.")
-    return number
 
 
 @pytest.mark.parametrize("workers", [1, 3])
@@ -85,7 +58,7 @@ def test_ray_does_every_job_and_passes_errors_on() -> None:
     with pytest.raises(BadInput, match="no Ray cluster"):
         run_ray(square, [(1,)], lambda result: None, address="auto", threads=1, gpus=0)
     results: list[int] = []
-    # Ray's workers import the functions by name, so they must find this file.
+    # Ray's workers import the functions by name, so they must find their file.
     environment = {"env_vars": {"PYTHONPATH": str(TESTS)}}
     ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, runtime_env=environment)
     try:
