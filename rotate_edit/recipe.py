@@ -360,9 +360,18 @@ class Recipe(_Section):
 
 
 def read_recipe(path: str | Path) -> Recipe:
-    """Read a recipe file; a bare name is also looked for among the recipes that come with the package.
+    """Read a recipe file.
 
-    Raises BadInput with every error of the recipe at once.
+    A bare name is also looked for among the recipes that come with the package.
+
+    Args:
+        path: The file or the bare name.
+
+    Returns:
+        The recipe.
+
+    Raises:
+        BadInput: With every error of the recipe at once.
     """
     found = find_recipe(path)
     try:
@@ -375,7 +384,17 @@ def read_recipe(path: str | Path) -> Recipe:
 
 
 def find_recipe(path: str | Path) -> Path:
-    """The file a recipe argument means: the path itself, or a bundled recipe of that file name."""
+    """Find the file that a recipe argument means.
+
+    Args:
+        path: A path, or the file name of a bundled recipe.
+
+    Returns:
+        The path itself where it is a file. Otherwise the bundled recipe of that file name.
+
+    Raises:
+        BadInput: When there is neither.
+    """
     if Path(path).is_file():
         return Path(path)
     bundled = data_folder("recipes") / Path(path).name
@@ -385,12 +404,27 @@ def find_recipe(path: str | Path) -> Path:
 
 
 def bundled_recipes() -> list[str]:
-    """File names of the recipes that come with the package."""
+    """List the recipes that come with the package.
+
+    Returns:
+        Their file names, sorted.
+    """
     return sorted(path.name for path in data_folder("recipes").glob("*.yaml"))
 
 
 def parse_recipe(content: dict[str, Any], name: str = "recipe") -> Recipe:
-    """Check a recipe's content. Raises BadInput that lists every error with its key."""
+    """Check a recipe's content.
+
+    Args:
+        content: The settings by key.
+        name: The recipe's name, for messages.
+
+    Returns:
+        The recipe, with what `auto` and the left-out controls stand for.
+
+    Raises:
+        BadInput: When there are errors. It lists every error with its key.
+    """
     try:
         return _settled(Recipe.model_validate(content))
     except ValidationError as error:
@@ -416,7 +450,16 @@ def _settled(recipe: Recipe) -> Recipe:
 
 
 def recipe_text(recipe: Recipe) -> str:
-    """The recipe as YAML with every default filled in, and `~` for the home folder, which would tell a user's name."""
+    """Write a recipe as YAML with every default filled in.
+
+    The home folder is written as `~`, since it would tell a user's name.
+
+    Args:
+        recipe: The recipe.
+
+    Returns:
+        The YAML.
+    """
     content = recipe.model_dump(mode="json", by_alias=True)
     for section, key in ((content, "model"), (content["evaluate"], "items"), (content["evaluate"], "text")):
         home = str(Path.home())
@@ -430,7 +473,11 @@ def _without_tilde(path: str | None) -> str | None:
 
 
 def reference() -> str:
-    """Every key of a recipe with its default and meaning, as Markdown (docs/recipes.md is this text)."""
+    """Describe every key of a recipe with its default and meaning.
+
+    Returns:
+        Markdown. docs/recipes.md is this text.
+    """
     sections: dict[str, type[BaseModel]] = {"": Recipe, "concepts": ConceptRecipe}
     for name, field in Recipe.model_fields.items():
         if isinstance(field.default, BaseModel):

@@ -17,18 +17,18 @@ from rotate_edit.models.parameters import live_parameter
 
 @contextmanager
 def applied(model: torch.nn.Module, edit: Edit) -> Iterator[None]:
-    """`with applied(model, edit):` adds the edit to the model's weights and takes it away again bit for bit.
+    """Add an edit to the model's weights inside a `with` block, and take it away again bit for bit.
 
     Every matrix is computed in float64 and rounded once to its dtype, exactly as a patched checkpoint is written. So
     the live weights equal the written ones. The original rows are put back when the block ends, also by an exception.
-    `applied(model, edit.at(2))` takes another strength.
+    `with applied(model, edit):` uses the edit's own strength. `applied(model, edit.at(2))` takes another one.
 
     Args:
         model: A loaded transformers model.
         edit: The edit.
 
     Raises:
-        BadInput: The model has no such matrix.
+        BadInput: The model has no such matrix, or its vectors have another number or length.
     """
     saved: list[tuple[Tensor, Tensor, Tensor]] = []
     handles: list[RemovableHandle] = []
@@ -63,7 +63,17 @@ def _clamped(model: torch.nn.Module, clamp: Clamp) -> RemovableHandle:
 
 
 def live_totals(model: torch.nn.Module, edit: Edit) -> list[Total]:
-    """The edit's totals for this model: when the head is the embedding itself, both are one matrix."""
+    """Compute the edit's totals for this model.
+
+    When the head is the embedding itself, both are one matrix.
+
+    Args:
+        model: A loaded transformers model.
+        edit: The edit.
+
+    Returns:
+        The totals, one for each matrix that changes.
+    """
     changes = edit.changes
     if any(change.matrix == "unembedding" for change in changes):
         head, _ = live_parameter(model, "unembedding")

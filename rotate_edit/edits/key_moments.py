@@ -1,7 +1,7 @@
-"""Where a concept is written: what neurons do in the model's own text where the concept comes next.
+"""Where a concept is written: what neurons do in self-generated text where the concept comes next.
 
-Edit methods that read activations need it. The text is drawn from the model itself, so no corpus is needed, and a
-position counts by the probability that the model gives the concept there, so no label is needed.
+Edit methods that read activations need it. The text is drawn from the model itself, so no corpus is needed. A position
+counts by the probability that the model gives the concept there, so no label is needed.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -22,13 +22,18 @@ EVEN_RIDGE = 1e-3
 
 @dataclass(frozen=True)
 class KeyMoments:
-    """Moments of neurons' activations (inputs of the MLP's last matrix) over texts.
+    """Moments of neurons' activations over texts. The activations are the inputs of the MLP's last matrix.
 
-    rows: by layer the neurons looked at, int64 ascending; second: float64 [n, n], the mean product of two activations
-    over all positions, n counting the layers' neurons one after another; means: float64 [groups, n], the mean
-    activation weighted by the probability of the group's tokens as the next one; size: float64 [groups], the residual
-    stream's root mean square before the final norm, weighted likewise; metric: float64 [d_model, d_model] when a head
-    was given, `e' metric e` being twice the mean KL divergence of a small step e of the residual stream, gain left out.
+    The n neurons are those of all layers, one layer after another.
+
+    Attributes:
+        rows: By layer the neurons looked at, int64, ascending.
+        second: The mean product of two activations over all positions, float64 [n, n].
+        means: The mean activation weighted by the probability of the group's tokens as the next one, float64 [groups,
+            n].
+        size: The residual stream's root mean square before the final norm, weighted likewise, float64 [groups].
+        metric: float64 [d_model, d_model]. `e' metric e` is twice the mean KL divergence of a small step e of the
+            residual stream, gain left out. None when no head was given.
     """
 
     rows: Mapping[int, Tensor]
@@ -41,10 +46,20 @@ class KeyMoments:
 def key_moments(
     model: Any, texts: Passages, rows: Mapping[int, Tensor], groups: Sequence[Tensor], head: Tensor | None = None
 ) -> KeyMoments:
-    """One pass over texts. rows: by layer the neurons wanted; groups: token ids, int64 each; head: the unembedding
-    float32 [V, d_model], for the metric of the predictions.
+    """Measure the moments in one pass over texts.
 
-    Raises BadInput for a model whose layers are mixtures of experts.
+    Args:
+        model: A loaded transformers model.
+        texts: The tokenised texts.
+        rows: By layer the neurons wanted, int64.
+        groups: Token ids of each group, int64.
+        head: The unembedding, float32 [V, d_model], for the metric of the predictions. None for no metric.
+
+    Returns:
+        The moments.
+
+    Raises:
+        BadInput: For a model whose layers are mixtures of experts.
     """
     return _moments(_read(model, texts, rows), rows, groups, head)
 
@@ -52,7 +67,18 @@ def key_moments(
 def last_moments(
     seen: Positions, tail: OutputHead, layer: int, groups: Sequence[Tensor], head: Tensor | None = None
 ) -> KeyMoments:
-    """The same of all neurons of the last layer, from what it holds at positions that are read already."""
+    """Measure the moments of all neurons of the last layer, from positions that are read already.
+
+    Args:
+        seen: What the last layer holds at positions of texts.
+        tail: The output head.
+        layer: Index of the last layer.
+        groups: Token ids of each group, int64.
+        head: The unembedding, float32 [V, d_model], for the metric of the predictions. None for no metric.
+
+    Returns:
+        The moments.
+    """
     parts = zip(seen.neurons.split(AT_ONCE), seen.residual.split(AT_ONCE))
     read = ((neurons, residual, tail.log_probabilities(residual)) for neurons, residual in parts)
     return _moments(read, {layer: torch.arange(seen.neurons.shape[1])}, groups, head)
@@ -99,10 +125,15 @@ def _moments(
 
 
 def sensitivity(chances: Tensor, size: Tensor, head: Tensor) -> Tensor:
-    """Fisher's information of predictions about a step of the residual stream, summed over positions.
+    """Compute Fisher's information of predictions about a step of the residual stream, summed over positions.
 
-    chances: [n, V]; size: [n], the root mean square that the final norm divides by; head: [V, d_model]. Returns
-    `sum U' (diag(p) - p p') U / size^2`, float64 [d_model, d_model] on the CPU.
+    Args:
+        chances: Probabilities of the next token, [n, V].
+        size: The root mean square that the final norm divides by, [n].
+        head: The unembedding, [V, d_model].
+
+    Returns:
+        `sum U' (diag(p) - p p') U / size^2`, float64 [d_model, d_model] on the CPU.
     """
     # The tokens' common part changes no prediction; without it nothing large is subtracted from something large.
     tokens = head - head.mean(0)
@@ -113,8 +144,18 @@ def sensitivity(chances: Tensor, size: Tensor, head: Tensor) -> Tensor:
 
 
 def even_reading(model: Any, texts: Passages, *, ridge: float = EVEN_RIDGE) -> Tensor:
-    """What, added to a token's row of the head, raises its logit by 1 at every position alike, as nearly as one vector
-    can: float32 [d_model], by `key_coefficients` of what the head reads over texts."""
+    """Find the vector that, added to a token's row of the head, raises its logit by 1 at every position alike.
+
+    It does so as nearly as one vector can. It is made by `key_coefficients` of what the head reads over texts.
+
+    Args:
+        model: A loaded transformers model.
+        texts: The tokenised texts.
+        ridge: The ridge of `key_coefficients`.
+
+    Returns:
+        The vector, float32 [d_model].
+    """
     head = model.get_output_embeddings()
     read: list[Tensor] = []
     second, mean, positions = torch.zeros(()), torch.zeros(()), 0
@@ -133,10 +174,19 @@ def even_reading(model: Any, texts: Passages, *, ridge: float = EVEN_RIDGE) -> T
 def fit_keys(
     moments: KeyMoments, group: int, rows: Mapping[int, Tensor], *, ridge: float
 ) -> dict[int, tuple[Tensor, Tensor]]:
-    """One group's key on some of the neurons: by layer their rows, int64, and coefficients, float32.
+    """Fit one group's key on some of the neurons.
 
-    rows: by layer, among `moments.rows`. Their weighted sum at a position, over the residual stream's size, is 1 on
-    average where the group comes next, so that one unit of strength moves the group's mean logit by about 1 nat.
+    At a position the neurons' weighted sum is divided by the residual stream's size. This is 1 on average where the
+    group comes next. So one unit of strength moves the group's mean logit by about 1 nat.
+
+    Args:
+        moments: The moments.
+        group: Index of the group.
+        rows: By layer the neurons, int64, among `moments.rows`.
+        ridge: The ridge of `key_coefficients`.
+
+    Returns:
+        By layer the rows, int64, and their coefficients, float32. Empty without rows.
     """
     layers = [layer for layer in sorted(rows) if len(rows[layer])]
     if not layers:

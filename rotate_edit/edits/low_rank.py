@@ -1,7 +1,8 @@
 """A KL-optimised low-rank change of the last layer's `out` matrix, fitted on self-generated text (maths only).
 
-A rank-one edit has one key and one direction, both in closed form. Its cost is mostly that one direction is pushed
-along wherever the concept is somewhat likely. Here the whole matrix is free, and the divergence itself is minimised.
+A rank-one edit has one key and one direction, both in closed form. That one direction is pushed along wherever the
+concept is somewhat likely. This is most of the edit's cost. Here the whole matrix is free, and the divergence itself is
+minimised.
 """
 
 import math
@@ -23,7 +24,7 @@ SHARES = (0.4, 0.3, 0.3)
 # has half the rate of the one before; at small rates half the positions do as well.
 LEARNING_RATE = 0.04
 DRAWN_LATER = DRAWN // 2
-# How many related_tokens tokens there may be for each token of the concept.
+# How many related tokens there may be for each token of the concept.
 MOST_RELATED = 2
 
 
@@ -48,7 +49,10 @@ class FitAim:
 class Whitened:
     """Positions whose `neurons` are in coordinates in which their second moments are the identity.
 
-    whiten, unwhiten: [neurons, neurons], `(S + l I)^-1/2` and its inverse; neurons times `whiten` are what is held.
+    Attributes:
+        positions: The positions. They hold the neurons times `whiten`.
+        whiten: `(S + l I)^-1/2`, [neurons, neurons].
+        unwhiten: Its inverse, [neurons, neurons].
     """
 
     positions: Positions
@@ -57,7 +61,15 @@ class Whitened:
 
 
 def whitened(seen: Positions, *, ridge: float) -> Whitened:
-    """Positions in whitened coordinates. ridge: l as a multiple of the neurons' mean square. Solved in float64."""
+    """Bring positions into whitened coordinates. This is solved in float64.
+
+    Args:
+        seen: What the last layer holds at positions of texts.
+        ridge: The l of `Whitened`, as a multiple of the neurons' mean square.
+
+    Returns:
+        The positions in whitened coordinates.
+    """
     device, products = seen.neurons.device, seen.neurons.T @ seen.neurons
     # Apple's GPUs have no float64.
     second = (products.cpu() if device.type == "mps" else products).double() / len(seen.neurons)
@@ -68,12 +80,13 @@ def whitened(seen: Positions, *, ridge: float) -> Whitened:
 
 
 def related_tokens(seen: Positions, head: OutputHead, ids: Tensor, apart: Tensor) -> Tensor:
-    """Tokens that no word names but that are predicted where the concept is.
+    """Find tokens that no word names but that are predicted where the concept is.
 
-    A fit would take care to keep them there. A token's lift is its mean probability, positions weighted by the
-    concept's, over its mean at all positions. A token is related when its lift is at least half the median lift of the
-    concept's own tokens, each by the others. Where more than twice as many pass as the concept has, predictions are
-    too unsure to tell, and none is related. Nor is any to a single token.
+    A fit would take care to keep them there. A token's lift is a ratio of two means of its probability. The first
+    weights positions by the concept's probability, the second is over all positions alike. A token is related when its
+    lift is at least half the median lift of the concept's own tokens. Each own token's lift is weighted by the others.
+    More than twice as many tokens as the concept has may pass. Predictions are then too unsure to tell, and none is
+    related. Nor is any to a single token.
 
     Args:
         seen: What the last layer holds at positions of self-generated text.
@@ -132,7 +145,7 @@ class LowRankFit:
     strength: float
 
     def factors(self, rank: int) -> tuple[Tensor, Tensor]:
-        """What is added to the `out` vectors at strength 1, cut to so many directions.
+        """Compute what is added to the `out` vectors at strength 1, cut to so many directions.
 
         Args:
             rank: How many directions are kept, the largest first.
@@ -157,11 +170,15 @@ def fit_change(
 ) -> list[LowRankFit]:
     """Fit the change of the last `out` matrix that removes a concept for the least divergence elsewhere.
 
-    It minimises `mean KL(base || edited) + price * (mass left + what neighbours moved + weight * |moved|^2 /
-    |start|^2)` by Adam. Mass left is `sum p p' / sum p^2`, with the concept's probability p as the next token, before
-    and after. |.| is the Frobenius norm in whitened coordinates, of what is added to the start and of the start at its
-    strength. The price is the one at which the start would stop at the target, with damage that grows with the square
-    of the strength and log mass that falls with it.
+    Adam minimises `mean KL(base || edited) + price * (mass left + what neighbours moved + weight * |moved|^2 /
+    |start|^2)`.
+
+    Mass left is `sum p p' / sum p^2`. Here p is the concept's probability as the next token before the change, and p'
+    the one after it. |.| is the Frobenius norm in whitened coordinates. |moved| is of what is added to the start, and
+    |start| of the start at its strength.
+
+    The price is the one at which the start would stop at the target. It assumes damage that grows with the square of
+    the strength, and log mass that falls with the strength.
 
     A strength means what it means for the start. The change is fitted for the strength at which the start leaves the
     target.
@@ -171,8 +188,8 @@ def fit_change(
         head: What follows the last MLP.
         start: A rank-one change: coefficients [neurons] and direction [d_model].
         aim: What the fit is for.
-        proximal_weight: What it costs to move as far from the start as the start is from nothing. Few positions tell
-            of the concept. A fit that goes wherever they lead does more damage elsewhere and says less of held-out
+        proximal_weight: What it costs to move as far from the start as the start is from nothing. Few positions tell of
+            the concept. A fit that goes wherever they lead does more damage elsewhere. It also says less of held-out
             words.
         seed: Of the positions that are drawn.
         rounds: How many rounds of steps. Each goes on from the one before with smaller steps.

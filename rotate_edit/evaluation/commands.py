@@ -27,9 +27,20 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def edited_concepts(variants: Sequence[Variant], named: Sequence[str], *, required: bool = True) -> tuple[str, ...]:
-    """The concepts asked about: those named, else those that the variants' edits or their checkpoints' records name.
+    """Find the concepts asked about.
 
-    Raises BadInput when there are none and items have to be divided by them (`required`).
+    They are those named. Without any, they are those that the variants' edits or their checkpoints' records name.
+
+    Args:
+        variants: The edited models.
+        named: Names of concepts. They may be empty.
+        required: Whether items have to be divided by the concepts.
+
+    Returns:
+        The names of the concepts.
+
+    Raises:
+        BadInput: When there are none and they are required.
     """
     found = {change.concept for variant in variants if variant.edit for change in variant.edit.changes}
     found |= {name for variant in variants if variant.checkpoint for name in _recorded(variant.checkpoint)}
@@ -72,12 +83,29 @@ def evaluate_models(
     check: Callable[[Cost, Path], None] = check_cost,
     report: Report = silent,
 ) -> dict[str, Any]:
-    """Evaluate any number of edited models against one base in one process; returns (and writes) the result as JSON.
+    """Evaluate any number of edited models against one base in one process.
 
-    edited: run folders, edit folders, adapters or checkpoints; words: of the concepts, for probability mass; items: a
-    folder of them or a bundled name, those for one's own data when only `data` is given; backend: one of lm-eval's,
-    with options of its own: anything but "hf" takes whole checkpoints and scores lm-eval's tasks alone; check: refuses
-    a cost that does not fit this machine. Raises BadInput for whatever cannot be opened.
+    Args:
+        base: The base model.
+        edited: Run folders, edit folders, adapters or checkpoints.
+        plan: What is measured.
+        words: Words of the concepts, for probability mass.
+        items: A folder of items or a bundled name. When only `data` is given, those for one's own data.
+        data: One's own data. None for none.
+        allow_code: Passed on to `open_items`.
+        device: "auto", "cuda", "mps" or "cpu".
+        dtype: "float32", "bfloat16" or "float16".
+        backend: One of lm-eval's. Anything but "hf" takes whole checkpoints and scores lm-eval's tasks alone.
+        options: The backend's own options.
+        output: The file to write. None writes nothing.
+        check: Refuses a cost that does not fit this machine.
+        report: Receives the progress.
+
+    Returns:
+        The result as JSON. It is written to `output` too.
+
+    Raises:
+        BadInput: For whatever cannot be opened, or when nothing is asked.
     """
     checkpoint = open_checkpoint(base)
     if output is not None:
@@ -157,10 +185,21 @@ def continue_prompts(
     seed: int | None = None,
     check: Callable[[Cost, Path], None] = check_cost,
 ) -> list[tuple[str, dict[str, str]]]:
-    """Continue prompts with the base and each edited model: a run folder, an edit, an adapter or a checkpoint.
+    """Continue prompts with the base and each edited model.
 
-    Greedy without a seed; check: refuses a cost that does not fit this machine. Returns for each prompt the
-    continuations by model name. Raises BadInput.
+    Args:
+        base: The base model.
+        edited: Run folders, edits, adapters or checkpoints.
+        prompts: The prompts.
+        new_tokens: Number of tokens to generate for each prompt.
+        seed: Seed of sampling. None generates greedily.
+        check: Refuses a cost that does not fit this machine.
+
+    Returns:
+        For each prompt, the prompt and its continuations by model name.
+
+    Raises:
+        BadInput: For whatever cannot be opened.
     """
     checkpoint = open_checkpoint(base)
     folders = [Path(name) for name in edited if Path(name).is_dir()]
@@ -182,7 +221,22 @@ def continue_prompts(
 def relearn_models(
     base: str, edited: Sequence[Path], concepts: Sequence[str], items: str, output: Path | None, report: Report = silent
 ) -> dict[str, Any]:
-    """Fine-tune base and edited models on the items' paragraphs and ask again (`relearn.relearn`); JSON."""
+    """Fine-tune base and edited models on the items' paragraphs and ask again (`relearn.relearn`).
+
+    Args:
+        base: The base model.
+        edited: The edited models.
+        concepts: Names of the concepts. Without any, the edits name them.
+        items: A folder of items or a bundled name.
+        output: The file to write. None writes nothing.
+        report: Receives the progress.
+
+    Returns:
+        The result as JSON. It is written to `output` too.
+
+    Raises:
+        BadInput: For whatever cannot be opened, when no concept is named, or when the cost does not fit this machine.
+    """
     from rotate_edit.evaluation.relearn import relearn
 
     checkpoint = open_checkpoint(base)
@@ -203,10 +257,21 @@ def relearn_models(
 def measure_faithfulness(
     model: str, channels: Path, text: str, output: Path | None, limit: int | None = None, report: Report = silent
 ) -> list[dict[str, Any]]:
-    """Test the channels of a set on a text with controls (`faithfulness.faithfulness`); returns the table's rows.
+    """Test the channels of a set on a text, with controls (`faithfulness.faithfulness`).
 
-    output: a path without its ending; the trials go to .json and the figure to .png; limit: only the neurons of the
-    first so many channels. Raises BadInput.
+    Args:
+        model: The model.
+        channels: The channel set.
+        text: The text to test on.
+        output: A path without its ending. The trials go to .json and the figure to .png. None writes nothing.
+        limit: Only the neurons of the first so many channels. None for all.
+        report: Receives the progress.
+
+    Returns:
+        The table's rows.
+
+    Raises:
+        BadInput: For whatever cannot be opened, or when the cost does not fit this machine.
     """
     from rotate_edit.channels.channel_set import load_channels
     from rotate_edit.evaluation import faithfulness
@@ -234,11 +299,14 @@ def measure_faithfulness(
 
 
 def check_run(run_folder: Path, bounds: Mapping[str, float]) -> list[str]:
-    """The gates that a run's numbers do not pass, one sentence each.
+    """Find the gates that a run's numbers do not pass.
 
     Args:
         run_folder: The run folder.
-        bounds: By the metric's name.
+        bounds: The bounds by the metric's name.
+
+    Returns:
+        One sentence for each gate that fails.
 
     Raises:
         BadInput: There is no gate, no such metric, or no evaluation.json that can be read.

@@ -25,7 +25,7 @@ def draw(
     chosen: float,
     report: Report = silent,
 ) -> Points:
-    """Every method's curve as plain JSON: by method, one point a strength.
+    """Measure every method's curve.
 
     Args:
         model: The loaded base, nothing switched on.
@@ -33,7 +33,10 @@ def draw(
         edits: By method, of one concept.
         strengths: Positive strengths.
         chosen: The strength of the edit itself. It gives the sign, and one more point.
-        report: Is told how far it is.
+        report: Receives the progress.
+
+    Returns:
+        The curves as plain JSON: by method, one point for each strength. Damage is in nats.
     """
     wanted = [math.copysign(size, chosen) for size in sorted({abs(s) for s in strengths} | {abs(chosen)})]
     points: Points = {}
@@ -52,7 +55,16 @@ def _switched_on(model: Any, edit: Edit, strength: float) -> AbstractContextMana
 
 
 def matched_table(points: Points, chosen: str) -> dict[str, Any]:
-    """Every method where it has taken the concept down to a tenth: its strength, its damage, its ratio to ours."""
+    """Tabulate every method where it has taken the concept down to a tenth.
+
+    Args:
+        points: The curves, from `draw`.
+        chosen: The run's own method.
+
+    Returns:
+        The `target` and `rows`. A row has the method's strength, its damage in nats and the ratio of its damage to the
+        chosen method's. They are None where there is no crossing.
+    """
     crossings = {method: _crossing(curve) for method, curve in points.items()}
     own = crossings.get(chosen)
     rows = []

@@ -13,8 +13,15 @@ TYPES = {"A": "words (type A)", "B": "facts (type B)"}
 def divide(tasks: Sequence[Task], plan: Plan) -> tuple[tuple[Task, ...], tuple[Part, ...]]:
     """Choose the items and divide them into parts: the edited concepts, their neighbours, everything else.
 
-    Items without a concept are general. A part that has more than `plan.items` takes them from its concepts in
-    turn, always the same ones. Returns the tasks with the chosen items, and the parts over those.
+    Items without a concept are general. A part may have more than `plan.items`. It then takes them from its concepts in
+    turn, always the same ones.
+
+    Args:
+        tasks: The tasks with all their items.
+        plan: The concepts, the neighbours and the number of items.
+
+    Returns:
+        The tasks with the chosen items, and the parts over those.
     """
     chosen, parts = [], []
     for task in tasks:
@@ -60,13 +67,29 @@ def _title(task: Task, role: str, concept: str, kind: str, about_something: bool
 
 
 def whole_task(scores: Scores) -> Part:
+    """Make one general part of all items of a task.
+
+    Args:
+        scores: The task's scores.
+
+    Returns:
+        A part without a concept or a type, over every item.
+    """
     return Part(scores.task, "general", scores.task, "", tuple(range(len(scores.values))))
 
 
 def texts_about(items: Items, concepts: Sequence[str], split: str = "test") -> tuple[list[str], list[str]]:
-    """Texts of a split that are about one of the concepts, and texts that hold none of their words.
+    """Find texts that are about one of the concepts, and texts that hold none of their words.
 
-    The latter come from all other concepts in turn. Both are empty when the items have no such split.
+    The latter come from all other concepts in turn.
+
+    Args:
+        items: The items with their texts.
+        concepts: Names of the concepts.
+        split: Name of the split.
+
+    Returns:
+        The texts about the concepts and the texts without them. Both are empty when the items have no such split.
     """
     rows = items.texts.get(split, ())
     edited = {name.casefold() for name in concepts}

@@ -1,6 +1,6 @@
-"""Measures on a live model: texts and tensors in, measures with intervals out.
+"""Measures on a live model: texts and tensors go in, measures with intervals come out.
 
-Nothing here switches an edit on: the caller measures the base first (`reference`), and then each variant inside
+Nothing here switches an edit on. The caller measures the base first (`reference`). Then it measures each variant inside
 `with applied(model, edit, strength)`. The base model's answers are kept, so that a variant costs one forward pass.
 """
 
@@ -53,7 +53,15 @@ def _chances_by_text(passages: Passages, predicted: Iterable[Tensor], concept_id
 
 
 def every_position(model: Any, passages: Passages) -> tuple[Tensor, ...]:
-    """What `kl_by_text` compares with: log-probabilities at all real positions, float32 [positions, V] a batch."""
+    """Compute the log-probabilities that `kl_by_text` compares with.
+
+    Args:
+        model: A loaded model.
+        passages: The tokenised texts.
+
+    Returns:
+        Log-probabilities in nats at all real positions, float32 [positions, V] for each batch.
+    """
     kept = []
     for index, values in enumerate(log_probabilities(model, passages)):
         kept.append(values[real_positions(passages.batches[index], passages.lengths[index]).to(values.device)])
@@ -61,15 +69,31 @@ def every_position(model: Any, passages: Passages) -> tuple[Tensor, ...]:
 
 
 def kl_by_text(model: Any, passages: Passages, base: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """KL(base || model) in nats, summed over each text's positions, and the number of positions.
+    """Sum KL(base || model) over the positions of each text.
 
-    base: from `every_position` of the base model on the same passages. Both results are float64 [texts].
+    Args:
+        model: A loaded model.
+        passages: The tokenised texts.
+        base: From `every_position` of the base model on the same passages.
+
+    Returns:
+        The sums in nats and the numbers of positions, both float64 [texts].
     """
     return damage_by_text(model, passages, base)[:2]
 
 
 def damage_by_text(model: Any, passages: Passages, base: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`kl_by_text` and `log_likelihood_by_text` in one forward pass: the sums and counts of both, float64 [texts]."""
+    """Compute `kl_by_text` and `log_likelihood_by_text` in one forward pass.
+
+    Args:
+        model: A loaded model.
+        passages: The tokenised texts.
+        base: From `every_position` of the base model on the same passages.
+
+    Returns:
+        The divergence's sums in nats and its counts, then the log-likelihood's sums in nats and its counts. All are
+        float64 [texts].
+    """
     likelihoods: list[tuple[Tensor, Tensor]] = []
 
     def pieces() -> Iterator[tuple[Tensor, Tensor]]:
@@ -94,18 +118,44 @@ def damage_by_text(model: Any, passages: Passages, base: Sequence[Tensor]) -> tu
 
 
 def kl_divergence(base: Tensor, other: Tensor) -> Tensor:
-    """KL(base || other) of log-probabilities [n, V] in nats, float32 [n]: `sum exp(base) (base - other)`."""
+    """Compute KL(base || other), which is `sum exp(base) (base - other)`.
+
+    Args:
+        base: Log-probabilities of the base, [n, V].
+        other: Log-probabilities of the other model, [n, V].
+
+    Returns:
+        The divergences in nats, float32 [n].
+    """
     return (base.exp() * (base - other)).sum(dim=-1)
 
 
 def collateral_kl(model: Any, passages: Passages, base: Sequence[Tensor], *, draws: int = statistics.DRAWS) -> Measure:
-    """Mean KL(base || model) over all positions of texts, in nats; the interval resamples whole texts."""
+    """Measure the mean KL(base || model) over all positions of texts.
+
+    Args:
+        model: A loaded model.
+        passages: The tokenised texts.
+        base: From `every_position` of the base model on the same passages.
+        draws: Number of bootstrap draws.
+
+    Returns:
+        The mean in nats. Its interval resamples whole texts.
+    """
     sums, counts = kl_by_text(model, passages, base)
     return statistics.ratio_of_sums(sums.numpy(), counts.numpy(), draws=draws).against(0)
 
 
 def last_position(model: Any, prompts: Passages) -> Tensor:
-    """Log-probabilities of the first token generated after each prompt: float32 [prompts, V], in the order given."""
+    """Compute the log-probabilities of the first token generated after each prompt.
+
+    Args:
+        model: A loaded model.
+        prompts: The tokenised prompts.
+
+    Returns:
+        Log-probabilities in nats, float32 [prompts, V], in the order given.
+    """
     result: Tensor | None = None
     for index, values in enumerate(log_probabilities(model, prompts)):
         last = values[torch.arange(len(values)), prompts.lengths[index].to(values.device) - 1]
@@ -117,9 +167,18 @@ def last_position(model: Any, prompts: Passages) -> Tensor:
 
 
 def first_token_kl(model: Any, prompts: Passages, base: Tensor, *, draws: int = statistics.DRAWS) -> Measure:
-    """KL(base || model) of the first generated token from raw logits, mean over prompts, in nats.
+    """Measure KL(base || model) of the first generated token, from raw logits.
 
-    base: from `last_position` of the base model, float32 [prompts, V]. The measure of heretic's evaluator.
+    This is the measure of heretic's evaluator.
+
+    Args:
+        model: A loaded model.
+        prompts: The tokenised prompts.
+        base: From `last_position` of the base model, float32 [prompts, V].
+        draws: Number of bootstrap draws.
+
+    Returns:
+        The mean over prompts, in nats.
     """
     divergence = kl_divergence(base, last_position(model, prompts)).cpu().double().numpy()
     return statistics.mean(divergence, draws=draws).against(0)
@@ -129,9 +188,15 @@ def first_token_kl(model: Any, prompts: Passages, base: Tensor, *, draws: int = 
 
 
 def mass_by_text(model: Any, passages: Passages, concept_ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Probability of the concept's tokens at the positions where the text goes on with one of them.
+    """Sum the probability of the concept's tokens where the text goes on with one of them.
 
-    concept_ids: int64 [k]. Summed over each text's such positions, and their number; both float64 [texts].
+    Args:
+        model: A loaded model.
+        passages: The tokenised texts.
+        concept_ids: The concept's tokens, int64 [k].
+
+    Returns:
+        The sums over each text's such positions, and the numbers of these positions. Both are float64 [texts].
     """
 
     def pieces() -> Iterator[tuple[Tensor, Tensor]]:
@@ -146,18 +211,32 @@ def mass_by_text(model: Any, passages: Passages, concept_ids: Tensor) -> tuple[T
 
 
 def concept_mass(model: Any, passages: Passages, concept_ids: Tensor, base: tuple[Tensor, Tensor]) -> Measure:
-    """Mean probability mass on the concept where the text has one, with the base model's mean beside it.
+    """Measure the mean probability mass on the concept where the text has one.
 
-    base: from `mass_by_text` of the base model on the same passages.
+    Args:
+        model: A loaded model.
+        passages: The tokenised texts.
+        concept_ids: The concept's tokens, int64 [k].
+        base: From `mass_by_text` of the base model on the same passages.
+
+    Returns:
+        The mean mass, with the base model's mean beside it.
     """
     sums, counts = mass_by_text(model, passages, concept_ids)
     return statistics.ratio_of_sums(sums.numpy(), counts.numpy()).against(float(base[0].sum() / base[1].sum()))
 
 
 def concept_probability(model: Any, prompts: Passages, concept_ids: Tensor, base: Tensor) -> Measure:
-    """Mean probability of the concept's tokens as the first token after neutral prompts.
+    """Measure the mean probability of the concept's tokens as the first token after neutral prompts.
 
-    base: from `last_position` of the base model, whose mean stands beside it.
+    Args:
+        model: A loaded model.
+        prompts: The tokenised prompts.
+        concept_ids: The concept's tokens, int64 [k].
+        base: From `last_position` of the base model, float32 [prompts, V].
+
+    Returns:
+        The mean probability, with the base model's mean beside it.
     """
     now = last_position(model, prompts)[:, concept_ids.to(base.device)].exp().sum(dim=-1)
     before = base[:, concept_ids.to(base.device)].exp().sum(dim=-1)
@@ -165,7 +244,15 @@ def concept_probability(model: Any, prompts: Passages, concept_ids: Tensor, base
 
 
 def log_likelihood_by_text(model: Any, passages: Passages) -> tuple[Tensor, Tensor]:
-    """Summed log-likelihood in nats of each text's tokens after its first, and their number; float64 [texts]."""
+    """Sum the log-likelihood of each text's tokens after its first.
+
+    Args:
+        model: A loaded model.
+        passages: The tokenised texts.
+
+    Returns:
+        The sums in nats and the numbers of these tokens, both float64 [texts].
+    """
 
     def pieces() -> Iterator[tuple[Tensor, Tensor]]:
         for index, values in enumerate(log_probabilities(model, passages)):
@@ -177,20 +264,31 @@ def log_likelihood_by_text(model: Any, passages: Passages) -> tuple[Tensor, Tens
 
 
 def perplexity(model: Any, passages: Passages) -> Measure:
-    """`exp(- mean log-likelihood)` per token; the interval resamples whole texts."""
+    """Measure the perplexity per token, `exp(- mean log-likelihood)`.
+
+    Args:
+        model: A loaded model.
+        passages: The tokenised texts.
+
+    Returns:
+        The perplexity. Its interval resamples whole texts.
+    """
     sums, counts = log_likelihood_by_text(model, passages)
     columns = torch.stack([sums, counts], dim=1).numpy()
     return statistics.measure(statistics.bootstrap(columns, lambda means: np.exp(-means[:, 0] / means[:, 1])))
 
 
 def mean_log_odds(predicted: Iterable[Tensor], concept_ids: Tensor) -> float:
-    """The mean over positions of the log-odds that the next token is one of the concept's.
+    """Compute the mean over positions of the log-odds that the next token is one of the concept's.
 
     A constant added to the logits of these tokens at every position raises it by as much, exactly.
 
     Args:
         predicted: Log-probabilities of each batch at its real positions, [positions, V] (`every_position`).
         concept_ids: The concept's tokens, int64 [k].
+
+    Returns:
+        The mean log-odds in nats.
     """
     total, count = 0.0, 0
     for values in predicted:
@@ -207,9 +305,14 @@ def mean_log_odds(predicted: Iterable[Tensor], concept_ids: Tensor) -> float:
 class Reference:
     """The base model's answers on fixed texts.
 
-    concept_ids: int64 [k]; concept: texts that hold the concept, with concept_mass from `mass_by_text`; others:
-    texts without it, with their log-probabilities from `every_position`; prompts: neutral prompts, with theirs
-    from `last_position` (None when none were given).
+    Attributes:
+        concept_ids: The concept's tokens, int64 [k].
+        concept: Texts that hold the concept.
+        concept_mass: From `mass_by_text` on `concept`.
+        others: Texts without the concept.
+        others_base: Their log-probabilities from `every_position`.
+        prompts: Neutral prompts. None when none were given.
+        prompts_base: Their log-probabilities from `last_position`. None without prompts.
     """
 
     concept_ids: Tensor
@@ -232,11 +335,24 @@ def reference(
     longest: int | None = None,
     token_limit: int = 4096,
 ) -> Reference:
-    """Measure the base model (nothing switched on) on fixed texts, once for all variants.
+    """Measure the base model on fixed texts, once for all variants.
 
-    token_limit: how many tokens of other_texts are used, and half as many of concept_texts; a large vocabulary
-    lowers it so that what is kept stays below 1 GiB. Raises BadInput when the concept texts hold none of the
-    concept's tokens.
+    Args:
+        model: The loaded base model, nothing switched on.
+        tokenizer: The model's tokenizer.
+        concept_ids: The concept's tokens, int64 [k].
+        concept_texts: Texts that hold the concept.
+        other_texts: Texts without it.
+        prompts: Neutral prompts.
+        longest: At most this many tokens of each text. None for no limit of its own.
+        token_limit: How many tokens of other_texts are used, and half as many of concept_texts. A large vocabulary
+            lowers it, so that what is kept stays below 1 GiB.
+
+    Returns:
+        The base model's answers.
+
+    Raises:
+        BadInput: When the concept texts hold none of the concept's tokens.
     """
     vocabulary = model.config.get_text_config().vocab_size
     sizes: dict[str, Any] = {"vocabulary_size": vocabulary, "longest": longest}
@@ -264,8 +380,12 @@ def reference(
 class CurvePoint:
     """One strength of one method: what is left of the concept, and the damage.
 
-    mass: the concept's probability mass as a multiple of the base's, where texts have it, or, where the edit amplifies,
-    over all positions of texts without it; collateral_kl and first_token_kl (None without prompts): in nats.
+    Attributes:
+        strength: The strength.
+        mass: The concept's probability mass as a multiple of the base's, where texts have it. Where the edit amplifies,
+            it is over all positions of texts without the concept.
+        collateral_kl: In nats.
+        first_token_kl: In nats. None without prompts.
     """
 
     strength: float
@@ -275,7 +395,17 @@ class CurvePoint:
 
 
 def curve_point(model: Any, known: Reference, strength: float, *, draws: int = CURVE_DRAWS) -> CurvePoint:
-    """Compare the model as it stands now with the base's answers. A strength below 0 amplifies."""
+    """Compare the model as it stands now with the base's answers.
+
+    Args:
+        model: A loaded model, the edit switched on.
+        known: The base model's answers.
+        strength: The strength that is switched on. One below 0 amplifies.
+        draws: Number of bootstrap draws.
+
+    Returns:
+        What is left of the concept, and the damage.
+    """
     if strength < 0:
         # Where texts have the concept it is likely already and can hardly rise.
         now = _chances_by_text(known.others, log_probabilities(model, known.others), known.concept_ids)
@@ -300,9 +430,16 @@ def removal_curve(
     strengths: Sequence[float],
     switched_on: Callable[[float], AbstractContextManager[Any]],
 ) -> list[CurvePoint]:
-    """Removal against damage of one method over its strengths.
+    """Measure removal against damage of one method over its strengths.
 
-    switched_on: for instance `lambda strength: applied(model, edit, strength)`.
+    Args:
+        model: The loaded base model.
+        known: The base model's answers.
+        strengths: The strengths.
+        switched_on: Switches the edit on at a strength, for instance `lambda strength: applied(model, edit, strength)`.
+
+    Returns:
+        One point for each strength, in the order given.
     """
     points = []
     for strength in strengths:
@@ -312,7 +449,15 @@ def removal_curve(
 
 
 def at_matched_removal(points: Sequence[CurvePoint], *, target: float = 0.1) -> statistics.Crossing | None:
-    """The damage of a method where it has removed all but `target` of the concept's mass, None if it never does."""
+    """Find the damage of a method where it has removed all but `target` of the concept's mass.
+
+    Args:
+        points: The method's curve.
+        target: The wanted mass, as a fraction of the base's.
+
+    Returns:
+        The crossing. None if the method never gets there.
+    """
     ordered = sorted(points, key=lambda point: point.strength)
     return statistics.matched_removal(
         [point.strength for point in ordered],

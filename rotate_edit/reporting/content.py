@@ -1,4 +1,7 @@
-"""What a report says, as plain data: an evaluation.json in, the parts of a page out; no files, no markup."""
+"""What a report says, as plain data.
+
+An evaluation.json goes in and the parts of a page come out. There are no files and no markup.
+"""
 
 import hashlib
 import json
@@ -24,12 +27,26 @@ UNITS = {
 
 
 def variant_of(result: Mapping[str, Any]) -> dict[str, Any]:
-    """The run's own edit among the variants, empty when nothing was measured."""
+    """Find the run's own edit among the variants.
+
+    Args:
+        result: The content of an evaluation.json.
+
+    Returns:
+        The variant. Empty when nothing was measured.
+    """
     return next(iter((result.get("variants") or {}).values()), {})
 
 
 def headline(result: Mapping[str, Any]) -> str:
-    """What happened, in a sentence or two."""
+    """Say what happened, in a sentence or two.
+
+    Args:
+        result: The content of an evaluation.json.
+
+    Returns:
+        The sentences.
+    """
     if result.get("failure"):
         return str(result["failure"])
     names = ", ".join(concept["name"] for concept in result["concepts"])
@@ -37,7 +54,14 @@ def headline(result: Mapping[str, Any]) -> str:
 
 
 def title(result: Mapping[str, Any]) -> str:
-    """What was done, in a few words."""
+    """Say what was done, in a few words.
+
+    Args:
+        result: The content of an evaluation.json.
+
+    Returns:
+        The title.
+    """
     if result.get("failure"):
         return "Nothing was edited"
     parts = []
@@ -49,7 +73,14 @@ def title(result: Mapping[str, Any]) -> str:
 
 
 def tiles(result: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The measures that exist, in the order of the metrics: name, title, note and the measure itself."""
+    """List the measures that exist, in the order of the metrics.
+
+    Args:
+        result: The content of an evaluation.json.
+
+    Returns:
+        For each its `name`, `title`, `note`, the `measure` itself, and whether it is a `share`.
+    """
     measures = {**variant_of(result).get("measures", {}), **(result.get("summary") or {})}
     return [
         {
@@ -65,7 +96,14 @@ def tiles(result: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def method_sentence(result: Mapping[str, Any]) -> str:
-    """What the run's edit method does, in a sentence or two. Empty for a method that is not known here."""
+    """Say what the run's edit method does, in a sentence or two.
+
+    Args:
+        result: The content of an evaluation.json.
+
+    Returns:
+        The sentences. Empty for a method that is not known here.
+    """
     name = str(result.get("chosen_method") or "")
     if name not in method_names():
         return ""
@@ -77,7 +115,16 @@ def method_sentence(result: Mapping[str, Any]) -> str:
 
 
 def forest_rows(result: Mapping[str, Any]) -> list[ForestRow]:
-    """The tasks' differences for the forest plot: those that were used, the concept's own on a scale of their own."""
+    """List the tasks' differences for the forest plot.
+
+    Only differences that were used are listed. The concept's own are on a scale of their own.
+
+    Args:
+        result: The content of an evaluation.json.
+
+    Returns:
+        The rows, those of the concept first.
+    """
     rows = []
     for row in variant_of(result).get("rows") or []:
         change = row["difference"]
@@ -102,7 +149,17 @@ def forest_rows(result: Mapping[str, Any]) -> list[ForestRow]:
 
 
 def edited_neurons(result: Mapping[str, Any], concept: str) -> list[EditedNeuron]:
-    """Where the vectors edited for a concept stand; what is no neuron (a token's row) is left out."""
+    """Find where the vectors edited for a concept stand.
+
+    What is no neuron (a token's row) is left out.
+
+    Args:
+        result: The content of an evaluation.json.
+        concept: The concept's name.
+
+    Returns:
+        The edited neurons.
+    """
     width = int((result.get("model") or {}).get("neurons") or 0)
     found = []
     for vector in result.get("neurons") or []:
@@ -117,13 +174,28 @@ def edited_neurons(result: Mapping[str, Any], concept: str) -> list[EditedNeuron
 
 
 def layer_counts(neurons: Sequence[EditedNeuron]) -> dict[int, int]:
-    """How many vectors were edited in each layer that has one."""
+    """Count the vectors that were edited in each layer that has one.
+
+    Args:
+        neurons: The edited neurons.
+
+    Returns:
+        The counts by layer, ascending.
+    """
     layers = sorted({neuron.layer for neuron in neurons})
     return {layer: sum(neuron.layer == layer for neuron in neurons) for layer in layers}
 
 
 def channel_rows(result: Mapping[str, Any], concept: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The channels that located a concept, the best supported first, each with its tokens as sized chips."""
+    """List the channels that located a concept, each with its tokens as sized chips.
+
+    Args:
+        result: The content of an evaluation.json.
+        concept: The concept, one of the result's.
+
+    Returns:
+        One row for each channel, the best supported first.
+    """
     own = {str(token) for token in concept.get("tokens") or []}
     rows: dict[Any, dict[str, Any]] = {}
     for channel in result.get("selected_channels") or []:
@@ -146,7 +218,15 @@ def channel_rows(result: Mapping[str, Any], concept: Mapping[str, Any]) -> list[
 
 
 def pieces(text: str, pattern: re.Pattern[str] | None) -> list[tuple[str, bool]]:
-    """A text cut where a word of the concept stands: (piece, whether it is such a word)."""
+    """Cut a text where a word of the concept stands.
+
+    Args:
+        text: The text.
+        pattern: Matches the words of the concept. None for no words.
+
+    Returns:
+        Pairs of a piece and whether it is such a word.
+    """
     if pattern is None:
         return [(text, False)]
     found, start = [], 0
@@ -157,12 +237,27 @@ def pieces(text: str, pattern: re.Pattern[str] | None) -> list[tuple[str, bool]]
 
 
 def concept_words(result: Mapping[str, Any]) -> list[str]:
-    """All words of all concepts, as a recipe gave them and in the plural when it asked for that."""
+    """List all words of all concepts.
+
+    Args:
+        result: The content of an evaluation.json.
+
+    Returns:
+        The words as a recipe gave them, and in the plural when it asked for that.
+    """
     return [str(word) for concept in result["concepts"] for word in concept.get("words") or [] if str(word).strip()]
 
 
 def cost(result: Mapping[str, Any]) -> dict[str, Any]:
-    """Seconds of every step with their share of the whole, all together, and the peak memory in megabytes."""
+    """Summarise what a run took.
+
+    Args:
+        result: The content of an evaluation.json.
+
+    Returns:
+        `steps` has the seconds of every step with their share of the whole. `seconds` is all of them together. `memory`
+        is the peak memory in megabytes. `models` has the seconds of each model by its name.
+    """
     seconds = {str(name): float(value) for name, value in (result.get("cost") or {}).get("seconds", {}).items()}
     whole = sum(seconds.values())
     return {
@@ -174,7 +269,14 @@ def cost(result: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def provenance(result: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Where the numbers come from, as (name, value) pairs that are all text."""
+    """List where the numbers come from.
+
+    Args:
+        result: The content of an evaluation.json.
+
+    Returns:
+        Pairs (name, value) that are all text.
+    """
     known = result.get("provenance") or {}
     base, model = known.get("base") or {}, result.get("model") or {}
     tensors = base.get("tensors") or {}

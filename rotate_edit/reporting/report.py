@@ -84,19 +84,41 @@ def _content(folder: Path, result: dict[str, Any], recipe: str) -> dict[str, Any
 
 
 def number(value: Any) -> str:
-    """A figure for a table, whole numbers in full; a dash for what is no number."""
+    """Write a figure for a table.
+
+    Args:
+        value: The value.
+
+    Returns:
+        The figure, whole numbers in full. A dash for what is no number.
+    """
     if not isinstance(value, int | float) or isinstance(value, bool):
         return "–"
     return str(value) if isinstance(value, int) else f"{value:.4g}"
 
 
 def figure(value: Any, share: bool) -> str:
-    """A figure for a tile, in per cent when it is a share."""
+    """Write a figure for a tile.
+
+    Args:
+        value: The value.
+        share: Whether the value is a share.
+
+    Returns:
+        The figure, in per cent when it is a share.
+    """
     return f"{100 * value:.3g}\u00a0%" if share and isinstance(value, int | float) else number(value)
 
 
 def interval(measure: dict[str, Any] | None) -> str:
-    """A measure with its 95 % interval."""
+    """Write a measure with its 95 % interval.
+
+    Args:
+        measure: The measure as plain JSON, or None.
+
+    Returns:
+        The text. A dash without a value, and no interval where there is none.
+    """
     if measure is None or measure.get("value") is None:
         return "–"
     if measure.get("low") is None:
@@ -105,18 +127,39 @@ def interval(measure: dict[str, Any] | None) -> str:
 
 
 def markdown(text: Any) -> str:
-    """Untrusted text as plain text in Markdown: no markup, no cell border, no control characters."""
+    """Write untrusted text as plain text in Markdown.
+
+    Args:
+        text: The text.
+
+    Returns:
+        Text without markup, cell borders or control characters.
+    """
     return MARKDOWN_SPECIAL.sub(r"\\\1", plain(str(text)))
 
 
 def fence(text: str) -> str:
-    """A line of backticks longer than any in the text, so that the text cannot end the block it stands in."""
+    """Make a line of backticks longer than any in the text, so that the text cannot end the block it stands in.
+
+    Args:
+        text: The text.
+
+    Returns:
+        The line, at least three backticks.
+    """
     longest = max((len(run) for run in re.findall(r"`+", text)), default=0)
     return "`" * max(3, longest + 1)
 
 
 def without_home(text: str) -> str:
-    """The text with the home folder of whoever writes the report as `~`: it would give their name away."""
+    """Write `~` for the home folder of whoever writes the report, which would give their name away.
+
+    Args:
+        text: The text.
+
+    Returns:
+        The text without the home folder.
+    """
     home = str(Path.home())
     return re.sub(rf"{re.escape(home)}(?=[/\\\s'\"]|$)", "~", text) if len(home) > 1 else text
 

@@ -1,4 +1,4 @@
-"""The figure of a search: every trial, the front and what was chosen."""
+"""The figure of a search: every trial, the Pareto front and what was chosen."""
 
 from collections.abc import Sequence
 
@@ -11,7 +11,16 @@ LABEL = (22, 16)
 
 
 def front_figure(points: Sequence[Point], front: Sequence[int], chosen: int) -> bytes:
-    """A PNG of removal against damage: points (removal, damage), the places of the front, the chosen place on it."""
+    """Draw removal against damage.
+
+    Args:
+        points: Pairs (removal, damage). Removal is a share, damage is in nats.
+        front: The places of the points on the Pareto front.
+        chosen: The chosen place on the Pareto front.
+
+    Returns:
+        The figure as PNG.
+    """
     with style():
         figure = canvas(640, 420)
         axes = figure.add_axes((0.12, 0.14, 0.84, 0.8))

@@ -12,10 +12,16 @@ LEAST_DAMAGE = 1e-6
 
 
 def front(points: Sequence[Point]) -> list[int]:
-    """The places of the points (removal, damage) that no other point beats, ascending in removal.
+    """Find the points that no other point beats: the Pareto front.
 
-    A point is beaten by one with at least its removal and at most its damage that differs in one of them; of equal
+    A point is beaten by one with at least its removal and at most its damage that differs in one of them. Of equal
     points the first stays. Points with a number that is not finite are left out.
+
+    Args:
+        points: Pairs (removal, damage).
+
+    Returns:
+        The places of the points on the Pareto front, ascending in removal.
     """
     finite = [place for place, point in enumerate(points) if all(math.isfinite(value) for value in point)]
     ordered = sorted(finite, key=lambda place: (-points[place][0], points[place][1], place))
@@ -27,11 +33,20 @@ def front(points: Sequence[Point]) -> list[int]:
 
 
 def knee(points: Sequence[Point]) -> int:
-    """The place of the point of a front that lies farthest below the line between its ends.
+    """Find the point of a Pareto front that lies farthest below the line between its ends.
 
-    points: (removal, damage), ascending in both, at least one. The axes are removal and the logarithm of damage, each
-    scaled to the front's extent, so that no unit matters. With fewer than three points, or when none lies below the
-    line, the point of the highest removal. Raises ValueError without points.
+    The axes are removal and the logarithm of damage. Each is scaled to the extent of the Pareto front, so that no unit
+    matters.
+
+    Args:
+        points: Pairs (removal, damage), ascending in both, at least one.
+
+    Returns:
+        The place of the point. With fewer than three points, or when none lies below the line, the one of the highest
+        removal.
+
+    Raises:
+        ValueError: Without points.
     """
     if not points:
         raise ValueError("an empty front has no knee")
@@ -48,15 +63,31 @@ def knee(points: Sequence[Point]) -> int:
 
 
 def within_budget(points: Sequence[Point], budget: float) -> int | None:
-    """The place of the point with the highest removal of those whose damage is at most `budget`, or None."""
+    """Find the point with the highest removal of those whose damage is at most `budget`.
+
+    Args:
+        points: Pairs (removal, damage).
+        budget: The largest damage, in nats.
+
+    Returns:
+        The place of the point. None when every damage is larger.
+    """
     inside = [place for place, (_, damage) in enumerate(points) if damage <= budget]
     return max(inside, key=lambda place: points[place][0]) if inside else None
 
 
 def savings(points: Sequence[Point], own: Sequence[Point]) -> dict[int, float]:
-    """By the place of a point its damage over the own points' at its removal, where their removals reach.
+    """Compare the damage of points with that of the recipe's own points at equal removal.
 
     Between own points the logarithm of the damage is taken as linear in that of the share that is left.
+
+    Args:
+        points: Pairs (removal, damage).
+        own: The own points, as such pairs.
+
+    Returns:
+        By the place of a point, its damage over the own points' damage at its removal. Points beyond the removals of
+        the own points are left out.
     """
     reached = sorted((math.log(max(1 - removal, 1e-9)), math.log(damage)) for removal, damage in own if damage > 0)
     if not reached:

@@ -1,9 +1,9 @@
 """Search for the settings of an edit that remove most for least damage, on one loaded model.
 
-A trial writes nothing: the edit is switched on in the loaded model as low-rank changes, and the concept's probability
-mass and the collateral KL are measured on fixed texts for choosing. Channels are searched once for each division of
-the concept into groups; a trial only chooses among them. Each trial aims at a removal of its own and solves for the
-strength that reaches it, so that no trial is spent on a strength that does nothing or everything.
+A trial writes nothing. The edit is switched on in the loaded model as low-rank changes. Then the concept's probability
+mass and the collateral KL are measured on fixed validation texts. Channels are searched once for each division of the
+concept into groups, and a trial only chooses among them. Each trial aims at a removal of its own and solves for the
+strength that reaches it. So no trial is spent on a strength that does nothing or everything.
 """
 
 import json
@@ -55,13 +55,15 @@ CLEARLY_LESS = 0.9
 
 
 def suggest(trial: Any, context: SearchContext) -> dict[str, Any]:
-    """The settings of one trial by the keys of `Session.with_settings`, and `target`.
-
-    `target` is the share of the concept's probability mass that the trial aims to leave.
+    """Suggest the settings of one trial.
 
     Args:
         trial: A trial of the search.
         context: What all trials share.
+
+    Returns:
+        The settings by the keys of `Session.with_settings`, and `target`. `target` is the share of the concept's
+        probability mass that the trial aims to leave.
     """
     methods = {method.about.name: method for method in context.session.search_methods}
     settings: dict[str, Any] = {}
@@ -84,7 +86,15 @@ def _drawn(trial: Any, key: str, values: Distribution) -> Any:
 
 
 def own_parameters(context: SearchContext, target: float) -> dict[str, Any]:
-    """The recipe's own settings as the parameters of a trial, so that the search starts from them."""
+    """Give the recipe's own settings as the parameters of a trial, so that the search starts from them.
+
+    Args:
+        context: What all trials share.
+        target: The share of the concept's probability mass to leave.
+
+    Returns:
+        The parameters by key.
+    """
     return context.session.own_settings | own_settings(context) | {"target": target}
 
 
@@ -104,7 +114,7 @@ def search(
 ) -> dict[str, Any]:
     """Try settings, and write the Pareto front and the chosen recipe.
 
-    The trials are kept in a journal in `output`: the same command goes on where an earlier one was stopped.
+    The trials are kept in a journal in `output`. The same command goes on where an earlier one was stopped.
 
     Args:
         recipe: What is searched for.
@@ -114,7 +124,7 @@ def search(
         seed: Of the search.
         tokens: Of text for each trial.
         lm_eval: Also ask the edits of the Pareto front the recipe's items and tasks, a minute each.
-        report: Is told how far it is.
+        report: Receives the progress.
 
     Returns:
         The record, which is written to `output` too.
@@ -185,7 +195,14 @@ def _study(output: Path, context: SearchContext, seed: int) -> Any:
 
 
 def finished(study: Any) -> list[Any]:
-    """The trials that ended, pruned ones included."""
+    """Find the trials that ended, pruned ones included.
+
+    Args:
+        study: The search.
+
+    Returns:
+        The trials.
+    """
     return [trial for trial in study.trials if trial.state.name in ("COMPLETE", "PRUNED")]
 
 
@@ -204,7 +221,14 @@ def _own_folder(output: Path, text: str, tokens: int) -> None:
 
 
 def checked_pick(pick: str) -> None:
-    """Raises BadInput when a pick is neither `knee`, a number, nor `damage=X`."""
+    """Check that a pick is `knee`, a number, or `damage=X`.
+
+    Args:
+        pick: The pick.
+
+    Raises:
+        BadInput: When it is none of them.
+    """
     number = pick.removeprefix("damage=")
     try:
         valid = pick == "knee" or (float(number) > 0 if pick.startswith("damage=") else int(number) >= 1)
@@ -215,7 +239,18 @@ def checked_pick(pick: str) -> None:
 
 
 def picked(points: Sequence[pareto.Point], pick: str) -> int:
-    """The place on a Pareto front that a pick means. Raises BadInput when the Pareto front has no such point."""
+    """Find the place on a Pareto front that a pick means.
+
+    Args:
+        points: The points (removal, damage) of the Pareto front, ascending in removal. Damage is in nats.
+        pick: `knee`, a number of the Pareto front counted from 1, or `damage=X` in nats.
+
+    Returns:
+        The place, counted from 0.
+
+    Raises:
+        BadInput: When the Pareto front has no such point.
+    """
     if pick == "knee":
         return pareto.knee(points)
     if pick.startswith("damage="):
@@ -232,9 +267,22 @@ def picked(points: Sequence[pareto.Point], pick: str) -> int:
 
 
 def summary(context: SearchContext, study: Any, pick: str, seed: int, tokens: int) -> dict[str, Any]:
-    """All trials, the Pareto front, the chosen point, and the choice against the recipe's own settings on other texts.
+    """Summarise a search, and compare the choice with the recipe's own settings on test texts.
 
-    Raises Failure when no trial worked."""
+    Args:
+        context: What all trials share.
+        study: The search.
+        pick: `knee`, a number of the Pareto front, or `damage=X` in nats.
+        seed: Of the search.
+        tokens: Of text for each trial.
+
+    Returns:
+        All trials, the Pareto front, the chosen point and the comparison.
+
+    Raises:
+        BadInput: When the Pareto front has no such point.
+        Failure: When no trial worked.
+    """
     tried = [
         Trial(trial.user_attrs["settings"], trial.user_attrs["strengths"], removal, damage, trial.user_attrs["seconds"])
         for trial in study.trials
@@ -269,19 +317,22 @@ def confirmed(
     *,
     compare: Callable[[SearchContext, Trial], dict[str, Any]] = compared,
 ) -> tuple[list[int], int]:
-    """The knee that holds on texts for choosing which the trials did not see: the front, and the place on it.
+    """Find the knee that holds on validation texts which the trials did not see.
 
-    The best of many trials is partly the luckiest, so candidates are compared with the recipe as it was, at equal
-    removal: the knee first, then what of the front saved most over the recipe's own trials, then the strongest
-    removals. The first that does clearly less damage there is taken; without one the recipe's own trial, put into the
-    front if it is not on it.
+    The best of many trials is partly the luckiest. So candidates are compared with the recipe as it was, at equal
+    removal. The knee comes first. Then comes what of the Pareto front saved most over the recipe's own trials, then the
+    strongest removals. The first that does clearly less damage there is taken. Without one it is the recipe's own
+    trial, put into the Pareto front if it is not on it.
 
     Args:
         context: What all trials share.
         tried: The trials.
-        places: Those of the front, ascending in removal.
+        places: Those of the Pareto front, ascending in removal.
         tokens: Of text for each trial.
         compare: What a candidate and the recipe's own settings do on the other texts.
+
+    Returns:
+        The Pareto front as places of trials, and the chosen place on it.
     """
     others = references(context.session, "validation", CONFIRMING * tokens, from_the_end=True)
     there = measured_on(context, others)
@@ -302,7 +353,15 @@ def confirmed(
 
 
 def own_trial(context: SearchContext, target: float) -> dict[str, Any]:
-    """The settings of a trial of the recipe as it is."""
+    """Give the settings of a trial of the recipe as it is.
+
+    Args:
+        context: What all trials share.
+        target: The share of the concept's probability mass to leave.
+
+    Returns:
+        The settings, as from `suggest`.
+    """
     from optuna.trial import FixedTrial
 
     return suggest(FixedTrial(own_parameters(context, target)), context)
@@ -313,7 +372,16 @@ def _is_own(context: SearchContext, tried: Trial) -> bool:
 
 
 def asked_front(context: SearchContext, record: dict[str, Any], report: Report) -> list[dict[str, Any]]:
-    """The headline metrics of every edit of the Pareto front, as plain JSON."""
+    """Evaluate every edit of the Pareto front.
+
+    Args:
+        context: What all trials share.
+        record: The record of the search, from `summary`.
+        report: Receives the progress.
+
+    Returns:
+        The headline metrics of each edit, as plain JSON.
+    """
     session = context.session
     variants: list[Variant] = []
     for place in record["front"]:
@@ -325,7 +393,13 @@ def asked_front(context: SearchContext, record: dict[str, Any], report: Report) 
 
 
 def write_record(session: Session, record: dict[str, Any], output: Path) -> None:
-    """front.json, front.png and the chosen recipe, each whole or not at all."""
+    """Write front.json, front.png and the chosen recipe, each whole or not at all.
+
+    Args:
+        session: The session of the search.
+        record: The record of the search.
+        output: The folder of the search.
+    """
     from rotate_edit.search.figure import front_figure
 
     tried = [Trial(**trial) for trial in record["trials"]]
@@ -337,5 +411,13 @@ def write_record(session: Session, record: dict[str, Any], output: Path) -> None
 
 
 def chosen_recipe(session: Session, chosen: Trial) -> Recipe:
-    """The recipe with a trial's settings and strengths."""
+    """Build the recipe with a trial's settings and strengths.
+
+    Args:
+        session: The session of the search.
+        chosen: The trial.
+
+    Returns:
+        The recipe.
+    """
     return session.with_settings(chosen.settings).recipe_at(chosen.strengths)
