@@ -556,4 +556,5 @@ def read_yaml(text: str) -> Any:
     """
     import yaml
 
+    # The loader is yaml.SafeLoader with a check added: it builds plain data only.
     return yaml.load(text, Loader=_unique_keys())
