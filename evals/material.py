@@ -102,7 +102,7 @@ def _pattern(words: Sequence[str]) -> re.Pattern[str]:
 def open_recipe(recipe: Recipe, model: Any, items: Items | None = None) -> Session:
     """A recipe's session that goes on with a model which is in memory, on other items if any are given."""
     session = rotate_edit.open(recipe)
-    return replace(session, items=items or session.items, kept={"model": model})
+    return replace(session, given_items=items or session.items, kept={"model": model})
 
 
 # The command line that the scripts share.

@@ -70,10 +70,13 @@ def measure_concept(name: str, model: Any, training: Training, target: float, de
     variants, strengths = [], {}
     for method, (edit, left) in wanted.items():
         try:
-            strengths[method] = solve_strength(model, known, edit, Goal("remaining", left))
+            solved = solve_strength(model, known, edit, Goal("remaining", left))
         except Failure:
+            solved = None
+        if solved is None or solved.missed:
             strengths[method] = None
             continue
+        strengths[method] = solved.strength
         variants.append(Variant(method, edit.at(strengths[method])))
 
     def mass(edited: Any) -> float:

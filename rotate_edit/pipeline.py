@@ -33,7 +33,7 @@ from rotate_edit.reporting.reproduce import (
     read_reproduction,
     write_reproduction,
 )
-from rotate_edit.session import Session, open_session
+from rotate_edit.session import Session, missed_goals, open_session
 
 FORMAT = 1
 
@@ -134,16 +134,20 @@ def edit_only(
     """
     check_output_free(output, overwrite=overwrite)
     session = open_session(recipe, output=output, measured=False)
+    if any(concept.goal.kind != "strength" for concept in recipe.concepts):
+        # What the model writes itself comes first, since it may not be enough.
+        _ = session.items
     groups = session.locate(report=report)
     session.check_located(groups)
     unit = session.build([session.method], groups)[recipe.method]
-    edit = session.described(unit.at(session.strengths(unit)), groups)
+    solved = session.solve(unit)
+    edit = session.described(unit.at({name: found.strength for name, found in solved.items()}), groups)
     with whole_folder(output, overwrite=overwrite) as folder:
         write_atomically(folder / "recipe.yaml", recipe_text(recipe))
         _save_channels(session, groups, folder)
         saved = _save_edit(session, edit, folder, checkpoint=checkpoint, adapter=adapter)
         write_cards(folder)
-    return edit, session.warnings + saved["warnings"]
+    return edit, session.warnings + missed_goals(solved) + saved["warnings"]
 
 
 def repeat(
@@ -189,11 +193,14 @@ def _locate(going: Run) -> None:
     session = going.session
     # The model is loaded first, so that its loading is not counted with a step.
     _ = session.model
+    if session.writes_items:
+        with _timed(going, "write texts"):
+            _ = session.items
     with _timed(going, "locate"):
         going.groups = session.locate((session.method, *session.controls), going.report)
     going.result |= _describe(session, going.groups) | {"warnings": list(session.notes)}
     _save_channels(session, going.groups, going.folder)
-    if session.items is not None and session.recipe.evaluate.text is not None:
+    if session.items is not None and session.recipe.evaluate.items is None:
         save_items(session.items, going.folder / "items")
 
 
@@ -207,9 +214,12 @@ def _solve(going: Run) -> None:
     session = going.session
     with _timed(going, "strengths"):
         unit = going.edits[session.recipe.method]
-        going.strengths = session.strengths(unit)
+        solved = session.solve(unit)
+        going.strengths = {name: found.strength for name, found in solved.items()}
         going.edit = session.described(unit.at(going.strengths), going.groups)
+    going.result["warnings"] += missed_goals(solved)
     for entry in going.result["concepts"]:
+        entry["missed"] = solved[entry["name"]].missed
         entry["strength"] = going.strengths[entry["name"]]
     going.result["neurons"] = [asdict(vector) for vector in going.edit.vectors]
 

@@ -241,6 +241,11 @@ class EvaluateRecipe(_Section):
         description="A text file or folder, or a dataset of the Hub (`name`, `name:configuration` or "
         "`name:configuration:split`), for concept mass and collateral KL.",
     )
+    written_texts: Annotated[int, Field(ge=0)] = Field(
+        48,
+        description="Where neither `items` nor `text` is given, the model writes so many texts about each concept "
+        "itself, and twice as many about other things. 0 writes none, so that nothing is measured.",
+    )
     limit: Positive | None = Field(None, description="At most this many items of each task.")
     tokens: Positive = Field(4000, description="At most this many tokens of text for each point of a curve.")
     controls: list[str] | None = Field(
@@ -340,8 +345,11 @@ class Recipe(_Section):
                 "it out, or suppress a concept"
             )
         solved = [goal.kind for goal in goals if goal.kind != "strength"]
-        if solved and not (self.evaluate.items or self.evaluate.text):
-            return f"{solved[0]} needs evaluate.items or evaluate.text to measure the concept on; or give a strength"
+        if solved and not (self.evaluate.items or self.evaluate.text or self.evaluate.written_texts):
+            return (
+                f"{solved[0]} needs evaluate.items, evaluate.text or evaluate.written_texts to measure the concept on; "
+                "or give a strength"
+            )
         return None
 
     @property

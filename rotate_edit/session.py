@@ -3,6 +3,7 @@
 This module and `pipeline` read the recipe. Everything below them is given tensors and small settings.
 """
 
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -47,10 +48,11 @@ from rotate_edit.evaluation.harness import Settings
 from rotate_edit.evaluation.items import texts_about
 from rotate_edit.evaluation.measures import Reference
 from rotate_edit.evaluation.provenance import weights_hash
-from rotate_edit.evaluation.strength import cost_of_removal, solve_strength
+from rotate_edit.evaluation.strength import Solved, cost_of_removal, solve_strength
 from rotate_edit.evaluation.tasks import Items, open_items
 from rotate_edit.evaluation.text_tasks import items_from_text
 from rotate_edit.evaluation.variants import Variant
+from rotate_edit.evaluation.written_items import written_items
 from rotate_edit.files import cache_folder, check_output_outside
 from rotate_edit.machine import Cost, check_cost, pick_device
 from rotate_edit.models.batches import Passages, tokenise
@@ -80,7 +82,7 @@ class Session:
         tokenizer: Its tokenizer.
         vocabulary: Its vocabulary under the recipe's rules.
         tokens: For each concept its token set.
-        items: What the edit is measured on, or None.
+        given_items: What the recipe gives to measure the edit on, or None.
         device: Where the work is done.
         notes: What was left out, one sentence each.
         kept: What was read or computed so far, by its name.
@@ -91,7 +93,7 @@ class Session:
     tokenizer: Any
     vocabulary: Vocabulary
     tokens: tuple[TokenSet, ...]
-    items: Items | None
+    given_items: Items | None
     device: str
     notes: tuple[str, ...] = ()
     kept: dict[str, Any] = field(default_factory=dict)
@@ -138,6 +140,37 @@ class Session:
         return self.kept["model"]
 
     @property
+    def items(self) -> Items | None:
+        """What the edit is measured on: what the recipe gives, or what is made from text that the model writes itself.
+
+        That text is written when it is first asked for. None where the recipe wants neither.
+
+        Raises:
+            BadInput: The model does not name a concept often enough in its own text about it.
+        """
+        wanted = self.recipe.evaluate
+        if self.given_items is not None or not wanted.written_texts:
+            return self.given_items
+        if "items" not in self.kept:
+            words, near, plurals = _words_of(self.recipe)
+            self.kept["items"] = written_items(
+                self.model,
+                self.tokenizer,
+                words,
+                near,
+                texts=wanted.written_texts,
+                seed=self.recipe.seed,
+                plurals=plurals,
+            )
+        found: Items = self.kept["items"]
+        return found
+
+    @property
+    def writes_items(self) -> bool:
+        """Whether the model writes the text itself that the edit is measured on."""
+        return self.given_items is None and self.recipe.evaluate.written_texts > 0
+
+    @property
     def projections(self) -> Projections:
         """What vectors are projected on, read when it is first asked for."""
         if "projections" not in self.kept:
@@ -152,9 +185,10 @@ class Session:
             concept: The concept's name.
             split: "validation" (for choosing) or "test" (for reporting).
         """
-        if self.items is None:
+        items = self.items
+        if items is None:
             return None
-        own, others = texts_about(self.items, [concept], split)
+        own, others = texts_about(items, [concept], split)
         if not own or not others:
             return None
         return measures.reference(
@@ -163,7 +197,7 @@ class Session:
             self._tokens_of(concept).ids,
             concept_texts=own,
             other_texts=others,
-            prompts=self.items.prompts,
+            prompts=items.prompts,
             longest=self._longest,
             token_limit=self.recipe.evaluate.tokens,
         )
@@ -207,7 +241,7 @@ class Session:
         return self.divided(self.distances[0], frozenset({"channels"}), report)
 
     def _distances(self) -> tuple[float, ...]:
-        whole = self.items is None or "self_text" in self.method.about.reads
+        whole = "self_text" in self.method.about.reads or self.items is None
         return self.distances[:1] if whole else self.distances
 
     @property
@@ -318,9 +352,13 @@ class Session:
 
     def _texts(self, concept: str) -> tuple[Passages, Passages]:
         """Validation texts about a concept and without it. Raises BadInput when there are none."""
-        if self.items is None:
-            raise BadInput("some methods need text about the concept; give evaluate.items or evaluate.text.")
-        about, free = texts_about(self.items, [concept], "validation")
+        items = self.items
+        if items is None:
+            raise BadInput(
+                "some methods need text about the concept; give evaluate.items, evaluate.text or "
+                "evaluate.written_texts."
+            )
+        about, free = texts_about(items, [concept], "validation")
         if not about or not free:
             raise BadInput(f"the items hold no validation texts with and without {concept}; give others, or more text.")
         sizes: dict[str, Any] = {
@@ -405,34 +443,50 @@ class Session:
         capped = tuple(replace(change, most=ROWS_AT_MOST).at(change.strength) for change in rows.changes)
         return replace(edit, changes=(*capped, *edit.changes))
 
-    def strengths(self, edit: Edit) -> dict[str, float]:
+    def solve(self, edit: Edit) -> dict[str, Solved]:
         """Each concept's strength: the number that the recipe gives, or the one that reaches its goal.
 
-        It is solved on validation texts, never on those of the report.
+        It is solved on validation texts, never on those of the report. Where no strength reaches a goal, it is the one
+        that comes nearest, and `missed` says so.
 
         Args:
             edit: At strength 1.
 
         Raises:
             BadInput: A goal is to be reached, and no validation text is about the concept.
-            Failure: No strength reaches the goal.
+            Failure: No strength does anything, or every one exceeds the budget.
         """
-        return {concept.name: self.strength_of(concept.name, edit) for concept in self.recipe.concepts}
+        return {concept.name: self.solve_one(concept.name, edit) for concept in self.recipe.concepts}
 
-    def strength_of(self, concept: str, edit: Edit) -> float:
-        """One concept's strength, as `strengths` finds it.
+    def strengths(self, edit: Edit) -> dict[str, float]:
+        """Each concept's strength, as `solve` finds it. A goal that is missed is logged as a warning.
+
+        Args:
+            edit: At strength 1.
+
+        Raises:
+            BadInput: As `solve`.
+            Failure: As `solve`.
+        """
+        solved = self.solve(edit)
+        for sentence in missed_goals(solved):
+            logging.getLogger(__name__).warning(sentence)
+        return {name: found.strength for name, found in solved.items()}
+
+    def solve_one(self, concept: str, edit: Edit) -> Solved:
+        """One concept's strength, as `solve` finds it.
 
         Args:
             concept: The concept's name.
             edit: At strength 1. The parts of other concepts do not count.
 
         Raises:
-            BadInput: A goal is to be reached, and no validation text is about the concept.
-            Failure: No strength reaches the goal.
+            BadInput: As `solve`.
+            Failure: As `solve`.
         """
         goal = self._recipe_of(concept).goal
         if goal.kind == "strength":
-            return goal.value
+            return Solved(goal.value)
         known = self.reference(concept, "validation")
         if known is None:
             raise BadInput(
@@ -630,6 +684,11 @@ class Session:
         return job_of(self.recipe, self.checkpoint)
 
 
+def missed_goals(solved: Mapping[str, Solved]) -> list[str]:
+    """One sentence for each concept whose goal no strength reaches."""
+    return [f"Goal missed: {name}: {found.missed}" for name, found in solved.items() if found.missed]
+
+
 def open_session(
     recipe: Recipe | str | Path, *, output: Path | None = None, measured: bool = True, allow_code: bool = False
 ) -> Session:
@@ -753,7 +812,7 @@ def job_of(recipe: Recipe, checkpoint: Checkpoint) -> Job:
         words_only=recipe.decompose.words_only,
         tries_groups=recipe.locate.group_distance == "auto" and "self_text" not in method.about.reads,
         self_text=recipe.edit.self_text,
-        texts=recipe.evaluate.items is not None or recipe.evaluate.text is not None,
+        texts=bool(recipe.evaluate.items or recipe.evaluate.text or recipe.evaluate.written_texts),
         tokens=recipe.evaluate.tokens,
         points=len(set(recipe.evaluate.strengths)) + 1,
         limit=recipe.evaluate.limit,
@@ -805,11 +864,15 @@ def _open_items(recipe: Recipe, tokenizer: Any, allow_code: bool = False) -> Ite
     if recipe.evaluate.items is not None:
         return open_items(recipe.evaluate.items, allow_code=allow_code)
     if recipe.evaluate.text is not None:
-        return items_from_text(
-            recipe.evaluate.text,
-            {concept.name: concept.words for concept in recipe.concepts},
-            {concept.name: concept.neighbour_words for concept in recipe.concepts},
-            tokenizer,
-            plurals=any(concept.plurals for concept in recipe.concepts),
-        )
+        words, near, plurals = _words_of(recipe)
+        return items_from_text(recipe.evaluate.text, words, near, tokenizer, plurals=plurals)
     return None
+
+
+def _words_of(recipe: Recipe) -> tuple[dict[str, list[str]], dict[str, list[str]], bool]:
+    """By concept its words and its neighbours' words, and whether plurals are looked for too."""
+    return (
+        {concept.name: concept.words for concept in recipe.concepts},
+        {concept.name: concept.neighbour_words for concept in recipe.concepts},
+        any(concept.plurals for concept in recipe.concepts),
+    )

@@ -266,7 +266,7 @@ def test_no_strength_is_chosen_on_test_texts(goal: dict[str, float], solvable: S
     assert solvable.items is not None
     assert solvable.items.texts["test"]
     without = replace(solvable.items, texts={"test": solvable.items.texts["test"]})
-    session = replace(with_goal(solvable, **goal), items=without)
+    session = replace(with_goal(solvable, **goal), given_items=without)
     assert session.reference("dogs", "test") is not None
     unit = session.build([session.method], session.locate())["rank-one"]
     with pytest.raises(BadInput, match=f"concepts.dogs.{next(iter(goal))}: the items hold no validation text"):
@@ -274,7 +274,7 @@ def test_no_strength_is_chosen_on_test_texts(goal: dict[str, float], solvable: S
     with pytest.raises(BadInput, match="no validation text"):
         session.edit()
     # A strength that is given needs none.
-    assert replace(solvable, items=without).strengths(unit) == {"dogs": 2.0}
+    assert replace(solvable, given_items=without).strengths(unit) == {"dogs": 2.0}
 
 
 def test_an_edit_with_a_goal_and_items_without_validation_texts_writes_nothing(tmp_path: Path) -> None:

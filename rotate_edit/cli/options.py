@@ -1,5 +1,6 @@
 """What several commands share: their options, each declared once, and the folders that they mean."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ from rotate_edit.errors import BadInput
 
 FOLDER: Any = click.Path(path_type=Path)
 MATRIX_KINDS = ("gate", "in", "out")
+# Times by which the option --amplify raises a concept's odds.
+DEFAULT_ODDS = 5.0
 DEVICES = "auto, cpu, cuda or mps."
 
 output = click.option("--output", type=FOLDER, help="Where to write; it must not exist yet.")
@@ -30,7 +33,49 @@ all_matrices = click.option(
 layers = click.option("--layer", "layers", multiple=True, type=int, help="May be repeated (default: all).")
 as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 edited_models = click.argument("edited", nargs=-1, required=True, type=FOLDER)
+suppress = click.option("--suppress", multiple=True, metavar="NAME", help="A concept to suppress; RECIPE is a model.")
+amplify = click.option("--amplify", multiple=True, metavar="NAME", help="A concept to amplify; RECIPE is a model.")
+words = click.option(
+    "--words", multiple=True, metavar="A,B,C", help="The words of each concept named, in order (default: its name)."
+)
 concepts = click.option("--concept", "concepts", multiple=True, help="Edited concepts (default: as the edits say).")
+
+
+def recipe_of(
+    path: str, suppress: Sequence[str], amplify: Sequence[str], words: Sequence[str], **save: bool
+) -> tuple[Any, str]:
+    """The recipe that a command is given, and a name for its output.
+
+    Args:
+        path: A recipe; or a model, where concepts are named by options.
+        suppress: Names of concepts to suppress.
+        amplify: Names of concepts to amplify.
+        words: The words of each of them, separated by commas.
+        **save: What the recipe's `save` is set to.
+
+    Raises:
+        BadInput: The recipe or the options are not possible.
+    """
+    from rotate_edit.pipeline import with_save
+    from rotate_edit.recipe import parse_recipe, read_recipe
+
+    names = [*suppress, *amplify]
+    if not names:
+        if words:
+            raise BadInput("--words needs the name of a concept: add --suppress NAME or --amplify NAME.")
+        return with_save(read_recipe(path), **save), Path(path).stem
+    if words and len(words) != len(names):
+        raise BadInput(f"--words is given {len(words)} times for {len(names)} concepts; give it once for each of them.")
+    if path.endswith((".yaml", ".yml")):
+        raise BadInput(f"--suppress and --amplify take a model, and {path} is a recipe; leave one of them out.")
+    concepts: list[dict[str, Any]] = []
+    for name, own in zip(names, words or names, strict=True):
+        listed = [word.strip() for word in own.split(",") if word.strip()]
+        concepts.append({"name": name, "words": listed, "plurals": not words})
+    for concept in concepts[len(suppress) :]:
+        concept["odds"] = DEFAULT_ODDS
+    read = parse_recipe({"model": path, "concepts": concepts}, "what the options say")
+    return with_save(read, **save), f"{Path(path).stem}-{names[0].replace(' ', '-')}"
 
 
 def next_run(stem: str) -> Path:

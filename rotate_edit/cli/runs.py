@@ -14,6 +14,9 @@ from rotate_edit.errors import counted
 
 @click.command()
 @click.argument("recipe")
+@options.suppress
+@options.amplify
+@options.words
 @click.option("--output", type=FOLDER, help="The run folder (default runs/<recipe>-<n>).")
 @options.estimate
 @options.full_hash
@@ -22,6 +25,9 @@ from rotate_edit.errors import counted
 @options.overwrite
 def run(
     recipe: str,
+    suppress: tuple[str, ...],
+    amplify: tuple[str, ...],
+    words: tuple[str, ...],
     output: Path | None,
     estimate: bool,
     full_hash: bool,
@@ -29,11 +35,14 @@ def run(
     allow_code: bool,
     overwrite: bool,
 ) -> None:
-    """Locate, edit, save, evaluate and report, as RECIPE says."""
+    """Locate, edit, save, evaluate and report, as RECIPE says.
+
+    Without a recipe: rotate-edit run MODEL --suppress golf --words golf,golfer,putter
+    """
     from rotate_edit import pipeline, session
 
-    read = _recipe(recipe, full_hash=full_hash, no_undo=no_undo)
-    where = output or options.next_run(Path(recipe).stem)
+    read, name = options.recipe_of(recipe, suppress, amplify, words, **_save(full_hash, no_undo))
+    where = output or options.next_run(name)
     if estimate:
         options.print_estimate(f"a run of {Path(recipe).name}", *session.estimate(read), where)
         return
@@ -45,12 +54,8 @@ def run(
     print_line(f"Report: {where / 'report.html'}")
 
 
-def _recipe(path: str, *, full_hash: bool, no_undo: bool) -> Any:
-    from rotate_edit.pipeline import with_save
-    from rotate_edit.recipe import read_recipe
-
-    flags = ({"full_hash": True} if full_hash else {}) | ({"undo": False} if no_undo else {})
-    return with_save(read_recipe(path), **flags)
+def _save(full_hash: bool, no_undo: bool) -> dict[str, bool]:
+    return ({"full_hash": True} if full_hash else {}) | ({"undo": False} if no_undo else {})
 
 
 def _print_summary(result: dict[str, Any]) -> None:
@@ -98,6 +103,9 @@ def locate(recipe: str, as_json: bool) -> None:
 
 @click.command()
 @click.argument("recipe")
+@options.suppress
+@options.amplify
+@options.words
 @options.output
 @click.option("--no-checkpoint", is_flag=True, help="Write the edit alone.")
 @click.option("--adapter", is_flag=True, help="Also write the LoRA adapter.")
@@ -107,6 +115,9 @@ def locate(recipe: str, as_json: bool) -> None:
 @options.overwrite
 def edit(
     recipe: str,
+    suppress: tuple[str, ...],
+    amplify: tuple[str, ...],
+    words: tuple[str, ...],
     output: Path | None,
     no_checkpoint: bool,
     adapter: bool,
@@ -115,11 +126,14 @@ def edit(
     no_undo: bool,
     overwrite: bool,
 ) -> None:
-    """Build RECIPE's edit and write it (edit/, model/, adapter/), without evaluating it."""
+    """Build RECIPE's edit and write it (edit/, model/, adapter/), without evaluating it.
+
+    Without a recipe: rotate-edit edit MODEL --suppress golf --words golf,golfer,putter
+    """
     from rotate_edit import pipeline, session
 
-    read = _recipe(recipe, full_hash=full_hash, no_undo=no_undo)
-    where = output or options.next_run(f"{Path(recipe).stem}-edit")
+    read, name = options.recipe_of(recipe, suppress, amplify, words, **_save(full_hash, no_undo))
+    where = output or options.next_run(f"{name}-edit")
     if estimate:
         read = pipeline.with_save(read, checkpoint=not no_checkpoint)
         options.print_estimate(f"the edit of {Path(recipe).name}", *session.estimate(read, measured=False), where)

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from rotate_edit.edits.apply import applied
@@ -17,8 +18,27 @@ MORE_TO_WORK_WITH = (
 )
 
 
-def solve_strength(model: Any, known: Reference, edit: Edit, goal: Goal) -> float:
-    """The strength at which an edit of one concept reaches its goal.
+# An edit that cannot reach its goal takes the weakest strength that gets so near to the most that any reached.
+NEARLY_ALL = 0.9
+# What counts as no effect at all, in nats.
+NO_EFFECT = 0.01
+
+
+@dataclass(frozen=True)
+class Solved:
+    """The strength of an edit, and whether it reaches its goal.
+
+    Attributes:
+        strength: The strength; below 0 where the goal amplifies.
+        missed: What was reached in place of the goal and how to go further, as one sentence. None where it is reached.
+    """
+
+    strength: float
+    missed: str | None = None
+
+
+def solve_strength(model: Any, known: Reference, edit: Edit, goal: Goal) -> Solved:
+    """The strength at which an edit of one concept reaches its goal, or comes nearest to it.
 
     Args:
         model: The loaded base, nothing switched on.
@@ -27,24 +47,49 @@ def solve_strength(model: Any, known: Reference, edit: Edit, goal: Goal) -> floa
         goal: What is to be reached.
 
     Returns:
-        The strength, rounded to three digits after the point; below 0 where the goal amplifies. Before rounding it
-        lies on the side that meets the goal, within 1.6 % of the crossing above 1 and within 1/64 below.
+        The strength, rounded to three digits after the point. Before rounding it lies on the side that meets the goal,
+        within 1.6 % of the crossing above 1 and within 1/64 below. Where no strength up to 64 reaches the goal, it is
+        the weakest that gets nine tenths of the way that any got, in nats.
 
     Raises:
-        Failure: No strength up to 64 reaches the goal, or every one exceeds the budget.
+        Failure: No strength up to 64 does anything, or every one exceeds the budget.
     """
     if goal.kind == "strength":
-        return goal.value
-    measured, falling = _MEASURES[goal.kind](model, known, edit), goal.kind == "remaining"
-    found = cross(measured, goal.value, falling=falling)
+        return Solved(goal.value)
+    measure, seen = _MEASURES[goal.kind](model, known, edit), {}
+
+    def measured(strength: float) -> float:
+        seen[strength] = value = measure(strength)
+        return value
+
+    found = cross(measured, goal.value, falling=goal.kind == "remaining")
     if goal.kind == "budget":
         if not found.low:
             raise Failure(_why(goal))
         # The strongest that stays within the budget; the strongest of all where nothing exceeds it.
-        return round(found.low, 3)
-    if not found.reached:
+        return Solved(round(found.low, 3))
+    sign = -1 if goal.amplifies else 1
+    if found.reached:
+        return Solved(round(sign * found.high, 3))
+    # How far each strength got, in nats.
+    effects = {strength: -sign * math.log(max(value, 1e-30)) for strength, value in seen.items()}
+    most = max(effects.values())
+    if most < NO_EFFECT:
         raise Failure(_why(goal))
-    return round(-found.high if goal.amplifies else found.high, 3)
+    best = min(strength for strength, effect in effects.items() if effect >= NEARLY_ALL * most)
+    return Solved(round(sign * best, 3), _missed(goal, seen[best]))
+
+
+def _missed(goal: Goal, reached: float) -> str:
+    if goal.kind == "odds":
+        return (
+            f"the concept's odds are {reached:.3g} times as large, not {goal.value:g} times, which no strength up to "
+            f"{STRONGEST:g} reaches; lower odds, or choose another edit.method."
+        )
+    return (
+        f"{reached:.0%} of the concept's probability is left, not {goal.value:.0%}, which no strength up to "
+        f"{STRONGEST:g} reaches; raise remaining, choose another edit.method, or {MORE_TO_WORK_WITH}."
+    )
 
 
 def _why(goal: Goal) -> str:
@@ -95,7 +140,7 @@ _MEASURES = {"remaining": _remaining, "budget": _damage, "odds": _odds}
 def cost_of_removal(model: Any, known: Reference, edit: Edit, remaining: float) -> float:
     """Collateral KL in nats at the strength that leaves a share of the concept; infinite where none does."""
     try:
-        strength = solve_strength(model, known, edit, Goal("remaining", remaining))
+        solved = solve_strength(model, known, edit, Goal("remaining", remaining))
     except Failure:
         return math.inf
-    return _damage(model, known, edit)(strength)
+    return math.inf if solved.missed else _damage(model, known, edit)(solved.strength)

@@ -93,32 +93,86 @@ def items_from_text(
         BadInput: When the text cannot be read, holds a concept too rarely to measure anything, or has no neutral
             passage.
     """
-    finders = [
+    finders = _finders(words, neighbour_words, plurals)
+    divided = passages(read_documents(source))
+    about = {finder.concept: divided for finder in finders}
+    return _items(f"the text {Path(str(source)).name}", about, divided, finders, tokenizer)
+
+
+def items_from_documents(
+    about: Mapping[str, Sequence[str]],
+    others: Sequence[str],
+    words: Mapping[str, Sequence[str]],
+    neighbour_words: Mapping[str, Sequence[str]],
+    tokenizer: Any,
+    *,
+    source: str,
+    plurals: bool = False,
+) -> Items:
+    """Make items from documents that are known to be about a concept or about other things.
+
+    A passage about a concept that holds none of its words counts as neither.
+
+    Args:
+        about: The documents about each concept, by concept.
+        others: Documents about other things.
+        words: Each concept's words, by concept.
+        neighbour_words: The words of each concept's neighbours, by concept.
+        tokenizer: As in `items_from_text`.
+        source: What the documents are, for messages.
+        plurals: Look for the plurals of the words too.
+
+    Returns:
+        The items, under the name "text".
+
+    Raises:
+        BadInput: When a concept's documents hold its words too rarely to measure anything, or no other document is free
+            of them.
+    """
+    finders = _finders(words, neighbour_words, plurals)
+    divided = {name: passages(found) for name, found in about.items()}
+    return _items(source, divided, passages(others), finders, tokenizer)
+
+
+def _finders(
+    words: Mapping[str, Sequence[str]], neighbour_words: Mapping[str, Sequence[str]], plurals: bool
+) -> list[Finder]:
+    return [
         Finder(name, _pattern(own, plurals), _pattern(near, plurals) if (near := neighbour_words.get(name)) else None)
         for name, own in words.items()
     ]
-    divided = passages(read_documents(source))
+
+
+def _items(
+    source: str,
+    about: Mapping[str, Mapping[str, Sequence[str]]],
+    others: Mapping[str, Sequence[str]],
+    finders: Sequence[Finder],
+    tokenizer: Any,
+) -> Items:
+    """Items from the passages of each split: those in which a concept is looked for, and those without one."""
     texts: dict[str, list[Row]] = {split: [] for split in SPLITS}
     cloze: list[Row] = []
     for finder in finders:
+        own = about[finder.concept]
         for split in SPLITS:
-            found = [text for text in divided[split] if finder.own.search(text)][:TEXTS_A_CONCEPT]
+            found = [text for text in own[split] if finder.own.search(text)][:TEXTS_A_CONCEPT]
             if not found:
                 raise BadInput(
-                    f"the text {Path(str(source)).name} holds no passage about {finder.concept} in one of its two "
-                    f"halves; give more text."
+                    f"{source} holds no passage about {finder.concept} in one of its two halves; give more text."
                 )
             texts[split] += [_text_row(text, finder.concept, finders) for text in found]
-        cloze += _cloze_items(divided["test"], finder.concept, finder.own, "concept", tokenizer)
+        cloze += _cloze_items(own["test"], finder.concept, finder.own, "concept", tokenizer)
         if finder.near is not None:
-            cloze += _cloze_items(divided["test"], finder.concept, finder.near, "neighbour", tokenizer)
+            near = dict.fromkeys((*own["test"], *others["test"]))
+            cloze += _cloze_items(list(near), finder.concept, finder.near, "neighbour", tokenizer)
     neutral = {
-        split: [text for text in divided[split] if not any(_touches(finder, text) for finder in finders)]
+        split: [text for text in others[split] if not any(_touches(finder, text) for finder in finders)]
         for split in SPLITS
     }
     for split in SPLITS:
         if not neutral[split]:
-            raise BadInput(f"every passage of {Path(str(source)).name} is about a concept; give neutral text as well.")
+            raise BadInput(f"every passage of {source} is about a concept; give neutral text as well.")
         texts[split] += [{"text": text, "concept": None, "contains": []} for text in neutral[split][:TEXTS_A_CONCEPT]]
     # The neutral texts of the perplexity task are others than those of the collateral KL, where there are enough.
     rest = neutral["test"][TEXTS_A_CONCEPT:] or neutral["test"]

@@ -9,7 +9,7 @@ import torch
 def generate(
     model: Any,
     tokenizer: Any,
-    prompts: Sequence[str],
+    prompts: Sequence[str] | Sequence[Sequence[int]],
     *,
     new_tokens: int = 40,
     samples: int = 1,
@@ -25,7 +25,7 @@ def generate(
     Args:
         model: A loaded transformers model.
         tokenizer: Its tokenizer.
-        prompts: The prompts.
+        prompts: The prompts, as texts or as token ids.
         new_tokens: Most tokens in a continuation.
         samples: Number of continuations for each prompt.
         seed: Seed of the draw from the whole vocabulary; None for greedy decoding.
@@ -36,8 +36,7 @@ def generate(
         For each prompt, a list of `samples` texts.
     """
     device = next(model.parameters()).device
-    encoded = [list(ids) for ids in tokenizer(list(prompts), add_special_tokens=True)["input_ids"]]
-    encoded = [ids or [first_token(tokenizer)] for ids in encoded]
+    encoded = [_encoded(tokenizer, prompt) or [first_token(tokenizer)] for prompt in prompts]
     rows = [index for index in range(len(encoded)) for _ in range(samples)]
     texts: list[list[str]] = [[] for _ in prompts]
     # Every setting is given, because a checkpoint's generation_config.json may hold other ones.
@@ -69,6 +68,25 @@ def generate(
             for index, row_ids in zip(chosen, written[:, width:], strict=True):
                 texts[index].append(tokenizer.decode(row_ids, skip_special_tokens=True))
     return texts
+
+
+def chat_prompt(tokenizer: Any, question: str) -> list[int]:
+    """Encode a question as a user's turn, up to where the model's answer begins.
+
+    Args:
+        tokenizer: A transformers tokenizer with a chat template.
+        question: The question.
+
+    Returns:
+        Token ids, special tokens included.
+    """
+    turn = [{"role": "user", "content": question}]
+    text = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def _encoded(tokenizer: Any, prompt: str | Sequence[int]) -> list[int]:
+    return list(tokenizer(prompt, add_special_tokens=True)["input_ids"] if isinstance(prompt, str) else prompt)
 
 
 def padding_token(tokenizer: Any) -> int:

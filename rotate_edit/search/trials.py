@@ -244,7 +244,7 @@ def _amplified_strength(context: SearchContext, edit: Edit, name: str) -> float:
     """The recipe's strength of an amplified concept, solved for once where it gives another goal."""
     known = context.shared.setdefault("amplified strengths", {})
     if name not in known:
-        known[name] = context.session.strength_of(name, edit)
+        known[name] = context.session.solve_one(name, edit).strength
     return float(known[name])
 
 

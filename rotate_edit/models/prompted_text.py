@@ -1,0 +1,126 @@
+"""Text that a model writes about given subjects, kept between runs."""
+
+import hashlib
+import importlib.metadata
+import json
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rotate_edit.files import cache_folder, write_atomically
+from rotate_edit.models.fingerprint import model_hash, tokenizer_hash
+from rotate_edit.models.generation import chat_prompt, generate
+
+VERSION = 1
+NEW_TOKENS = 80
+# Cooler than the model's own distribution, so that a small model keeps to the subject.
+TEMPERATURE = 0.7
+ROWS_AT_ONCE = 128
+# What a chat model is asked, and how a text begins for a model without a chat template.
+QUESTIONS = (
+    "Write a short paragraph about {subject}.",
+    "Tell me some facts about {subject}.",
+    "Explain {subject} to a beginner.",
+    "Write a short news report about {subject}.",
+    "What should everybody know about {subject}?",
+    "Write the first lines of an encyclopedia article about {subject}.",
+    "Write a short story about {subject}.",
+    "Describe the history of {subject} in a few sentences.",
+)
+OPENINGS = (
+    "Here is a short paragraph about {subject}.",
+    "Some facts about {subject}:",
+    "A beginner's introduction to {subject}\n\n",
+    "NEWS: A report on {subject}.",
+    "What everybody should know about {subject}:",
+    "From an encyclopedia, under the heading {subject}:",
+    "Once upon a time there was a story about {subject}.",
+    "A short history of {subject}\n\n",
+)
+# What text without a concept is about.
+OTHER_SUBJECTS = (
+    "the weather", "gardening", "railways", "mathematics", "cooking", "the sea", "music", "a family", "the economy",
+    "history", "medicine", "the night sky", "painting", "computers", "a journey", "farming", "law", "school", "birds",
+    "a city", "football", "languages", "clothes", "chemistry", "the government", "a friend", "films", "health", "a house",
+    "mountains", "cars", "books", "animals", "religion", "philosophy", "ships", "money", "photography", "a hospital",
+    "the police", "food", "trees", "physics", "an election", "theatre", "the internet", "rivers", "a wedding",
+)  # fmt: skip
+
+
+def prompts_about(tokenizer: Any, subjects: Sequence[str], count: int) -> list[list[int]]:
+    """Make prompts that ask for text about subjects, each subject and each way of asking in turn.
+
+    Args:
+        tokenizer: A transformers tokenizer. Its chat template is used where it has one.
+        subjects: What the text is to be about.
+        count: How many prompts.
+
+    Returns:
+        Token ids of each prompt.
+    """
+    chat = bool(getattr(tokenizer, "chat_template", None))
+    forms = QUESTIONS if chat else OPENINGS
+    # The way of asking moves on by one more after each round of the subjects, so that every pair comes up.
+    places = [divmod(number, len(subjects)) for number in range(count)]
+    asked = [forms[(turn + place) % len(forms)].format(subject=subjects[place]) for turn, place in places]
+    if chat:
+        return [chat_prompt(tokenizer, text) for text in asked]
+    return [list(ids) for ids in tokenizer(asked, add_special_tokens=True)["input_ids"]]
+
+
+def prompted_text(model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], *, seed: int) -> list[str]:
+    """Return what a model writes after prompts, from the cache folder if it is there.
+
+    The cache is used when the same weights wrote after the same prompts on the same kind of device.
+
+    Args:
+        model: A loaded transformers model.
+        tokenizer: Its tokenizer.
+        prompts: Token ids of each prompt.
+        seed: Seed of the draw.
+
+    Returns:
+        One text for each prompt, of at most 80 tokens, drawn at temperature 0.7.
+    """
+    file = cache_folder() / f"prompted-{_key(model, tokenizer, prompts, seed)}.json"
+    known = _read(file, len(prompts))
+    if known is not None:
+        return known
+    written = generate(
+        model, tokenizer, prompts, new_tokens=NEW_TOKENS, seed=seed, temperature=TEMPERATURE, rows_at_once=ROWS_AT_ONCE
+    )
+    texts = [texts[0] for texts in written]
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(file, json.dumps(texts))
+    except OSError:
+        logging.getLogger(__name__).warning("the text that the model wrote cannot be kept in the cache")
+    return texts
+
+
+def _key(model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], seed: int) -> str:
+    parts = {
+        "version": VERSION,
+        "weights": model_hash(model),
+        "tokenizer": tokenizer_hash(tokenizer),
+        "prompts": [list(prompt) for prompt in prompts],
+        "draw": [NEW_TOKENS, TEMPERATURE, ROWS_AT_ONCE, seed],
+        "device": next(model.parameters()).device.type,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "transformers": importlib.metadata.version("transformers"),
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def _read(file: Path, count: int) -> list[str] | None:
+    """Read the texts; None when there are none or the file is damaged, as a cache may always be."""
+    try:
+        texts = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+    sound = isinstance(texts, list) and len(texts) == count and all(isinstance(text, str) for text in texts)
+    return texts if sound else None
