@@ -134,7 +134,7 @@ def edit_only(
     """
     check_output_free(output, overwrite=overwrite)
     session = open_session(recipe, output=output, measured=False)
-    if any(concept.goal.kind != "strength" for concept in recipe.concepts):
+    if session.seeks_strengths:
         # What the model writes itself comes first, since it may not be enough.
         _ = session.items
     groups = session.locate(report=report)
@@ -198,7 +198,7 @@ def _locate(going: Run) -> None:
             _ = session.items
     with _timed(going, "locate"):
         going.groups = session.locate((session.method, *session.controls), going.report)
-    going.result |= _describe(session, going.groups) | {"warnings": list(session.notes)}
+    going.result |= _describe(session, going.groups) | {"warnings": session.remarks}
     _save_channels(session, going.groups, going.folder)
     if session.items is not None and session.recipe.evaluate.items is None:
         save_items(session.items, going.folder / "items")

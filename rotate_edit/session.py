@@ -143,27 +143,36 @@ class Session:
     def items(self) -> Items | None:
         """What the edit is measured on: what the recipe gives, or what is made from text that the model writes itself.
 
-        That text is written when it is first asked for. None where the recipe wants neither.
+        That text is written when it is first asked for. None where the recipe wants neither. None too where the model
+        does not name a concept in its own text about it, and the recipe gives every strength.
 
         Raises:
-            BadInput: The model does not name a concept often enough in its own text about it.
+            BadInput: The model does not name a concept often enough, and the edit cannot be made without.
         """
         wanted = self.recipe.evaluate
         if self.given_items is not None or not wanted.written_texts:
             return self.given_items
         if "items" not in self.kept:
             words, near, plurals = _words_of(self.recipe)
-            self.kept["items"] = written_items(
-                self.model,
-                self.tokenizer,
-                words,
-                near,
-                texts=wanted.written_texts,
-                seed=self.recipe.seed,
-                plurals=plurals,
-            )
-        found: Items = self.kept["items"]
-        return found
+            how: dict[str, Any] = {"texts": wanted.written_texts, "seed": self.recipe.seed, "plurals": plurals}
+            try:
+                self.kept["items"] = written_items(self.model, self.tokenizer, words, near, **how)
+            except BadInput as error:
+                needed = {need for method in (self.method, *self.controls) for need in method.about.reads}
+                if self.seeks_strengths or "text" in needed:
+                    raise
+                self.kept["items"], self.kept["unmeasured"] = None, f"Nothing is measured: {error}"
+        return self.kept["items"]
+
+    @property
+    def seeks_strengths(self) -> bool:
+        """Whether some concept's strength is to be found, and not given by the recipe."""
+        return any(concept.goal.kind != "strength" for concept in self.recipe.concepts)
+
+    @property
+    def remarks(self) -> list[str]:
+        """What was left out so far, one sentence each."""
+        return [*self.notes, *([self.kept["unmeasured"]] if "unmeasured" in self.kept else [])]
 
     @property
     def writes_items(self) -> bool:

@@ -4,6 +4,7 @@ import hashlib
 import importlib.metadata
 import json
 import logging
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -44,9 +45,10 @@ OPENINGS = (
 OTHER_SUBJECTS = (
     "the weather", "gardening", "railways", "mathematics", "cooking", "the sea", "music", "a family", "the economy",
     "history", "medicine", "the night sky", "painting", "computers", "a journey", "farming", "law", "school", "birds",
-    "a city", "football", "languages", "clothes", "chemistry", "the government", "a friend", "films", "health", "a house",
-    "mountains", "cars", "books", "animals", "religion", "philosophy", "ships", "money", "photography", "a hospital",
-    "the police", "food", "trees", "physics", "an election", "theatre", "the internet", "rivers", "a wedding",
+    "a city", "football", "languages", "clothes", "chemistry", "the government", "a friend", "films", "health",
+    "a house", "mountains", "cars", "books", "animals", "religion", "philosophy", "ships", "money", "photography",
+    "a hospital", "the police", "food", "trees", "physics", "an election", "theatre", "the internet", "rivers",
+    "a wedding",
 )  # fmt: skip
 
 
@@ -89,8 +91,16 @@ def prompted_text(model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], 
     known = _read(file, len(prompts))
     if known is not None:
         return known
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
+    room = longest - max(len(prompt) for prompt in prompts)
     written = generate(
-        model, tokenizer, prompts, new_tokens=NEW_TOKENS, seed=seed, temperature=TEMPERATURE, rows_at_once=ROWS_AT_ONCE
+        model,
+        tokenizer,
+        prompts,
+        new_tokens=int(max(1, min(NEW_TOKENS, room))),
+        seed=seed,
+        temperature=TEMPERATURE,
+        rows_at_once=ROWS_AT_ONCE,
     )
     texts = [texts[0] for texts in written]
     try:
