@@ -1,4 +1,4 @@
-"""The commands that read and write edits and checkpoints: apply, diff, verify, revert, demo-model."""
+"""The commands that read and write edits and checkpoints: apply, diff, verify, revert, demo-model, import-gguf."""
 
 from pathlib import Path
 

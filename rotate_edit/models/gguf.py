@@ -73,6 +73,7 @@ def import_gguf(
     *,
     dtype: str = "bfloat16",
     overwrite: bool = False,
+    shard_bytes: int = SHARD_BYTES,
     progress: Report = silent,
 ) -> Imported:
     """Write a GGUF file out as a checkpoint folder that transformers and this package open.
@@ -84,6 +85,7 @@ def import_gguf(
         folder: The new folder.
         dtype: Dtype of the written weights: "bfloat16", "float16" or "float32".
         overwrite: Replace a folder that exists.
+        shard_bytes: Largest size of a weights file, unless one tensor is larger.
         progress: Told how many tensors are done.
 
     Returns:
@@ -107,7 +109,7 @@ def import_gguf(
     size = sum(math.prod(header.tensors[name].shape) for name in names) * element
     check_free_space(folder, size)
     with whole_folder(folder, overwrite=overwrite) as temporary:
-        _write_weights(file, header, config, names, dtype, temporary, progress)
+        _write_weights(file, header, config, names, dtype, shard_bytes, temporary, progress)
         _write_config(header, config, dtype, temporary)
         tokenizer.save_pretrained(temporary)
     return Imported(len(names), size, warnings)
@@ -259,7 +261,7 @@ def _names(file: str, header: GgufHeader, config: "PretrainedConfig") -> dict[st
         stem, _, suffix = name.rpartition(".")
         if name == "lm_head.weight" and config.tie_word_embeddings:
             continue
-        found = f"{packed.get_name(stem)}.{suffix}"
+        found = f"{packed.get_name(stem) or name}.{suffix}"
         if found not in header.tensors:
             raise BadInput(f"{file} lacks the tensor {found}, which a {header.architecture} model has.")
         shape = tuple(parameter.shape)
@@ -284,6 +286,7 @@ def _write_weights(
     config: "PretrainedConfig",
     names: dict[str, str],
     dtype: str,
+    shard_bytes: int,
     folder: Path,
     progress: Report,
 ) -> None:
@@ -295,7 +298,7 @@ def _write_weights(
     processor = TENSOR_PROCESSORS.get(header.architecture, TensorProcessor)(config=config.to_dict())
     target = getattr(torch, dtype)
     data = numpy.memmap(file, dtype=numpy.uint8, mode="r")
-    shards = _shards([header.tensors[name] for name in names], target.itemsize)
+    shards = _shards([header.tensors[name] for name in names], target.itemsize, shard_bytes)
     weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, 1):
         shard_file = WEIGHTS if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
@@ -315,13 +318,13 @@ def _write_weights(
         write_atomically(folder / INDEX, json.dumps(index, indent=1))
 
 
-def _shards(tensors: list[PackedTensor], itemsize: int) -> list[list[PackedTensor]]:
-    """The tensors in their order, in groups of at most SHARD_BYTES where one tensor is not more."""
+def _shards(tensors: list[PackedTensor], itemsize: int, shard_bytes: int) -> list[list[PackedTensor]]:
+    """The tensors in their order, in groups of at most `shard_bytes` unless one tensor is more."""
     shards: list[list[PackedTensor]] = []
-    size = SHARD_BYTES
+    size = shard_bytes
     for tensor in tensors:
         wanted = math.prod(tensor.shape) * itemsize
-        if size + wanted > SHARD_BYTES:
+        if size + wanted > shard_bytes:
             shards.append([])
             size = 0
         shards[-1].append(tensor)
