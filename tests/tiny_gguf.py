@@ -1,4 +1,4 @@
-"""Tiny GGUF files, written from tiny transformers models with the `gguf` package as llama.cpp's converter writes them."""
+"""Tiny GGUF files, written from tiny transformers models in the way of llama.cpp's converter."""
 
 from pathlib import Path
 from typing import Any

@@ -1,0 +1,146 @@
+"""Real GGUF files from import to an edited folder: run with `pytest -m real -k gguf -s`.
+
+The files SmolLM2-135M (smollm2.gguf), Gemma-3-270M (gemma3.gguf) and Qwen2.5-Coder-0.5B (qwen.gguf) lie in the folder
+ROTATE_EDIT_GGUF.
+"""
+
+import json
+import os
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+
+from rotate_edit.models.checkpoint import load_tokenizer, open_checkpoint
+from rotate_edit.models.gguf import import_gguf
+
+FILES = Path(os.environ.get("ROTATE_EDIT_GGUF") or Path.home() / ".cache" / "rotate-edit-models")
+TEXTS = [
+    "The dog ran across the field because it had seen a rabbit.",
+    "def fibonacci(n):\n    return n if n < 2 else fibonacci(n - 1) + fibonacci(n - 2)",
+    "Übergrößenträger und naïve Café-Gäste, 東京は日本の首都です。",
+]
+NUMBERS = "In 1969 the 3 of them flew 384400 km."
+RECIPE = """
+model: {file}
+concepts:
+  - name: dogs
+    words: [dog, dogs, puppy]
+    strength: 1
+edit:
+  method: token-embeddings
+"""
+# Run by a Python that must not import this package: the edited folder and the adapter on its base, with transformers.
+PLAIN = """
+import json, sys
+sys.modules["rotate_edit"] = None
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+base, edited, adapter, text = sys.argv[1:]
+tokenizer = AutoTokenizer.from_pretrained(edited)
+ids = tokenizer(text, return_tensors="pt").input_ids
+def logits(model):
+    with torch.no_grad():
+        return model(ids).logits[0, -1]
+load = lambda folder: AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+before = logits(load(base))
+after = logits(load(edited))
+adapted = logits(PeftModel.from_pretrained(load(base), adapter))
+written = load(edited).generate(ids, max_new_tokens=8, do_sample=False)
+print(json.dumps({
+    "change": float((after - before).abs().max()),
+    "adapter": float((after - adapted).abs().max()),
+    "text": tokenizer.decode(written[0]),
+}))
+"""
+
+
+def gguf_file(name: str) -> Path:
+    file = FILES / f"{name}.gguf"
+    if not file.is_file():
+        pytest.skip(f"no {name}.gguf in the folder ROTATE_EDIT_GGUF")
+    return file
+
+
+def rotate_edit(*arguments: object) -> str:
+    done = subprocess.run(
+        [sys.executable, "-m", "rotate_edit", *map(str, arguments)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def largest(first: torch.Tensor, second: torch.Tensor) -> float:
+    return float((first - second).abs().max())
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("name", ["smollm2", "gemma3", "qwen"])
+def test_logits_are_those_of_transformers_own_reading(name: str, tmp_path: Path) -> None:
+    file, started = gguf_file(name), time.monotonic()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    imported = import_gguf(file, tmp_path / "folder", dtype="float32")
+    seconds = time.monotonic() - started
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    wanted = transformers.GgufConfig(gguf_file=file.name, dequantize=True)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+        file.parent, gguf_file=file.name, dtype=torch.float32, quantization_config=wanted
+    )
+    ours = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "folder", dtype=torch.float32)
+    tokenizer = load_tokenizer(tmp_path / "folder")
+    reference = transformers.AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    worst = 0.0
+    for text in TEXTS:
+        ids = tokenizer(text, return_tensors="pt").input_ids
+        assert ids.tolist()[0] == reference(text).input_ids
+        assert tokenizer.decode(ids[0], skip_special_tokens=True) == text
+        with torch.no_grad():
+            worst = max(worst, largest(ours(ids).logits, theirs(ids).logits))
+    assert tokenizer.get_vocab() == reference.get_vocab()
+    assert tokenizer.chat_template == reference.chat_template
+    same = tokenizer(NUMBERS).input_ids == reference(NUMBERS).input_ids
+    assert same == (name != "smollm2")
+    print(
+        f"\n{name}: {imported.tensors} tensors, {imported.bytes / 1e9:.2f} GB in float32, imported in {seconds:.0f} s,"
+        f" peak memory {before / 1e6:.2f} GB before and {memory / 1e6:.2f} GB after; largest difference of a logit"
+        f" {worst:.1e}; tokens of numbers {'the same' if same else 'digit by digit, as the file says'};"
+        f" chat template: {'yes' if tokenizer.chat_template else 'none'}"
+    )
+    assert worst <= 1e-5
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("name", ["smollm2", "gemma3", "qwen"])
+def test_a_file_is_edited_verified_reverted_and_loaded_elsewhere(name: str, tmp_path: Path) -> None:
+    file = gguf_file(name)
+    (tmp_path / "recipe.yaml").write_text(RECIPE.format(file=file))
+    run, seconds = tmp_path / "run", time.monotonic()
+    rotate_edit("edit", tmp_path / "recipe.yaml", "--output", run, "--adapter")
+    seconds = time.monotonic() - seconds
+    checked = rotate_edit("verify", run, "--base", file)
+    rotate_edit("revert", run, "--output", tmp_path / "reverted")
+    base = open_checkpoint(file)
+    for shard in base.headers:
+        again = load_file(tmp_path / "reverted" / shard)
+        assert all(torch.equal(values, again[key]) for key, values in load_file(base.folder / shard).items())
+    (tmp_path / "plain.py").write_text(PLAIN)
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    done = subprocess.run(
+        [sys.executable, "plain.py", base.folder, run / "model", run / "adapter", TEXTS[0]],
+        capture_output=True, text=True, check=False, cwd=tmp_path, env=environment,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout.splitlines()[-1])
+    print(
+        f"\n{name}: edited from the .gguf file in {seconds:.0f} s; {checked.strip()} Reverted bit for bit. Without this"
+        f" package: the edit moves a logit by up to {told['change']:.2g}, the adapter differs from the edited folder by"
+        f" {told['adapter']:.1e}, and the edited folder writes: {json.dumps(told['text'], ensure_ascii=False)}"
+    )
+    assert told["adapter"] < told["change"]
