@@ -214,7 +214,7 @@ def test_a_number_too_large_for_the_dtype_is_refused(tmp_path: Path) -> None:
     tensors = converted(model, "llama")
     tensors["output_norm.weight"][3] = 1e6
     file = write_gguf(tmp_path / "model.gguf", model, "llama", tensors=tensors)
-    with pytest.raises(BadInput, match="output_norm.weight .* not finite in float16"):
+    with pytest.raises(BadInput, match=r"output_norm\.weight .* not finite in float16"):
         import_gguf(file, tmp_path / "folder", dtype="float16")
     import_gguf(file, tmp_path / "folder")
 
