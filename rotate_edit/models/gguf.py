@@ -188,7 +188,7 @@ def _config(file: str, header: GgufHeader) -> "PretrainedConfig":
     missing = [key for key in NEEDED if key not in keys]
     if missing:
         raise BadInput(f"{file} does not say {kind}.{missing[0]}, without which its config cannot be written.")
-    mapping: dict[str, dict[str, str | None]] = GGUF_CONFIG_MAPPING
+    mapping: Any = GGUF_CONFIG_MAPPING
     wanted = {key: name for key, name in mapping[kind].items() if name is not None}
     for key in keys.keys() & (wanted.keys() | {"attention.key_length", "rope.dimension_count"}):
         value = keys[key]
@@ -230,7 +230,7 @@ def _special_tokens(file: str, header: GgufHeader, rows: int) -> dict[str, int]:
     """The ids of the special tokens, as the config names them."""
     from transformers.integrations.ggml import GGUF_CONFIG_MAPPING
 
-    mapping: dict[str, dict[str, str]] = GGUF_CONFIG_MAPPING
+    mapping: Any = GGUF_CONFIG_MAPPING
     found = {}
     for key, name in mapping["tokenizer"].items():
         index = header.keys.get(f"tokenizer.{key}")

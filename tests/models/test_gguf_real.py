@@ -26,7 +26,7 @@ TEXTS = [
     "def fibonacci(n):\n    return n if n < 2 else fibonacci(n - 1) + fibonacci(n - 2)",
     "Übergrößenträger und naïve Café-Gäste, 東京は日本の首都です。",
 ]
-NUMBERS = "In 1969 the 3 of them flew 384400 km."
+NUMBERS = "In 1969:\n\n 3 of them flew  384400 km."
 RECIPE = """
 model: {file}
 concepts:
@@ -110,7 +110,7 @@ def test_logits_are_those_of_transformers_own_reading(name: str, tmp_path: Path)
     print(
         f"\n{name}: {imported.tensors} tensors, {imported.bytes / 1e9:.2f} GB in float32, imported in {seconds:.0f} s,"
         f" peak memory {before / 1e6:.2f} GB before and {memory / 1e6:.2f} GB after; largest difference of a logit"
-        f" {worst:.1e}; tokens of numbers {'the same' if same else 'digit by digit, as the file says'};"
+        f" {worst:.1e}; tokens of numbers {'the same' if same else 'split off first, as the file says'};"
         f" chat template: {'yes' if tokenizer.chat_template else 'none'}"
     )
     assert worst <= 1e-5
