@@ -42,9 +42,9 @@ def vocabulary() -> list[str]:
     return [*tokens, *(f"<extra-{number}>" for number in range(-len(tokens) % 32))]
 
 
-def tiny_model(kind: str, *, tied: bool = True) -> Any:
-    """A random model of an architecture of llama.cpp, in float32."""
-    sizes = SIZES | {"vocab_size": len(vocabulary()), "tie_word_embeddings": tied}
+def tiny_model(kind: str, *, tied: bool = True, **settings: Any) -> Any:
+    """A random model of an architecture of llama.cpp, in float32, with settings of its config."""
+    sizes = SIZES | {"vocab_size": len(vocabulary()), "tie_word_embeddings": tied} | settings
     if kind in SMALLER_NORMS:
         sizes |= {"query_pre_attn_scalar": SIZES["head_dim"], "sliding_window": 16}
     config = getattr(transformers, CONFIGS[kind])(**sizes)

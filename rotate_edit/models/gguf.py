@@ -45,8 +45,12 @@ NUMBERS_AT_ONCE = 1 << 24
 NEEDED = ("block_count", "embedding_length", "feed_forward_length", "attention.head_count")
 # Layers of the two 27B models, which divide attention by another root than that of the head's width.
 GEMMA_27B = {"gemma2": 46, "gemma3": 62}
+# By what Llama 3.1 and 3.2 divide slow frequencies, and between which shares of which context.
+POSITIONS = "rope_freqs.weight"
+LLAMA3_FACTORS = (8.0, 32.0)
+LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 # How llama.cpp calls rules that split text as GPT-2 does, and those that split off every digit first.
-LIKE_GPT2 = ("gpt-2", "default", "mpt", "olmo", "jais", "phi-2")
+LIKE_GPT2 = ("gpt-2", "mpt", "olmo", "jais", "phi-2")
 DIGITS_FIRST = ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b")
 # Part of the key in the cache: raise it when the same file is written otherwise.
 EDITION = 1
@@ -102,7 +106,7 @@ def import_gguf(
     check_output_outside(folder, file, "the GGUF file")
     header = read_gguf_header(file)
     with _foreign(file.name):
-        config = _config(file.name, header)
+        config = _config(file, header)
         names = _names(file.name, header, config)
         tokenizer, warnings = _tokenizer(file, header)
     element = 4 if dtype == "float32" else 2
@@ -174,12 +178,12 @@ def _foreign(file: str) -> Iterator[None]:
         raise BadInput(f"{file} says something that transformers cannot use ({quoted(reason)}).") from error
 
 
-def _config(file: str, header: GgufHeader) -> "PretrainedConfig":
+def _config(path: Path, header: GgufHeader) -> "PretrainedConfig":
     """The transformers config that the header describes."""
     from transformers import AutoConfig
     from transformers.integrations.ggml import GGUF_CONFIG_MAPPING
 
-    kind = header.architecture
+    file, kind = path.name, header.architecture
     if kind not in MODEL_TYPES:
         raise BadInput(
             f"{file} is of the architecture {quoted(kind)}, which cannot be imported; {', '.join(MODEL_TYPES)} can."
@@ -204,7 +208,7 @@ def _config(file: str, header: GgufHeader) -> "PretrainedConfig":
     if keys.get("rope.scaling.type", "none") != "none":
         raise BadInput(
             f"{file} scales positions ({kind}.rope.scaling.type = {quoted(keys['rope.scaling.type'])}), which the "
-            "imported folder would not do; import it from the Hub's safetensors files instead."
+            "imported folder would not do; take the model from the Hub's safetensors files instead."
         )
     table = header.tensors.get(TABLES[0])
     if table is None:
@@ -218,12 +222,45 @@ def _config(file: str, header: GgufHeader) -> "PretrainedConfig":
         values["query_pre_attn_scalar"] = width if large else values.get("head_dim", width)
     values |= _special_tokens(file, header, table.shape[0])
     values |= {"vocab_size": table.shape[0], "tie_word_embeddings": TABLES[1] not in header.tensors}
+    if kind == "llama" and POSITIONS in header.tensors:
+        theta = values.pop("rope_theta", 10000.0)
+        width = values.get("head_dim", values["hidden_size"] // values["num_attention_heads"])
+        values["rope_parameters"] = _llama3_positions(path, header.tensors[POSITIONS], theta, width)
     config = AutoConfig.for_model(MODEL_TYPES[kind], **values)
     turned = keys.get("rope.dimension_count")
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     if turned is not None and turned != width:
         raise BadInput(f"{file} turns {turned} of a head's {width} dimensions by position, which cannot be imported.")
     return config
+
+
+def _llama3_positions(path: Path, tensor: PackedTensor, theta: float, width: int) -> dict[str, Any]:
+    """The scaling of positions of Llama 3.1 and 3.2, which the file holds as a divisor for every frequency.
+
+    Frequency i turns by theta^(-2 i / width) a position. One that turns less than once in 8,192 positions is divided by
+    the factor, one that turns more than four times is kept, and between them the inverse divisor grows evenly (the
+    rule that transformers calls "llama3").
+
+    Raises:
+        BadInput: If the divisors are others.
+    """
+    import torch
+
+    from rotate_edit.models.safetensors_file import read_bytes
+
+    if tensor.kind == "F32" and tensor.shape == (width // 2,):
+        found = read_bytes(path, tensor.start, tensor.end).view(torch.float32).double()
+        frequencies = theta ** (-torch.arange(0, width, 2, dtype=torch.float64) / width)
+        turns = LLAMA3["original_max_position_embeddings"] * frequencies / (2 * math.pi)
+        low, high = LLAMA3["low_freq_factor"], LLAMA3["high_freq_factor"]
+        kept = ((turns - low) / (high - low)).clamp(0, 1)
+        for factor in LLAMA3_FACTORS:
+            if torch.allclose(found, 1 / ((1 - kept) / factor + kept), rtol=1e-4, atol=0):
+                return {"rope_type": "llama3", "rope_theta": theta, "factor": factor, **LLAMA3}
+    raise BadInput(
+        f"{path.name} scales positions by a {POSITIONS} that is not Llama 3's, which cannot be imported; take the "
+        "model from the Hub's safetensors files instead."
+    )
 
 
 def _special_tokens(file: str, header: GgufHeader, rows: int) -> dict[str, int]:
@@ -271,13 +308,13 @@ def _names(file: str, header: GgufHeader, config: "PretrainedConfig") -> dict[st
                 f"{list(shape)}."
             )
         names[found] = name
-    unknown = sorted(header.tensors.keys() - names.keys())
+    unknown = sorted(header.tensors.keys() - names.keys() - ({POSITIONS} if header.architecture == "llama" else set()))
     if unknown:
         raise BadInput(
             f"{file} has the tensor {unknown[0]}, for which transformers' {config.model_type} model has no place; the "
             "imported model would be another one."
         )
-    return {name: names[name] for name in header.tensors}
+    return {name: names[name] for name in header.tensors if name in names}
 
 
 def _write_weights(

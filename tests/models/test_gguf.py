@@ -51,6 +51,22 @@ def test_a_model_comes_back_as_it_went(kind: str, tied: bool, tmp_path: Path) ->
     torch.testing.assert_close(logits(again), logits(model), rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("factor", [8.0, 32.0])
+def test_positions_are_scaled_as_in_llama_3(factor: float, tmp_path: Path) -> None:
+    plain = tiny_model("llama", rope_parameters={"rope_type": "default", "rope_theta": 500000.0}, head_dim=64)
+    scaling = {"factor": factor, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    positions = {"rope_type": "llama3", "rope_theta": 500000.0, "original_max_position_embeddings": 8192, **scaling}
+    model = tiny_model("llama", rope_parameters=positions, head_dim=64)
+    divisors = plain.model.rotary_emb.inv_freq / model.model.rotary_emb.inv_freq
+    assert 1 < len(divisors[divisors > 1].unique()) < len(divisors)
+    tensors = {**converted(model, "llama"), "rope_freqs.weight": divisors}
+    file = write_gguf(tmp_path / "model.gguf", model, "llama", tensors=tensors, keys={"llama.rope.freq_base": 500000.0})
+    import_gguf(file, tmp_path / "folder", dtype="float32")
+    again = load_model(tmp_path / "folder")
+    assert torch.equal(again.model.rotary_emb.inv_freq, model.model.rotary_emb.inv_freq)
+    torch.testing.assert_close(logits(again), logits(model), rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("kind", ["llama", "gemma3", "qwen2"])
 def test_what_is_written_is_what_transformers_reads_from_the_file(kind: str, tmp_path: Path) -> None:
     assert kind in CONFIGS
@@ -181,7 +197,9 @@ def refused(file: Path, sentence: str) -> None:
         ({"blk.0.attn_q.weight": None}, "lacks the tensor blk.0.attn_q.weight"),
         ({"token_embd.weight": None}, "no tensor token_embd.weight"),
         ({"blk.0.attn_q.weight": torch.zeros(32, 16)}, "asks for [32, 32]"),
-        ({"rope_freqs.weight": torch.ones(4)}, "has the tensor rope_freqs.weight"),
+        ({"rope_freqs.weight": torch.full((4,), 3.0)}, "rope_freqs.weight that is not Llama 3's"),
+        ({"rope_freqs.weight": torch.ones(3)}, "rope_freqs.weight that is not Llama 3's"),
+        ({"blk.0.ffn_gate_exps.weight": torch.ones(4, 32)}, "has the tensor blk.0.ffn_gate_exps.weight"),
         ({"blk.0.attn_norm.weight": torch.full((32,), torch.nan)}, "blk.0.attn_norm.weight of model.gguf holds"),
     ],
 )
