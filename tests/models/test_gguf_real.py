@@ -16,9 +16,12 @@ import pytest
 import torch
 import transformers
 from places import real_model
-from safetensors.torch import load_file
 
-from rotate_edit.models.checkpoint import load_tokenizer, open_checkpoint
+from rotate_edit.edits.edit import Edit, MatrixChange
+from rotate_edit.edits.edit_file import load_edit, save_edit
+from rotate_edit.edits.writing.adapter import write_adapter
+from rotate_edit.edits.writing.patch import revert, verify, write_checkpoint
+from rotate_edit.models.checkpoint import Checkpoint, identity, load_tokenizer, open_checkpoint, read_matrix
 from rotate_edit.models.gguf import import_gguf
 
 FILES = Path(os.environ.get("ROTATE_EDIT_GGUF") or Path.home() / ".cache" / "rotate-edit-models")
@@ -28,15 +31,6 @@ TEXTS = [
     "Übergrößenträger und naïve Café-Gäste, 東京は日本の首都です。",
 ]
 NUMBERS = "In 1969:\n\n 3 of them flew  384400 km."
-RECIPE = """
-model: {file}
-concepts:
-  - name: dogs
-    words: [dog, dogs, puppy]
-    strength: 1
-edit:
-  method: token-embeddings
-"""
 # Run by a Python that must not import this package: the edited folder and the adapter on its base, with transformers.
 PLAIN = """
 import json, sys
@@ -50,11 +44,12 @@ ids = tokenizer(text, return_tensors="pt").input_ids
 def logits(model):
     with torch.no_grad():
         return model(ids).logits[0, -1]
-load = lambda folder: AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-before = logits(load(base))
-after = logits(load(edited))
-adapted = logits(PeftModel.from_pretrained(load(base), adapter))
-written = load(edited).generate(ids, max_new_tokens=8, do_sample=False)
+model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+before = logits(model)
+adapted = logits(PeftModel.from_pretrained(model, adapter))
+model = AutoModelForCausalLM.from_pretrained(edited, dtype=torch.float32)
+after = logits(model)
+written = model.generate(ids, max_new_tokens=8, do_sample=False)
 print(json.dumps({
     "change": float((after - before).abs().max()),
     "adapter": float((after - adapted).abs().max()),
@@ -70,12 +65,19 @@ def gguf_file(name: str) -> Path:
     return file
 
 
-def rotate_edit(*arguments: object) -> str:
-    done = subprocess.run(
-        [sys.executable, "-m", "rotate_edit", *map(str, arguments)], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+def silenced_neurons(base: Checkpoint) -> Edit:
+    """What ten neurons of the middle layer write is taken away."""
+    layer, neurons = base.layers // 2, torch.arange(10)
+    vectors = read_matrix(base, layer, "out", neurons=neurons)
+    changes = [
+        MatrixChange(
+            "out", layer, None, neurons[i : i + 1], -vectors[i].norm().reshape(1, 1),
+            (vectors[i] / vectors[i].norm())[None], 1.0, "ten neurons",
+        )
+        for i in range(len(neurons))
+    ]  # fmt: skip
+    name = base.place("out", layer).name
+    return Edit("test", tuple(changes), base=identity(base, [name]))
 
 
 def largest(first: torch.Tensor, second: torch.Tensor) -> float:
@@ -121,28 +123,30 @@ def test_logits_are_those_of_transformers_own_reading(name: str, tmp_path: Path)
 @pytest.mark.real
 @pytest.mark.parametrize("name", ["smollm2", "gemma3", "qwen"])
 def test_a_file_is_edited_verified_reverted_and_loaded_elsewhere(name: str, tmp_path: Path) -> None:
-    file = gguf_file(name)
-    (tmp_path / "recipe.yaml").write_text(RECIPE.format(file=file))
-    run, seconds = tmp_path / "run", time.monotonic()
-    rotate_edit("edit", tmp_path / "recipe.yaml", "--output", run, "--adapter")
-    seconds = time.monotonic() - seconds
-    checked = rotate_edit("verify", run, "--base", file)
-    rotate_edit("revert", run, "--output", tmp_path / "reverted")
-    base = open_checkpoint(file)
+    base = open_checkpoint(gguf_file(name))
+    save_edit(silenced_neurons(base), tmp_path / "edit")
+    edit = load_edit(tmp_path / "edit")
+    write_checkpoint(base, edit, tmp_path / "edited", edit_folder=tmp_path / "edit")
+    edited = open_checkpoint(tmp_path / "edited")
+    checked = verify(edited, edit, base)
+    assert not checked.problems
+    assert checked.compared == len(base.stored)
+    revert(edited, tmp_path / "edit", tmp_path / "reverted")
     for shard in base.headers:
-        again = load_file(tmp_path / "reverted" / shard)
-        assert all(torch.equal(values, again[key]) for key, values in load_file(base.folder / shard).items())
+        assert (tmp_path / "reverted" / shard).read_bytes() == (base.folder / shard).read_bytes()
+    write_adapter(base, edit, tmp_path / "adapter")
     (tmp_path / "plain.py").write_text(PLAIN)
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     done = subprocess.run(
-        [sys.executable, "plain.py", base.folder, run / "model", run / "adapter", TEXTS[0]],
+        [sys.executable, "plain.py", base.folder.absolute(), "edited", "adapter", TEXTS[0]],
         capture_output=True, text=True, check=False, cwd=tmp_path, env=environment,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout.splitlines()[-1])
     print(
-        f"\n{name}: edited from the .gguf file in {seconds:.0f} s; {checked.strip()} Reverted bit for bit. Without this"
-        f" package: the edit moves a logit by up to {told['change']:.2g}, the adapter differs from the edited folder by"
-        f" {told['adapter']:.1e}, and the edited folder writes: {json.dumps(told['text'], ensure_ascii=False)}"
+        f"\n{name}: ten neurons of the middle layer silenced, from the .gguf file; {checked.compared} tensors are as"
+        f" they should be; reverted byte for byte. Without this package: the edit moves a logit by up to"
+        f" {told['change']:.2g}, the adapter differs from the edited folder by {told['adapter']:.1e}, and the edited"
+        f" folder writes {json.dumps(told['text'], ensure_ascii=False)}"
     )
-    assert told["adapter"] < told["change"]
+    assert told["adapter"] < told["change"] / 10
