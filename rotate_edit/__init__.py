@@ -64,6 +64,7 @@ if TYPE_CHECKING:
     from rotate_edit.models.checkpoint import identity as checkpoint_identity
     from rotate_edit.models.demo.world import concepts as demo_concepts
     from rotate_edit.models.generation import generate
+    from rotate_edit.models.gguf import import_gguf
     from rotate_edit.models.hooks import record
     from rotate_edit.pipeline import edit_only, run
     from rotate_edit.recipe import Recipe, parse_recipe, read_recipe
@@ -135,6 +136,7 @@ _MODULES = {
     "find_tokens": "vocabulary.concept",
     "gated": "models.architectures",
     "generate": "models.generation",
+    "import_gguf": "models.gguf",
     "kept_ratio": "evaluation.matched",
     "last_position": "evaluation.measures",
     "load_channels": "channels.channel_set",

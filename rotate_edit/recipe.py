@@ -282,7 +282,7 @@ def _check_methods(names: Iterable[str]) -> None:
 class Recipe(_Section):
     """A whole run."""
 
-    model: str = Field(min_length=1, description="`demo`, a folder, or a Hub id.")
+    model: str = Field(min_length=1, description="`demo`, a folder, a Hub id, or a GGUF file (`.gguf`).")
     revision: str | None = Field(None, description="The Hub revision.")
     concepts: list[ConceptRecipe] = Field(min_length=1, description="The concepts to edit.")
     protect: list[str | list[str]] = Field(

@@ -1,4 +1,4 @@
-"""The commands that read and write edits and checkpoints: apply, diff, verify, revert, demo-model."""
+"""The commands that read and write edits and checkpoints: apply, diff, verify, revert, demo-model, import-gguf."""
 
 from pathlib import Path
 
@@ -167,4 +167,22 @@ def demo_model(folder: Path, overwrite: bool) -> None:
     print_line(f"Written to {folder}")
 
 
-COMMANDS = (apply, diff, verify, revert, demo_model)
+@click.command("import-gguf")
+@click.argument("file", type=FOLDER)
+@click.argument("folder", type=FOLDER)
+@click.option(
+    "--dtype", default="bfloat16", show_default=True, type=click.Choice(["bfloat16", "float16", "float32"]),
+    help="Of the written weights.",
+)  # fmt: skip
+@options.overwrite
+def import_gguf(file: Path, folder: Path, dtype: str, overwrite: bool) -> None:
+    """Write the GGUF file FILE out as the checkpoint FOLDER: config, tokenizer, chat template, unpacked weights."""
+    from rotate_edit.models.gguf import import_gguf as import_file
+
+    with progress_bars() as report:
+        imported = import_file(file, folder, dtype=dtype, overwrite=overwrite, progress=report)
+    print_warnings(imported.warnings)
+    print_line(f"{counted(imported.tensors, 'tensor')}, {imported.bytes / 1e9:.2f} GB, written to {folder}")
+
+
+COMMANDS = (apply, diff, verify, revert, demo_model, import_gguf)

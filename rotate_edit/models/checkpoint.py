@@ -275,7 +275,8 @@ def open_checkpoint(model: str | Path, revision: str | None = None) -> Checkpoin
     Only config, index and headers are read. From the Hub only they are fetched.
 
     Args:
-        model: "demo" (the bundled model), a folder, or a Hub id.
+        model: "demo" (the bundled model), a folder, a Hub id, or a GGUF file. That is written out once, into the cache
+            folder.
         revision: Branch, tag or commit of a Hub model; None for its main branch.
 
     Returns:
@@ -296,13 +297,19 @@ def open_checkpoint(model: str | Path, revision: str | None = None) -> Checkpoin
         folder, source = Path(model), Path(model).resolve().name
         if not (folder / "config.json").exists() and (folder / "model" / "config.json").is_file():
             raise BadInput(f'"{model}" is a run folder; its checkpoint is "{folder / "model"}".')
+    elif model.lower().endswith(".gguf"):
+        from rotate_edit.models.gguf import imported_folder
+
+        folder, source = imported_folder(Path(model)), Path(model).name
     elif hub.looks_like_hub_id(model):
         found = hub.find_model(model, revision)
         folder, source = found.folder, found.name
     else:
-        raise BadInput(f'the model "{model}" is neither a folder nor a Hub id such as openai-community/gpt2.')
+        raise BadInput(
+            f'the model "{model}" is neither a folder nor a Hub id such as openai-community/gpt2, nor a .gguf file.'
+        )
     if revision is not None and found is None:
-        raise BadInput(f'a revision was given, but "{source}" is a folder and not a Hub id.')
+        raise BadInput(f'a revision was given, but "{source}" lies here and is not a Hub id.')
     names = set(found.files) if found else {entry.name for entry in folder.iterdir() if entry.is_file()}
     _refuse_without_weights(names, source)
     config = _read_json(folder, "config.json", found)
@@ -318,6 +325,8 @@ def open_checkpoint(model: str | Path, revision: str | None = None) -> Checkpoin
 def _refuse_without_weights(names: set[str], source: str) -> None:
     if "adapter_config.json" in names:
         raise BadInput(f"{source} holds a PEFT adapter; merge it into its base model first.")
+    if "config.json" not in names and any(name.lower().endswith(".gguf") for name in names):
+        raise BadInput(f"{source} holds GGUF files; name the .gguf file itself, on this disk, as the model.")
     if "config.json" not in names:
         raise BadInput(f"{source} has no config.json, so it is not a checkpoint in the Hugging Face layout.")
     if WEIGHTS in names or INDEX in names:
