@@ -1,6 +1,6 @@
 """Metrics, one file a family. Importing this package registers those that come with it, in the order of reports."""
 
-from rotate_edit.evaluation.metrics import comprehension, kept, knowledge, probability, writing
+from rotate_edit.evaluation.metrics import kept, knowledge, probability, reading, writing
 from rotate_edit.evaluation.metrics.base import (
     HIGHER,
     LOWER,
@@ -18,12 +18,12 @@ __all__ = [
     "MeasuredModel",
     "Metric",
     "all_metrics",
-    "comprehension",
     "failed_gates",
     "find_metric",
     "kept",
     "knowledge",
     "metric",
     "probability",
+    "reading",
     "writing",
 ]

@@ -1,4 +1,4 @@
-"""How much harder text about the concept became to follow, outside the concept's words."""
+"""How well a model reads: how much harder text about the concept became to follow, outside the concept's words."""
 
 from dataclasses import dataclass
 from typing import Any
