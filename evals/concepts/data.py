@@ -21,7 +21,6 @@ from rotate_edit.evaluation.questions import (
 from rotate_edit.evaluation.tasks import read_rows
 
 HERE = Path(__file__).parent
-QUESTIONS, NEIGHBOURS = 100, 60
 TEXTS, PARAGRAPHS = 60, 100
 FEWEST_FACTS = 10
 
@@ -86,20 +85,20 @@ def protocol() -> dict[str, Any]:
     return content
 
 
-def read_concept(data: Path, name: str, seed: int) -> ConceptData:
-    """One concept of the protocol."""
+def read_concept(data: Path, name: str, number: int, seed: int) -> ConceptData:
+    """One concept of the protocol, with at most so many questions of each kind."""
     entry = protocol()["concepts"][name]
     words = entry["words"]
     definition = json.loads((HERE / "definitions.json").read_text(encoding="utf-8"))[name]
     facts = {}
     for language in LANGUAGES:
-        found = drawn(read_facts(data / "bmlama", language, words, seed=seed), NEIGHBOURS, seed)
+        found = drawn(read_facts(data / "bmlama", language, words, seed=seed), number, seed)
         if len(found) >= FEWEST_FACTS:
             facts[language] = found
     if entry["source"] == "ember":
         folder = data / "ember"
         asked = without_words(ember_questions(folder / "mc_questions.json", name), words)
-        near = drawn(ember_questions(folder / "mc_questions.json", name, neighbours=True), NEIGHBOURS, seed)
+        near = drawn(ember_questions(folder / "mc_questions.json", name, neighbours=True), number, seed)
         sentences = next(
             row["sentences"]
             for row in json.loads((folder / "concept_sentences.json").read_text(encoding="utf-8"))
@@ -109,16 +108,16 @@ def read_concept(data: Path, name: str, seed: int) -> ConceptData:
         paragraphs = content[name]["RelearnParagraphs"][:PARAGRAPHS]
         validation, texts = sentences[::2], sentences[1::2][:TEXTS]
     else:
-        every = read_questions(data / "opentriviaqa.jsonl")
+        every = read_questions(data / "opentriviaqa.jsonl", skip_unusable=True)
         own = sorted(by_keyword(every, words), key=_mixed)
-        near = drawn(by_keyword(every, entry["neighbour_words"], without=words), NEIGHBOURS, seed)
+        near = drawn(by_keyword(every, entry["neighbour_words"], without=words), number, seed)
         # A half is asked; of the other half come the texts.
-        half = min(QUESTIONS, len(own) // 2)
+        half = min(number, len(own) // 2)
         asked, rest = tuple(own[:half]), [_statement(question) for question in own[half:]]
         validation, texts, paragraphs = rest[::2], rest[1::2][:TEXTS], rest[:PARAGRAPHS]
     near_texts = [_statement(question) for question in near]
     return ConceptData(
-        name, words, drawn(asked, QUESTIONS, seed), near, texts, near_texts, validation, paragraphs, definition, facts
+        name, words, drawn(asked, number, seed), near, texts, near_texts, validation, paragraphs, definition, facts
     )
 
 

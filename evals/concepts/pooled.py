@@ -100,7 +100,9 @@ def markdown(content: dict[str, Any]) -> str:
         f"`python evals/concepts/table.py`, {content['date']}, Python {content['python']}, torch {content['torch']}. "
         f"Every edit at the largest strength with at most {content['budget']} nats of KL on neutral sentences. Means "
         "over concepts. Falls of log-odds are in nats with 95 % intervals that resample questions and concepts. "
-        "docs/evaluation.md says what each measure means. A method with settings after its name was made with them.",
+        f"At most {content['questions']} questions of each kind, {content['general']} of each general task, and about "
+        f"{content['tokens']} tokens of each set of texts. docs/evaluation.md says what each measure "
+        "means. A method with settings after its name was made with them.",
     ]
     for model in models:
         methods = by_method(cells, model)

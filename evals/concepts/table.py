@@ -49,7 +49,6 @@ from rotate_edit.files import write_atomically
 from rotate_edit.models.batches import Passages
 
 PARTS = ("knowledge", "reading", "wording", "general", "unlisted", "hints", "relearning")
-STRENGTH_TOKENS, TEST_TOKENS, TEXT_TOKENS = 1500, 1500, 3000
 # A strength is near enough when its divergence is within this factor of the budget.
 NEAR = 1.05
 STEERED_AT = (0.2, 0.4, 0.6, 0.8)
@@ -65,6 +64,7 @@ class Bench:
     data: ConceptData
     shared: SharedData
     steps: tuple[int, ...]
+    tokens: int
     kept: dict[str, Any] = field(default_factory=dict)
 
     def once(self, name: str, read: Callable[[], Any]) -> Any:
@@ -77,16 +77,16 @@ class Bench:
         """The model's answers as it stands now."""
         return knowledge.read_answers(self.model, self.tokenizer, questions, before=before)
 
-    def passages(self, texts: Sequence[str], tokens: int) -> Passages:
+    def passages(self, texts: Sequence[str]) -> Passages:
         """Texts as the model reads them."""
         size = self.model.config.get_text_config().vocab_size
-        return tokenise(self.tokenizer, texts, vocabulary_size=size, longest=256, token_limit=tokens)
+        return tokenise(self.tokenizer, texts, vocabulary_size=size, longest=256, token_limit=self.tokens)
 
     def marked(self, texts: Sequence[str]) -> MarkedTexts:
         """Texts with the concept's words marked."""
         size = self.model.config.get_text_config().vocab_size
         return comprehension.mark_words(
-            self.tokenizer, texts, self.data.words, vocabulary_size=size, longest=256, token_limit=TEXT_TOKENS
+            self.tokenizer, texts, self.data.words, vocabulary_size=size, longest=256, token_limit=self.tokens
         )
 
     # What is asked. The base's side of each is read before any edit is made.
@@ -130,7 +130,7 @@ class Bench:
         return {
             **{name: lambda asked=asked: self.answers(asked) for name, asked in shared.general.items()},
             "LAMBADA": self.last_words,
-            "perplexity": lambda: log_likelihood_by_text(self.model, self.passages(shared.neutral_test, TEXT_TOKENS)),
+            "perplexity": lambda: log_likelihood_by_text(self.model, self.passages(shared.neutral_test)),
         }
 
     def base(self, part: str) -> dict[str, Any]:
@@ -145,13 +145,13 @@ class Bench:
     def neutral(self, test: bool) -> tuple[Passages, Any]:
         """Neutral passages and the base's predictions on them."""
         texts = self.shared.neutral_test if test else self.shared.neutral
-        passages = self.once(f"neutral {test}", lambda: self.passages(texts, TEST_TOKENS if test else STRENGTH_TOKENS))
+        passages = self.once(f"neutral {test}", lambda: self.passages(texts))
         return passages, self.once(f"neutral base {test}", lambda: measures.every_position(self.model, passages))
 
     def openings(self) -> tuple[Passages, Any]:
         """The first six words of neutral sentences, and the base's next token after them."""
         prompts = [" ".join(text.split()[:6]) for text in self.shared.neutral_test[:60]]
-        passages = self.once("openings", lambda: self.passages(prompts, TEST_TOKENS))
+        passages = self.once("openings", lambda: self.passages(prompts))
         return passages, self.once("openings base", lambda: measures.last_position(self.model, passages))
 
 
@@ -308,7 +308,7 @@ def attacked(bench: Bench, who: str) -> dict[str, Any]:
         noted(bench, who, "4 bits", bench.answers(bench.again()), found)
     count = bench.model.config.get_text_config().num_hidden_layers
     layers = sorted({int(share * count) for share in STEERED_AT})
-    prompts = bench.passages(bench.data.validation, TEXT_TOKENS)
+    prompts = bench.passages(bench.data.validation)
     means = attacks.residual_means(bench.model, prompts, layers)
     if who == "base":
         bench.kept["residual means"] = means
@@ -345,7 +345,7 @@ def relearned(bench: Bench, who: str) -> dict[str, Any]:
 def unlisted(bench: Bench, folder: str, method: str, sections: dict[str, Any], budget: float) -> list[dict[str, Any]]:
     """The mass that an edit of one half of the words leaves of the other half's, both ways."""
     found = []
-    texts = bench.passages([*bench.data.texts, *bench.data.near_texts], TEXT_TOKENS)
+    texts = bench.passages([*bench.data.texts, *bench.data.near_texts])
     for half in (0, 1):
         session = session_of(bench, folder, bench.data.words[half::2], sections)
         held_out = find_tokens(
@@ -419,6 +419,8 @@ def main() -> None:
     )
     parser.add_argument("--parts", default=",".join(PARTS), help=f"of {', '.join(PARTS)}")
     parser.add_argument("--general", type=int, default=100, help="items of each general task")
+    parser.add_argument("--questions", type=int, default=100, help="questions of each kind about a concept")
+    parser.add_argument("--tokens", type=int, default=2000, help="tokens of each set of texts")
     parser.add_argument("--steps", default="", help="steps of relearning; the protocol's when left out")
     parser.add_argument("--output", type=Path, required=True, help="file name without its ending")
     options = parser.parse_args()
@@ -434,13 +436,23 @@ def main() -> None:
         "torch": torch.__version__,
         "table": "choosing" if options.choose else "final",
         "budget": fixed["budget"],
+        "questions": options.questions,
+        "general": options.general,
+        "tokens": options.tokens,
     }
     shared = read_shared(options.data, options.general, fixed["seed"])
     for key in [key for key in fixed["models"] if not options.only or key in options.only.split(",")]:
         folder = str(options.models / key)
         model, tokenizer = load_model(folder), rotate_edit.load_tokenizer(rotate_edit.open_checkpoint(folder))
         for name in wanted:
-            bench = Bench(model, tokenizer, read_concept(options.data, name, fixed["seed"]), shared, tuple(steps))
+            bench = Bench(
+                model,
+                tokenizer,
+                read_concept(options.data, name, options.questions, fixed["seed"]),
+                shared,
+                tuple(steps),
+                options.tokens,
+            )
             for label in options.method:
                 cell = content["cells"].setdefault(f"{key} | {name} | {label}", {})
                 with told(f"{key}, {name}, {label}"):

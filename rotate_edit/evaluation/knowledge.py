@@ -199,37 +199,48 @@ def _shared(prompt: Sequence[int], whole: Sequence[int]) -> int:
 
 
 def _groups(encoded: Sequence[Encoded], vocabulary: int) -> Iterator[list[int]]:
-    """Questions whose prompts have equally many tokens, so that no padding stands before an answer."""
-    by_length: dict[int, list[int]] = {}
-    for place, (prompt, _) in enumerate(encoded):
-        by_length.setdefault(len(prompt), []).append(place)
-    for places in by_length.values():
-        rows = max(len(encoded[place][1]) for place in places)
-        longest = max(len(answer) for place in places for answer in encoded[place][1])
-        step = max(1, min(ROWS_AT_ONCE, CELLS_IN_A_BATCH // (vocabulary * longest)) // rows)
-        for first in range(0, len(places), step):
-            yield places[first : first + step]
+    """Questions with prompts of similar length, as many as one batch of logits holds."""
+    ordered = sorted(range(len(encoded)), key=lambda place: len(encoded[place][0]))
+    while ordered:
+        group: list[int] = []
+        rows, longest, shortest = 0, 0, len(encoded[ordered[0]][0])
+        for place in ordered:
+            prompt, answers = encoded[place]
+            rows += len(answers)
+            longest = max(longest, len(prompt) - shortest + max(map(len, answers)))
+            if group and (rows > ROWS_AT_ONCE or rows * longest * vocabulary > CELLS_IN_A_BATCH):
+                break
+            group.append(place)
+        ordered = ordered[len(group) :]
+        yield group
 
 
 def _scored(model: Any, encoded: Sequence[Encoded], shared: Any) -> list[list[float]]:
-    logits, cache = _run(model, [prompt for prompt, _ in encoded], shared)
+    """The log-likelihood of each answer of each question.
+
+    As many tokens of every prompt as the shortest has are read once for all answers. The rest of a longer prompt is
+    read again with each, so that no padding stands before a token that counts.
+    """
+    common = min(len(prompt) for prompt, _ in encoded)
+    logits, cache = _run(model, [prompt[:common] for prompt, _ in encoded], shared)
     first = torch.log_softmax(logits[:, -1].float(), dim=-1)
-    answers = [answer for _, choices in encoded for answer in choices]
-    owner = torch.tensor([place for place, (_, choices) in enumerate(encoded) for _ in choices])
-    width = max(map(len, answers))
-    rows = torch.zeros(len(answers), width, dtype=torch.int64)
-    real = torch.zeros(len(answers), width, dtype=torch.bool)
-    for row, answer in enumerate(answers):
-        rows[row, : len(answer)] = torch.tensor(answer)
-        real[row, : len(answer)] = True
+    tails = [(prompt[common:], answer) for prompt, answers in encoded for answer in answers]
+    owner = torch.tensor([place for place, (_, answers) in enumerate(encoded) for _ in answers])
+    width = max(len(rest) + len(answer) for rest, answer in tails)
+    rows = torch.zeros(len(tails), width, dtype=torch.int64)
+    counted = torch.zeros(len(tails), width, dtype=torch.bool)
+    for row, (rest, answer) in enumerate(tails):
+        rows[row, : len(rest) + len(answer)] = torch.tensor(rest + answer)
+        counted[row, len(rest) : len(rest) + len(answer)] = True
     rows, owner = rows.to(first.device), owner.to(first.device)
     values = [first[owner, rows[:, 0]][:, None]]
     if width > 1:
         cache.batch_select_indices(owner)
         with torch.no_grad():
-            rest = model(input_ids=rows[:, :-1], past_key_values=cache, use_cache=True).logits
-        values.append(_chosen(rest, rows[:, 1:]))
-    sums = (torch.cat(values, dim=1) * real.to(first.device)).double().sum(dim=1).tolist()
+            rest_logits = model(input_ids=rows[:, :-1], past_key_values=cache, use_cache=True).logits
+        values.append(_chosen(rest_logits, rows[:, 1:]))
+    chosen = torch.where(counted.to(first.device), torch.cat(values, dim=1), 0.0)
+    sums = chosen.double().sum(dim=1).tolist()
     found: list[list[float]] = [[] for _ in encoded]
     for place, value in zip(owner.tolist(), sums, strict=True):
         found[place].append(value)

@@ -84,12 +84,13 @@ def reworded(question: Question, form: str) -> Question:
 # Reading.
 
 
-def read_questions(path: Path, form: str = FORMS[0]) -> tuple[Question, ...]:
+def read_questions(path: Path, form: str = FORMS[0], *, skip_unusable: bool = False) -> tuple[Question, ...]:
     """Read JSON lines with `query`, `choices` and `gold`, and `concept` where there is one.
 
     Args:
         path: The file.
         form: The frame that each query is put in.
+        skip_unusable: Leave lines out that cannot be asked, as large public sets hold a few.
 
     Returns:
         The questions, in the file's order.
@@ -99,15 +100,23 @@ def read_questions(path: Path, form: str = FORMS[0]) -> tuple[Question, ...]:
     """
     questions = []
     for number, row in enumerate(read_rows(path, ("query",)), start=1):
-        choices, gold = row.get("choices"), row.get("gold")
-        if not isinstance(choices, list) or not 2 <= len(choices) <= MOST_CHOICES:
-            raise BadInput(f"item {number} of {path.name}: choices must be a list of 2 to {MOST_CHOICES} texts.")
-        if any(not isinstance(choice, str) or not choice.strip() for choice in choices):
-            raise BadInput(f"item {number} of {path.name}: one of its choices is empty or not a text.")
-        if isinstance(gold, bool) or not isinstance(gold, int) or not 0 <= gold < len(choices):
-            raise BadInput(f"item {number} of {path.name}: gold must be the place of the right choice, from 0.")
-        questions.append(make_question(row["query"], choices, gold, str(row.get("concept") or ""), form))
+        problem = _problem(row.get("choices"), row.get("gold"))
+        if problem and skip_unusable:
+            continue
+        if problem:
+            raise BadInput(f"item {number} of {path.name}: {problem}.")
+        questions.append(make_question(row["query"], row["choices"], row["gold"], str(row.get("concept") or ""), form))
     return tuple(questions)
+
+
+def _problem(choices: Any, gold: Any) -> str:
+    if not isinstance(choices, list) or not 2 <= len(choices) <= MOST_CHOICES:
+        return f"choices must be a list of 2 to {MOST_CHOICES} texts"
+    if any(not isinstance(choice, str) or not choice.strip() for choice in choices):
+        return "one of its choices is empty or not a text"
+    if isinstance(gold, bool) or not isinstance(gold, int) or not 0 <= gold < len(choices):
+        return "gold must be the place of the right choice, from 0"
+    return ""
 
 
 def ember_questions(path: Path, concept: str, *, neighbours: bool = False) -> tuple[Question, ...]:
@@ -244,8 +253,8 @@ def _table(path: Path) -> list[dict[str, str]]:
 def questions_of(items: Items, plan: Plan, role: str) -> tuple[Question, ...]:
     """The multiple-choice questions of one role among evaluation items.
 
-    Where a task holds questions about facts (type B), those whose answer is a word of the concept (type A) are left
-    out, and so is every question whose right answer names a listed word.
+    Questions that ask for a word of the concept (type A) are left out, and so is every question whose right answer
+    names a listed word.
 
     Args:
         items: The items.
@@ -258,10 +267,10 @@ def questions_of(items: Items, plan: Plan, role: str) -> tuple[Question, ...]:
     tasks, parts = divide([task for task in items.tasks if task.kind == "accuracy"], plan)
     by_name = {task.name: task for task in tasks}
     own = [part for part in parts if part.role == role and not (role == "concept" and plan.amplifies(part.concept))]
-    facts = [part for part in own if part.type != "A"]
     found = [
         question
-        for part in facts
+        for part in own
+        if part.type != "A"
         for place in part.rows
         if (question := _of_row(by_name[part.task], by_name[part.task].rows[place])) is not None
     ]
