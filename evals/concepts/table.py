@@ -45,6 +45,7 @@ from rotate_edit.evaluation import attacks, comprehension, knowledge, measures, 
 from rotate_edit.evaluation.comprehension import Losses, MarkedTexts
 from rotate_edit.evaluation.knowledge import Answers
 from rotate_edit.evaluation.questions import FORMS, Question, reworded
+from rotate_edit.evaluation.unlisted import halves, mass_left
 from rotate_edit.files import write_atomically
 from rotate_edit.models.batches import Passages
 
@@ -271,7 +272,11 @@ def ready(bench: Bench, parts: Sequence[str]) -> None:
     for part in parts:
         if part in ("knowledge", "reading", "wording", "general"):
             bench.base(part)
-    bench.neutral(test=False), bench.neutral(test=True), bench.openings(), bench.known()
+    bench.neutral(test=False)
+    bench.known()
+    if "general" in parts:
+        bench.neutral(test=True)
+        bench.openings()
     if "hints" in parts:
         attacked(bench, "base")
     if "relearning" in parts:
@@ -346,12 +351,11 @@ def unlisted(bench: Bench, folder: str, method: str, sections: dict[str, Any], b
     """The mass that an edit of one half of the words leaves of the other half's, both ways."""
     found = []
     texts = bench.passages([*bench.data.texts, *bench.data.near_texts])
-    for half in (0, 1):
-        session = session_of(bench, folder, bench.data.words[half::2], sections)
+    for half, (given, others) in enumerate(halves(bench.data.words)):
+        session = session_of(bench, folder, given, sections)
         held_out = find_tokens(
-            "held-out words", bench.data.words[1 - half :: 2], session.tokenizer, list(session.vocabulary.texts),
-            required=False,
-        ).ids  # fmt: skip
+            "held-out words", others, session.tokenizer, list(session.vocabulary.texts), required=False
+        ).ids
         held_out = held_out[~torch.isin(held_out, session.tokens[0].ids)]
         before = mass_by_text(bench.model, texts, held_out)
         if not len(held_out) or not float(before[1].sum()):
@@ -359,8 +363,7 @@ def unlisted(bench: Bench, folder: str, method: str, sections: dict[str, Any], b
         edit = make_edit(session, method, sections)
         strength, _ = solve(bench, edit, budget)
         with applied(bench.model, edit.at(strength)):
-            after = mass_by_text(bench.model, texts, held_out)
-        left = statistics.ratio_of_sums(after[0].numpy(), before[0].numpy()).against(1)
+            left = mass_left(bench.model, texts, held_out, before)
         found.append({"half": half, "strength": strength, "left": left.plain()})
     return found
 
