@@ -107,7 +107,7 @@ def markdown(content: dict[str, Any]) -> str:
     for model in models:
         methods = by_method(cells, model)
         lines += ["", f"## {model}", "", *_knowledge(methods), "", *_rest(methods), "", *_attacks(methods)]
-        lines += ["", *_concepts(methods)]
+        lines += ["", *_against(methods, content.get("against")), "", *_concepts(methods)]
     return "\n".join(lines) + "\n"
 
 
@@ -182,6 +182,30 @@ def _attacks(methods: dict[str, Cells]) -> list[str]:
     ]
     for label, cells in methods.items():
         lines.append(f"| {label} | " + " | ".join(drop(cells, part, name) for part, name in names) + " |")
+    return lines
+
+
+def _against(methods: dict[str, Cells], chosen: str | None) -> list[str]:
+    """One method against all others on the concepts that both were measured on."""
+    own = methods.get(chosen or "")
+    if own is None:
+        return []
+    lines = [
+        f"Fall of the log-odds of `{chosen}` less that of another method, on the same questions:",
+        "",
+        "| other method | concepts | difference | p |",
+        "|---|---|---|---|",
+    ]
+    for label, cells in methods.items():
+        shared = [name for name in own if name in cells and get(own[name], "knowledge", "asked", "drops")]
+        pairs = [[np.array(get(one[name], "knowledge", "asked", "drops") or []) for one in (own, cells)]
+                 for name in shared]  # fmt: skip
+        pairs = [(first, second) for first, second in pairs if len(first) == len(second)]
+        if label == chosen or not pairs:
+            continue
+        value, low, high = pooled([first - second for first, second in pairs])
+        p = paired_p(*zip(*pairs, strict=True))
+        lines.append(f"| {label} | {len(pairs)} | {value:.2f} [{low:.2f}, {high:.2f}] | {p:.3g} |")
     return lines
 
 

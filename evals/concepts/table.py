@@ -420,6 +420,7 @@ def main() -> None:
     parser.add_argument(
         "--method", action="append", required=True, help="a name, or a name and recipe sections as JSON"
     )
+    parser.add_argument("--against", help="the method that the table compares with all others")
     parser.add_argument("--parts", default=",".join(PARTS), help=f"of {', '.join(PARTS)}")
     parser.add_argument("--general", type=int, default=100, help="items of each general task")
     parser.add_argument("--questions", type=int, default=100, help="questions of each kind about a concept")
@@ -439,6 +440,7 @@ def main() -> None:
         "torch": torch.__version__,
         "table": "choosing" if options.choose else "final",
         "budget": fixed["budget"],
+        "against": options.against or options.method[0],
         "questions": options.questions,
         "general": options.general,
         "tokens": options.tokens,
