@@ -15,7 +15,8 @@ FOLDER = ROOT / "evals" / "concepts"
 def script(name: str) -> ModuleType:
     """A module of the folder, which is no package."""
     spec = importlib.util.spec_from_file_location(f"concepts_{name}", FOLDER / f"{name}.py")
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
