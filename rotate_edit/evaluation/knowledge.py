@@ -157,7 +157,12 @@ def read_answers(model: Any, tokenizer: Any, questions: Sequence[Question], *, b
             tokens[index, place] = len(encoded[index][1][place])
     shared = None
     if before:
-        shared = _run(model, [tokenizer(before, add_special_tokens=True)["input_ids"]], None)[1]
+        ids = tokenizer(before, add_special_tokens=True)["input_ids"]
+        longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        if longest is not None:
+            # What a short context cannot hold is cut off at the beginning.
+            ids = ids[-max(1, longest - max(len(prompt) + max(map(len, own)) for prompt, own in encoded)) :]
+        shared = _run(model, [ids], None)[1]
     for places in _groups(encoded, model.config.get_text_config().vocab_size):
         for place, values in zip(places, _scored(model, [encoded[place] for place in places], shared), strict=True):
             totals[place, : len(values)] = values

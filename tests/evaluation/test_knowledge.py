@@ -48,6 +48,15 @@ def test_likelihoods_are_the_models_own(before):
     assert answers.characters[0, :3].tolist() == [7, 3, 11]
 
 
+def test_a_text_before_that_is_too_long_is_cut_at_its_beginning():
+    model, tokenizer = tiny_model(0), tiny_tokenizer()
+    words = "the dog saw a cat and it ran under the big tree then " * 8
+    # The context holds 64 tokens, and the question with its longest answer takes 5 of them.
+    kept = " ".join(words.split()[-(64 - 5) :]) + " "
+    cut, whole = (read_answers(model, tokenizer, QUESTIONS[:1], before=text) for text in (words, kept))
+    assert cut.totals == pytest.approx(whole.totals, abs=1e-5)
+
+
 @pytest.mark.parametrize("family", ["gemma3-text", "qwen2", "gpt2", "bloom", "opt", "phi3"])
 def test_every_kind_of_cache_gives_the_likelihoods_of_whole_rows(family):
     from tiny_models import FAMILIES
