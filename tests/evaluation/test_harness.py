@@ -157,6 +157,8 @@ def test_local_data_are_scored_offline_on_real_models(name):
         "local_lambada": 12,
         "local_ember_letters": 48,
         "local_ember_likelihood": 48,
+        "local_mmlu_likelihood": 12,
+        "local_openbookqa": 12,
     }
     assert all(0 <= value <= 1 for values in found.items["base"].values() for value in values)
 

@@ -12,6 +12,8 @@ from places import SHARED
 
 from rotate_edit.errors import BadInput
 from rotate_edit.evaluation import tasks
+from rotate_edit.evaluation.compare import Plan
+from rotate_edit.evaluation.questions import questions_of
 
 CHOICE = {
     "task": "animals",
@@ -259,6 +261,20 @@ def test_local_definitions_read_a_folder_that_the_user_brings(tmp_path):
         tasks.open_items("local", data=tmp_path / "nowhere")
 
 
+def test_ones_own_questions_are_asked_about_their_concept(tmp_path):
+    rows = [
+        {"query": "How many holes?", "choices": ["18", "9"], "gold": 0, "concept": "golf"},
+        {"query": "How many legs?", "choices": ["3", "4"], "gold": 1},
+    ]
+    (tmp_path / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    items = tasks.open_items("local", data=tmp_path)
+    assert [task.name for task in items.tasks] == ["local_questions"]
+    plan = Plan(concepts=("golf",))
+    (own,), (general,) = (questions_of(items, plan, role) for role in ("concept", "general"))
+    assert (own.prompt, own.answer) == ("Question: How many holes?\nAnswer:", "18")
+    assert general.answer == "4"
+
+
 @pytest.mark.skipif(not SHARED.is_dir(), reason="needs the shared evaluation data")
 def test_local_definitions_read_the_shared_data():
     items = tasks.open_items("local", data=SHARED)
@@ -267,5 +283,7 @@ def test_local_definitions_read_the_shared_data():
         "local_lambada": 5153,
         "local_ember_letters": 1000,
         "local_ember_likelihood": 1000,
+        "local_mmlu_likelihood": 14042,
+        "local_openbookqa": 1000,
     }
     assert len(items.relearning) == 10

@@ -1,6 +1,6 @@
 """Metrics, one file a family. Importing this package registers those that come with it, in the order of reports."""
 
-from rotate_edit.evaluation.metrics import kept, probability, writing
+from rotate_edit.evaluation.metrics import kept, knowledge, probability, reading, writing
 from rotate_edit.evaluation.metrics.base import (
     HIGHER,
     LOWER,
@@ -21,7 +21,9 @@ __all__ = [
     "failed_gates",
     "find_metric",
     "kept",
+    "knowledge",
     "metric",
     "probability",
+    "reading",
     "writing",
 ]
