@@ -39,10 +39,12 @@ def build_edits(material: Material, methods: Sequence[EditMethod]) -> dict[str, 
     keys = _fit_keys(material, methods)
     changes: dict[str, list[MatrixChange]] = {method.about.name: [] for method in methods}
     clamps: dict[str, list[Clamp]] = {method.about.name: [] for method in methods}
+    notes: dict[str, list[str]] = {method.about.name: [] for method in methods}
     taken: dict[tuple[str, str, Site], set[int]] = {}
     for concept in material.concepts:
         for method in methods:
             changes[method.about.name] += [_weighted(made, material) for made in method.build(material, concept)]
+            notes[method.about.name] += method.notes(material, concept)
         for group in concept.groups:
             wanted = [method for method in methods if _takes(method, concept, group)]
             for site, view, plain in _targets(material, concept, group) if wanted else ():
@@ -62,7 +64,12 @@ def build_edits(material: Material, methods: Sequence[EditMethod]) -> dict[str, 
                         )
                         changes[method.about.name].append(_weighted(change, material))
     return {
-        name: Edit(name, tuple(part for part in made if bool(part.left.any())), clamps=tuple(clamps[name]))
+        name: Edit(
+            name,
+            tuple(part for part in made if bool(part.left.any())),
+            clamps=tuple(clamps[name]),
+            notes=tuple(notes[name]),
+        )
         for name, made in changes.items()
     }
 

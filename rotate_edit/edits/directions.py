@@ -1,5 +1,6 @@
 """Directions of a concept in the residual stream, and the closed forms that edit methods share (maths only)."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -32,6 +33,34 @@ def concept_mean(projection: Tensor, token_ids: Tensor, usable: Tensor | None = 
     """
     rest = projection if usable is None else projection[usable]
     return projection[token_ids.to(projection.device)].mean(0) - rest.mean(0)
+
+
+def nearest_tokens(tables: Sequence[Tensor], token_ids: Tensor, usable: Tensor, count: int) -> Tensor:
+    """The tokens whose rows point most along a concept's direction, beside its own.
+
+    Rows and direction are taken less the mean of the usable rows. The cosines of all tables are added.
+
+    Args:
+        tables: The embedding, and the unembedding of an untied model, [V, d_model] each.
+        token_ids: The concept's tokens, int64 [n].
+        usable: Tokens that may be found, bool [V].
+        count: How many are wanted.
+
+    Returns:
+        int64, the nearest first. Only tokens with a positive sum are found.
+    """
+    cosines = torch.zeros(len(usable))
+    for table in tables:
+        mean = table[usable].mean(0)
+        direction = table[token_ids].mean(0) - mean
+        # (w - m) . d and |w - m|^2 without a copy of the table.
+        projections = table @ direction - mean @ direction
+        squares = table.square().sum(1) - 2 * (table @ mean) + mean @ mean
+        cosines += projections / (squares.clamp_min(1e-12).sqrt() * direction.norm())
+    cosines[~usable] = 0
+    cosines[token_ids] = 0
+    found = cosines.topk(min(count, len(cosines)))
+    return found.indices[found.values > 0]
 
 
 def token_covariance(projection: Tensor) -> Tensor:

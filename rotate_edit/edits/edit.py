@@ -111,6 +111,7 @@ class Edit:
         base: The identity of the checkpoint it was made for (see `models.checkpoint.identity`).
         settings: The settings it was made with, as plain JSON values.
         clamps: What is done to activations while the model runs.
+        notes: What a reader should know of it, one sentence each, such as which tokens were added to the user's.
     """
 
     method: str
@@ -119,6 +120,7 @@ class Edit:
     base: dict[str, Any] = field(default_factory=dict[str, Any])
     settings: dict[str, Any] = field(default_factory=dict[str, Any])
     clamps: tuple[Clamp, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @property
     def concepts(self) -> tuple[str, ...]:

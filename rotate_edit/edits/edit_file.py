@@ -92,6 +92,7 @@ def save_edit(edit: Edit, folder: Path, *, overwrite: bool = False) -> None:
         "settings": edit.settings,
         "base": edit.base,
         "changes": changes,
+        "notes": list(edit.notes),
         "vectors": [asdict(vector) for vector in edit.vectors],
         "sha256": {EDIT_TENSORS: hashlib.sha256(weights).hexdigest()},
     }
@@ -130,6 +131,9 @@ def load_edit(folder: Path) -> Edit:
     method, base, settings = content.get("method"), content.get("base"), content.get("settings")
     if not (isinstance(changes, list) and isinstance(vectors, list) and isinstance(method, str)):
         raise BadInput(f"{EDIT_JSON} lacks its list of changes, its list of vectors or its method.")
+    notes = content.get("notes", [])
+    if not (isinstance(notes, list) and all(isinstance(note, str) for note in notes)):
+        raise BadInput(f"{EDIT_JSON} has notes that are not sentences.")
     if not (isinstance(base, dict) and isinstance(settings, dict)):
         raise BadInput(f"{EDIT_JSON} lacks the identity of its base model or its settings.")
     if len(header.tensors) != 3 * len(changes):
@@ -140,6 +144,7 @@ def load_edit(folder: Path) -> Edit:
         tuple(_vector(entry) for entry in vectors),
         base,
         settings,
+        notes=tuple(notes),
     )
     if content.get("identity") != edit_identity(edit):
         raise BadInput(f"{EDIT_JSON} was changed after it was written: the edit's identity differs.")

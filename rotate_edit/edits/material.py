@@ -16,8 +16,9 @@ from rotate_edit.edits import directions
 from rotate_edit.edits.directions import Direction
 from rotate_edit.edits.key_moments import KeyMoments, even_reading, key_moments
 from rotate_edit.errors import BadInput
-from rotate_edit.models.batches import Passages
+from rotate_edit.models.batches import Passages, first_texts
 from rotate_edit.models.checkpoint import Checkpoint, read_embedding, read_norm, read_unembedding
+from rotate_edit.models.gradients import likelihood_gradients
 from rotate_edit.models.hooks import LayerActivations, record
 from rotate_edit.models.output_head import OutputHead, Positions, output_head_of, positions
 from rotate_edit.models.self_text import self_text
@@ -25,6 +26,8 @@ from rotate_edit.models.self_text import self_text
 Value = TypeVar("Value")
 # "least-divergence" costs a direction by what it does to the model's own predictions, so it reads self-generated text.
 DIRECTIONS = ("least-collateral", "least-divergence", "mean")
+# How many tokens of text about a concept its gradient is read from.
+GRADIENT_TOKENS = 4096
 
 
 @dataclass(frozen=True)
@@ -206,6 +209,26 @@ class Material:
             return {layer: (own[layer], rest[layer]) for layer in layers}
 
         return self.once(("activations", concept.name, self.sites), read)
+
+    def gradients(self, concept: Concept, *, skip_words: bool) -> dict[Site, Tensor]:
+        """By matrix the gradient of the mean log-probability of texts about a concept, float32 [n, d_model].
+
+        Args:
+            concept: The concept.
+            skip_words: Whether the probability of the concept's own tokens does not count.
+
+        Raises:
+            BadInput: There are no such texts, or they hold nothing that counts.
+        """
+
+        def read() -> dict[Site, Tensor]:
+            about, _ = self.texts(concept.name)
+            about = first_texts(about, GRADIENT_TOKENS, self.checkpoint.vocabulary_size)
+            names = {(site.matrix, site.layer, site.expert_or_none): site for site in self.sites}
+            found = likelihood_gradients(self.model, about, names, skip=concept.ids if skip_words else None)
+            return {names[name]: gradient for name, gradient in found.items()}
+
+        return self.once(("gradients", concept.identity, self.sites, skip_words), read)
 
     def direction(self, concept: Concept, group: ConceptGroup, site: Site) -> Direction:
         """The direction of a group of tokens as the settings want it, for one matrix.

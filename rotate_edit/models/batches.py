@@ -109,6 +109,30 @@ def batched(
     return Passages(tuple(batches), tuple(lengths), tuple(order), len(rows))
 
 
+def first_texts(passages: Passages, tokens: int, vocabulary_size: int) -> Passages:
+    """The first of some texts, in the order in which they were given, until they hold so many tokens.
+
+    Args:
+        passages: The texts.
+        tokens: How many tokens are wanted. The last text is taken whole.
+        vocabulary_size: Number of tokens in the model's vocabulary. It bounds the size of a batch.
+
+    Returns:
+        The texts in batches; the passages themselves when they hold no more.
+    """
+    if passages.tokens() <= tokens:
+        return passages
+    rows: list[list[int]] = [[] for _ in range(passages.texts)]
+    for batch, lengths, order in zip(passages.batches, passages.lengths, passages.order, strict=True):
+        for row, length, index in zip(batch, lengths.tolist(), order.tolist(), strict=True):
+            rows[index] = row[:length].tolist()
+    taken, total = 0, 0
+    while total < tokens:
+        total += len(rows[taken])
+        taken += 1
+    return batched(rows[:taken], vocabulary_size)
+
+
 def log_probabilities(model: Any, passages: Passages) -> Iterator[Tensor]:
     """Predict the next token at every position of every batch.
 

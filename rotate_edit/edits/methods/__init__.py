@@ -1,6 +1,14 @@
 """Edit methods, one file a family. Importing this package registers those that come with it."""
 
-from rotate_edit.edits.methods import located, rank_one, silence_words, text_driven, token_rows, whole_neurons
+from rotate_edit.edits.methods import (
+    located,
+    rank_one,
+    selective_gradient,
+    silence_words,
+    text_driven,
+    token_rows,
+    whole_neurons,
+)
 from rotate_edit.edits.methods.base import (
     Choice,
     Decimal,
@@ -37,6 +45,7 @@ __all__ = [
     "make_method",
     "method_names",
     "rank_one",
+    "selective_gradient",
     "setting_names",
     "silence_words",
     "style_of",

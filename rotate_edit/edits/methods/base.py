@@ -167,6 +167,15 @@ class EditMethod:
         """
         return ()
 
+    def notes(self, material: Material, concept: Concept) -> tuple[str, ...]:
+        """What a reader should know of what was built for a concept, one sentence each.
+
+        Args:
+            material: The model and all that is read off it.
+            concept: The concept.
+        """
+        return ()
+
     def changes_matrices_of(self, concept: Concept) -> bool:
         """Whether `change` is asked for this concept."""
         return True

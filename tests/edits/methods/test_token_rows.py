@@ -1,5 +1,6 @@
 """Edits of a concept's token rows: exact in their own rows, nothing in any other, in both tables or the tied one."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from tiny_targets import projection
 from tiny_words import WORDS, ids
 
 from rotate_edit.edits.apply import applied
+from rotate_edit.edits.directions import concept_mean
 from rotate_edit.edits.edit import Edit
 from rotate_edit.edits.material import Concept
 from rotate_edit.edits.methods import declaration, make_method
@@ -81,3 +83,26 @@ def test_they_write_tables_alone() -> None:
         assert "channels" not in declaration(name).reads
     assert declaration("token-logits").reads == {"self_text"}
     assert declaration("token-embeddings").reads == frozenset()
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_tokens_near_the_words_lose_the_same_direction_and_are_told(tmp_path: Path, tied: bool) -> None:
+    checkpoint = word_checkpoint(tmp_path / "m", tied=tied)
+    kept = replace(DOGS, kept=(ids("bird"),))
+    seen = material(checkpoint, [kept])
+    method = make_method("token-embeddings", {"more_tokens": 4})
+    changes = tuple(method.build(seen, kept))
+    (note,) = method.notes(seen, kept)
+    for change in changes:
+        table = read_embedding(checkpoint) if change.matrix == "embedding" else read_unembedding(checkpoint)
+        added = [row for row in change.rows.tolist() if row not in DOGS.ids.tolist()]
+        assert 0 < len(added) <= 4
+        assert len(added) + len(DOGS.ids) == len(change.rows)
+        assert torch.equal(change.rows, change.rows.unique())
+        assert WORDS.index("bird") not in added
+        assert all(repr(WORDS[row]) in note for row in added)
+        unit = concept_mean(table, DOGS.ids) / concept_mean(table, DOGS.ids).norm()
+        after = table[change.rows] + change.delta()
+        assert float((after @ unit).abs().max()) < 1e-5
+    assert note.startswith("dogs: tokens near its words were edited too: ")
+    assert make_method("token-embeddings").notes(seen, kept) == ()
