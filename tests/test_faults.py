@@ -10,12 +10,18 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tiny_items import write_items
+from tiny_words import ids, tiny_model, tiny_tokenizer
 from workers import write_together
 
-from rotate_edit.edits.edit import Edit
+from rotate_edit.edits.edit import Edit, MatrixChange
+from rotate_edit.edits.writing.adapter import write_adapter
 from rotate_edit.edits.writing.patch import write_checkpoint
 from rotate_edit.errors import BadInput, Failure
-from rotate_edit.evaluation.tasks import read_task
+from rotate_edit.evaluation.compare import Plan
+from rotate_edit.evaluation.evaluate import evaluate
+from rotate_edit.evaluation.tasks import open_items, read_task
+from rotate_edit.evaluation.variants import opened, read_variants
 from rotate_edit.files import whole_file
 from rotate_edit.models.checkpoint import (
     identity,
@@ -108,6 +114,52 @@ def test_one_number_that_is_none_is_refused_by_its_tensor(base: Any, tensor: str
     for read in readers:
         with pytest.raises(BadInput, match=rf"{tensor} of .* not finite"):
             read()
+
+
+def tied_adapter(folder: Path) -> Any:
+    """A tiny tied model, and an adapter of it that changes rows of its table."""
+    model = tiny_model(0, tied=True)
+    model.save_pretrained(folder / "tied")
+    tiny_tokenizer().save_pretrained(folder / "tied")
+    checkpoint = open_checkpoint(folder / "tied")
+    left, right = torch.randn(2, 1), torch.randn(1, 16)
+    change = MatrixChange("embedding", None, None, ids("dog", "cat").sort().values, left, right, 1.0, "cat")
+    write_adapter(checkpoint, Edit("test", (change,), base=identity(checkpoint)), folder / "adapter")
+    return model
+
+
+def test_an_adapter_that_touches_a_tied_table_is_evaluated(tmp_path: Path) -> None:
+    model = tied_adapter(tmp_path)
+    variants, plan = read_variants([tmp_path / "adapter"]), Plan(concepts=("cat",), items=8, new_tokens=2)
+    found = evaluate(model, tiny_tokenizer(), variants, plan, open_items(write_items(tmp_path / "items")))
+    assert found.items["base"] != found.items["adapter"]
+    # The base can be tied and loaded on as before.
+    model.tie_weights()
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+def test_an_adapter_whose_head_peft_leaves_random_is_refused(tmp_path: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    def wrapped(dtype: torch.dtype) -> Any:
+        settings = LoraConfig(
+            task_type="CAUSAL_LM", r=1, target_modules=["embed_tokens", "lm_head"], ensure_weight_tying=True
+        )
+        return get_peft_model(tiny_model(0, tied=True).to(dtype), settings)
+
+    wrapped(torch.float32).save_pretrained(tmp_path / "old", save_embedding_layers=False)
+    tensors = load_file(tmp_path / "old" / "adapter_model.safetensors")
+    embedding = {name: tensor for name, tensor in tensors.items() if "embed_tokens" in name}
+    save_file(embedding, tmp_path / "old" / "adapter_model.safetensors", metadata={"format": "pt"})
+    (variant,) = read_variants([tmp_path / "old"])
+    with opened(tiny_model(0, tied=True), variant):
+        pass
+    for dtype in (torch.bfloat16, torch.float16):
+        with (
+            pytest.raises(BadInput, match="PEFT ties in float32 alone; load the base in float32"),
+            opened(tiny_model(0, tied=True).to(dtype), variant),
+        ):
+            pass
 
 
 def test_two_runs_into_one_output_keep_both_results(tmp_path: Path) -> None:

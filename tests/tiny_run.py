@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from tiny_models import random_edit, save_tiny
+from tiny_words import tiny_tokenizer
 
 from rotate_edit.edits.edit_file import save_edit
 from rotate_edit.edits.writing.adapter import write_adapter
@@ -40,9 +41,12 @@ def result_of(title: str = "dogs: words (type A)") -> dict[str, Any]:
     }
 
 
-def tiny_run(folder: Path, *, result: dict[str, Any] | None = None) -> Path:
+def tiny_run(
+    folder: Path, *, result: dict[str, Any] | None = None, tied: bool = False, dtype: torch.dtype = torch.float32
+) -> Path:
     """A run folder with everything in it, and its base in `base` beside it."""
-    base_folder = save_tiny("llama", folder.with_name("base"), tied=False, dtype=torch.float32)
+    base_folder = save_tiny("llama", folder.with_name("base"), tied=tied, dtype=dtype)
+    tiny_tokenizer().save_pretrained(base_folder)
     (base_folder / "README.md").write_text(BASE_CARD)
     for name in ("pytorch_model.bin", ".token", "code.py"):
         (base_folder / name).write_text("never published")

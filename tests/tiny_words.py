@@ -19,7 +19,7 @@ def tiny_tokenizer() -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<bos>")
 
 
-def tiny_model(seed: int = 0, scale: float = 8.0) -> Any:
+def tiny_model(seed: int = 0, scale: float = 8.0, *, tied: bool = False) -> Any:
     """A two-layer random Llama whose predictions are far from uniform (`scale` times the usual first weights)."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -36,6 +36,7 @@ def tiny_model(seed: int = 0, scale: float = 8.0) -> Any:
         bos_token_id=1,
         eos_token_id=None,
         pad_token_id=0,
+        tie_word_embeddings=tied,
     )
     return LlamaForCausalLM(config).eval()
 

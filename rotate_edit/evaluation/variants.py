@@ -5,7 +5,7 @@ Edits and adapters are switched on in the base's loaded weights. Whole checkpoin
 
 import json
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -113,18 +113,34 @@ def _adapted(model: Any, folder: Path) -> Iterator[None]:
     from peft import PeftModel
 
     try:
-        with warnings.catch_warnings():
-            # PEFT still uses a name that transformers has deprecated; the user cannot change that.
-            warnings.simplefilter("ignore", FutureWarning)
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
             wrapped = PeftModel.from_pretrained(model, str(folder), local_files_only=True)
     except (ValueError, RuntimeError, KeyError, TypeError, OSError) as error:
         reason = " ".join(str(error).split())[:300]
         raise BadInput(f"the adapter {folder.name} does not fit the base model: {reason}.") from error
+    # Wrapped tables share their weights already, and to tie them once more, as lm-eval does, ends in a KeyError.
+    model.tie_weights = _nothing
     try:
+        _refuse_untied(model, folder, [str(warning.message) for warning in told])
         yield
     finally:
+        del model.tie_weights
         # The base's own modules and weights come back untouched: the adapter was added beside them, never merged.
         wrapped.unload()
+
+
+def _nothing(*_: Any, **__: Any) -> None:
+    pass
+
+
+def _refuse_untied(model: Any, folder: Path, told: Sequence[str]) -> None:
+    # PEFT ties an adapter's factors of a tied table in float32 alone; in a smaller dtype the head's stay random.
+    if model.dtype.itemsize < 4 and any("missing adapter keys" in sentence for sentence in told):
+        raise BadInput(
+            f"the adapter {folder.name} lacks factors that PEFT ties in float32 alone; load the base in float32, or "
+            "write the adapter again with rotate-edit apply --adapter."
+        )
 
 
 def _refuse_code(folder: Path) -> None:

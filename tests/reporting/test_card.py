@@ -1,15 +1,18 @@
 """The model card: metadata that the Hub reads, numbers with intervals, inherited licence, hostile text as text."""
 
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 import yaml
 from huggingface_hub import ModelCard
 from tiny_run import result_of, tiny_run
 
 from rotate_edit.edits.writing.patch import revert
 from rotate_edit.errors import BadInput
-from rotate_edit.models.checkpoint import open_checkpoint
+from rotate_edit.models.checkpoint import load_model, open_checkpoint
 from rotate_edit.reporting.card import base_metadata, card_metadata, write_cards
 
 
@@ -57,6 +60,33 @@ def test_numbers_limits_recipe_and_undo_are_told(run: Path) -> None:
     ):
         assert part in text
     assert (run / "model" / "README.base.md").read_text().endswith("# The base\n")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_the_lines_of_both_cards_load_one_model(tmp_path: Path, tied: bool, dtype: torch.dtype) -> None:
+    """Adapter and checkpoint differ by what rounding does, not by what the edit does."""
+    run = tiny_run(tmp_path / "run", tied=tied, dtype=dtype)
+
+    def logits(model: Any) -> torch.Tensor:
+        with torch.no_grad():
+            return model.eval()(input_ids=torch.tensor([[3, 17, 40, 5, 95, 1, 60, 33]])).logits.double()
+
+    def loaded(kind: str) -> torch.Tensor:
+        (lines,) = re.findall(r"```python\n(.*?)```", (run / kind / "README.md").read_text(), re.DOTALL)
+        names: dict[str, Any] = {}
+        exec(
+            lines.replace('"BASE"', repr(str(tmp_path / "base"))).replace('"THIS_FOLDER"', repr(str(run / kind))), names
+        )
+        assert next(names["model"].parameters()).dtype == dtype
+        return logits(names["model"])
+
+    base, edited = open_checkpoint(tmp_path / "base"), open_checkpoint(run / "model")
+    checkpoint, adapter = loaded("model"), loaded("adapter")
+    # What the dtype does to the numbers of the edited model, whose logits are larger than the base's.
+    noise = (checkpoint - logits(load_model(edited, dtype=torch.float64))).abs().max()
+    assert (checkpoint - logits(load_model(base, dtype=dtype))).abs().max() > 50 * noise
+    assert (adapter - checkpoint).abs().max() <= 4 * noise
 
 
 def test_an_edit_that_was_not_measured_says_so(run: Path) -> None:

@@ -17,7 +17,7 @@ from rotate_edit.edits.writing.rewrite import Touched, plan_edit
 from rotate_edit.errors import BadInput
 from rotate_edit.files import check_free_space, check_output_outside, whole_folder
 from rotate_edit.models.architectures import locate
-from rotate_edit.models.checkpoint import Checkpoint
+from rotate_edit.models.checkpoint import Checkpoint, read_rows
 
 PREFIX = "base_model.model."
 
@@ -47,16 +47,33 @@ class LoraFactors:
 
 
 @dataclass(frozen=True)
+class TokenRows:
+    """Rows of a tied table as PEFT keeps them: `weight[ids] = values`, in the embedding and in the head.
+
+    Attributes:
+        target: Name of the live embedding module.
+        ids: int64 [n], ascending.
+        values: float64 [n, d_model], the whole rows with the edit in them.
+    """
+
+    target: str
+    ids: Tensor
+    values: Tensor
+
+
+@dataclass(frozen=True)
 class Adapter:
     """What was written.
 
     Attributes:
         ranks: The rank of each target, by the target's name.
+        rows: How many rows of a tied table it replaces.
         dtype: dtype of the factors, float32 or float64.
         warnings: Warnings, one sentence each.
     """
 
     ranks: dict[str, int]
+    rows: int
     dtype: torch.dtype
     warnings: tuple[str, ...]
 
@@ -75,13 +92,17 @@ def write_adapter(
 
     Every target has as many ranks as it has distinct directions. Its alpha equals its rank, so that the scaling is 1.
 
+    Rows of a table that is embedding and head in one are written whole, as PEFT's `trainable_token_indices`. PEFT ties
+    these two in every dtype. Factors of a tied table it ties in float32 alone (0.21): when it casts the embedding's
+    factors up from a smaller dtype, the head keeps random ones. It also adds them twice when it merges.
+
     Args:
         checkpoint: The base.
         edit: The edit.
         output: The folder to write.
         uniform_rank: Pad all targets with zeros to the largest rank, as serving engines want it.
         dtype: float32 or float64. By default float32 where the factors are exact in it, else float64. They are exact at
-            strengths 1, 2, 4 and so on.
+            strengths 1, 2, 4 and so on. Rows of a tied table are judged by themselves.
         force_base: Write it for a checkpoint whose hashes are not those of the edit's base.
         overwrite: Replace an output that exists.
 
@@ -99,25 +120,48 @@ def write_adapter(
 
     warnings = check_base(edit, checkpoint, force_base)
     check_output_outside(output, checkpoint.folder)
-    factors = lora_factors(checkpoint, edit)
+    factors, rows = _with_token_rows(checkpoint, lora_factors(checkpoint, edit))
     if uniform_rank:
         largest = max((part.rank for part in factors), default=0)
         factors = [_padded(part, largest) for part in factors]
-    if dtype is None:
-        exact = all(torch.equal(side.float().double(), side) for part in factors for side in (part.a, part.b))
-        dtype = torch.float32 if exact else torch.float64
+    sides = [side for part in factors for side in (part.a, part.b)]
+    row_dtype = dtype or _exact_dtype([rows.values] if rows else [])
+    dtype = dtype or (_exact_dtype(sides) if sides else row_dtype)
     tensors = {name: side.to(dtype).contiguous() for name, side in _named_tensors(factors)}
+    if rows is not None:
+        tensors[f"{PREFIX}{rows.target}.token_adapter.trainable_tokens_delta"] = rows.values.to(row_dtype).contiguous()
     check_free_space(output, sum(side.nbytes for side in tensors.values()))
     with whole_folder(output, overwrite=overwrite) as folder:
         (folder / "adapter_model.safetensors").write_bytes(save(tensors, metadata={"format": "pt"}))
-        config = json.dumps(_adapter_config(checkpoint, factors), indent=1, sort_keys=True)
+        config = json.dumps(_adapter_config(checkpoint, factors, rows), indent=1, sort_keys=True)
         (folder / "adapter_config.json").write_text(config + "\n", encoding="utf-8")
-    if checkpoint.tied and any(part.kind == "embedding" for part in factors):
-        warnings.append(
-            "the adapter changes a tied embedding, which PEFT applies exactly while it is loaded but adds twice when "
-            "it is merged; take the patched checkpoint instead of merging."
+    changed = 0 if rows is None else len(rows.ids)
+    return Adapter({part.target: part.rank for part in factors}, changed, dtype, tuple(warnings))
+
+
+def _exact_dtype(sides: Iterable[Tensor]) -> torch.dtype:
+    """float32 where it holds all of these float64 numbers exactly, else float64."""
+    exact = all(torch.equal(side.float().double(), side) for side in sides)
+    return torch.float32 if exact else torch.float64
+
+
+def _with_token_rows(checkpoint: Checkpoint, factors: list[LoraFactors]) -> tuple[list[LoraFactors], TokenRows | None]:
+    """The factors without those of a tied table, and that table's changed rows in their place."""
+    tables = [part for part in factors if part.kind == "embedding"] if checkpoint.tied else []
+    if not tables:
+        return factors, None
+    (table,) = tables
+    shapes = live_shapes(checkpoint)
+    head = locate(checkpoint.architecture, shapes, "unembedding")
+    if head is not None and f"{head.name.removesuffix('.weight')}.bias" in shapes:
+        raise BadInput(
+            f"PEFT leaves out the bias of {head.name.removesuffix('.weight')} when rows of its tied table change; "
+            "write a patched checkpoint."
         )
-    return Adapter({part.target: part.rank for part in factors}, dtype, tuple(warnings))
+    ids = table.a.abs().sum(0).nonzero().flatten()
+    base = read_rows(checkpoint, checkpoint.place("embedding").name, ids).double()
+    values = base + (table.b @ table.a[:, ids]).T
+    return [part for part in factors if part is not table], TokenRows(table.target, ids, values)
 
 
 def lora_factors(checkpoint: Checkpoint, edit: Edit) -> list[LoraFactors]:
@@ -239,18 +283,14 @@ def _named_tensors(factors: list[LoraFactors]) -> Iterable[tuple[str, Tensor]]:
         yield f"{PREFIX}{module}.lora_B.weight", b
 
 
-def _adapter_config(checkpoint: Checkpoint, factors: list[LoraFactors]) -> dict[str, Any]:
+def _adapter_config(checkpoint: Checkpoint, factors: list[LoraFactors], rows: TokenRows | None) -> dict[str, Any]:
     from peft import LoraConfig
+    from peft.utils.constants import DUMMY_TARGET_MODULES
 
     ranks = {part.target: part.rank for part in factors}
-    common = max(set(ranks.values()), key=list(ranks.values()).count)
+    common = max(set(ranks.values()), key=list(ranks.values()).count, default=1)
     pattern = {target: rank for target, rank in ranks.items() if rank != common}
     modules = [part.target for part in factors if part.kind != "stacked"]
-    tied = checkpoint.tied and any(part.kind == "embedding" for part in factors)
-    if tied:
-        # PEFT recognises a tied table by the head's name alone; it then gives both the embedding's factors.
-        head = locate(checkpoint.architecture, live_shapes(checkpoint), "unembedding")
-        modules += [head.name.removesuffix(".weight")] if head is not None else []
     config = LoraConfig(
         base_model_name_or_path=checkpoint.source if checkpoint.hub else None,
         revision=checkpoint.revision,
@@ -260,9 +300,10 @@ def _adapter_config(checkpoint: Checkpoint, factors: list[LoraFactors]) -> dict[
         lora_alpha=common,
         rank_pattern=pattern,
         alpha_pattern=dict(pattern),
-        target_modules=modules,
+        # PEFT takes no empty list; under this name it targets nothing.
+        target_modules=modules if factors else DUMMY_TARGET_MODULES,
         target_parameters=[part.target for part in factors if part.kind == "stacked"] or None,
         fan_in_fan_out=any(part.kind == "conv1d" for part in factors),
-        ensure_weight_tying=tied,
+        trainable_token_indices={rows.target: rows.ids.tolist()} if rows is not None else None,
     ).to_dict()
     return {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
