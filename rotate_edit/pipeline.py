@@ -373,7 +373,9 @@ def locate_channels(
     session = open_session(recipe)
     groups = session.locate_channels(report)
     if not any(group.chosen for group in groups):
-        raise Failure("no channel carries the concepts; raise select.fdr, lower select.share or raise locate.candidates.")
+        raise Failure(
+            "no channel carries the concepts; raise select.fdr, lower select.share or raise locate.candidates."
+        )
     found = {}
     for name, own in by_concept(groups).items():
         chosen = {channel.name: channel for group in own for channel in group.chosen}

@@ -385,8 +385,8 @@ class Session:
             found[own] = self._with_rows(material, found[own])
         if own in found and not found[own].does_something:
             raise Failure(
-                f"the method {own} found no neuron to change; raise select.fdr, lower select.share or select.lm_head_z, "
-                "raise locate.candidates, or set edit.method to rank-one, which needs none located."
+                f"the method {own} found no neuron to change; raise select.fdr, lower select.share or "
+                "select.lm_head_z, raise locate.candidates, or set edit.method to rank-one, which needs none located."
             )
         settings = self.recipe.edit.model_dump() | {
             "select": self.recipe.select.model_dump(),

@@ -135,8 +135,8 @@ def channel_size(channels: int, hidden_size: int, vectors: str | None = "bfloat1
 def channel_schema() -> "pyarrow.Schema":
     """Return the columns of channels.parquet.
 
-    `row` is the row of vectors.safetensors. The other columns are the fields of `Channel`. `expert` and `p_value` may be
-    null.
+    `row` is the row of vectors.safetensors. The other columns are the fields of `Channel`. `expert` and `p_value` may
+    be null.
     """
     import pyarrow
 
@@ -523,9 +523,7 @@ def _channels(found: ChannelSet, table: "pyarrow.Table", vectors: bool) -> list[
     damaged = BadInput(f"{found.folder.name}/{TABLE} holds a row that is no channel.")
     for entry in entries:
         sizes = {None if entry[key] is None else len(entry[key]) for key in ("token_ids", "tokens", "z_scores")}
-        if len(sizes) > 1 or any(
-            value is None for key, value in entry.items() if key not in ("expert", TESTED)
-        ):
+        if len(sizes) > 1 or any(value is None for key, value in entry.items() if key not in ("expert", TESTED)):
             raise damaged
         for key in ("token_ids", "tokens", "z_scores"):
             entry[key] = tuple(entry[key])

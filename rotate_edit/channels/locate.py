@@ -396,7 +396,9 @@ def _tested(
         solver, tilt = replace(solver, channels=1, only_tilt=True), _towards(projections, group.ids, usable)
     vectors = None
     if population is not None:
-        vectors = torch.cat([population(site)[candidates[site]] for site in sorted(candidates) if len(candidates[site])])
+        vectors = torch.cat(
+            [population(site)[candidates[site]] for site in sorted(candidates) if len(candidates[site])]
+        )
     return decompose_neurons(
         _addresses(candidates), projections, vocabulary.texts, solver, tilt=tilt, vectors=vectors, progress=report
     )
