@@ -32,7 +32,7 @@ def measure(folder: Path, data: Path, limit: int) -> dict[str, Any]:
             "model": str(folder),
             "concepts": [CONCEPTS[folder.name] | {"strength": 4}],
             "decompose": {"channels": 1, "words_only": folder.name == "bookworm"},
-            "select": {"top": 5, "share": 0.2, "support": 0.5},
+            "select": {"top": 5, "share": 0.2, "fdr": 0.2},
         }
     )
     with tempfile.TemporaryDirectory() as place:

@@ -24,6 +24,8 @@ from rotate_edit.models.cost import estimate_live, parameters, size_of, table_me
 
 # Products with the vocabulary matrix of a search that asks for one concept: 20 to 26 measured.
 PRODUCTS_ASKING = 26
+# Share of the candidates that stand out: at most so many were measured.
+LOCATED = 0.05
 # Seconds of the demo model's forward passes over the seconds of their products alone: 1.1 to 1.9 measured on one
 # thread, about 3.4 on two, which the small products around the large ones do not fill.
 FORWARD_OVERHEAD = 2.5
@@ -191,13 +193,16 @@ def _locating_memory(job: Job, checkpoint: Checkpoint) -> int:
 
 
 def _searching(job: Job, checkpoint: Checkpoint) -> float:
+    """Operations of a concept's search. Candidates and those of the null are searched from the concept's direction, and
+    the few that stand out are decomposed. Without that start all are decomposed."""
     settings = job.search.solver
-    searches = GROUPS if job.tries_groups else 1
-    channels = searches * job.candidates * settings.channels
-    asked = 0.0
+    candidates = (GROUPS if job.tries_groups else 1) * job.candidates
+    tested = candidates * (1 + job.search.draws)
     if job.search.tilted_start:
-        asked = searches * job.candidates * PRODUCTS_ASKING / PRODUCTS[settings.solver]
-    return search_operations(checkpoint, settings, channels + asked, job.words_only)
+        channels = tested * PRODUCTS_ASKING / PRODUCTS[settings.solver] + LOCATED * candidates * settings.channels
+    else:
+        channels = float(tested * settings.channels)
+    return search_operations(checkpoint, settings, channels, job.words_only)
 
 
 def _forward(checkpoint: Checkpoint) -> float:

@@ -309,6 +309,7 @@ def _describe(session: Session, groups: Sequence[ConceptGroup]) -> dict[str, Any
                 "kurtosis": channel.kurtosis,
                 "cosine": channel.cosine,
                 "support": channel.support,
+                "p_value": channel.p_value,
                 "sign": channel.sign,
             }
             for group in groups
@@ -343,7 +344,7 @@ def _describe_concept(session: Session, groups: Sequence[ConceptGroup]) -> dict[
         "warnings": list(first.tokens.warnings),
         "candidates": len({(c.layer, c.expert, c.neuron, c.matrix) for c in channels.values()}),
         "channels": len(channels),
-        "supported_channels": sum(c.support >= session.recipe.select.support for c in channels.values()),
+        "fdr": session.recipe.select.fdr,
         "located_channels": len(chosen),
         "located_neurons": len({(c.layer, c.expert, c.neuron, c.matrix) for c in chosen.values()}),
     }
@@ -382,7 +383,9 @@ def locate_channels(
     session = open_session(recipe)
     groups = session.locate_channels(report)
     if not any(group.chosen for group in groups):
-        raise Failure("no channel carries the concepts; lower select.share or raise locate.candidates.")
+        raise Failure(
+            "no channel carries the concepts; raise select.fdr, lower select.share or raise locate.candidates."
+        )
     found = {}
     for name, own in by_concept(groups).items():
         chosen = {channel.name: channel for group in own for channel in group.chosen}

@@ -32,6 +32,7 @@ RENAMED = {
     "edit.fit_leash": "edit.settings.proximal_weight",
     "edit.fit_rounds": "edit.settings.rounds",
     "decompose.level_rarity": "decompose.remove_frequency",
+    "select.support": "select.fdr",
 }
 RENAMED_METHODS = {
     "fitted": "silence-words",
@@ -150,7 +151,9 @@ class DecomposeRecipe(_Section):
         True, description="Take out the token-frequency direction, on which rare tokens differ from the rest."
     )
     tilted_start: bool = Field(
-        True, description="Also search each candidate from the concept's own direction: is this concept in it?"
+        True,
+        description="Search each candidate from the concept's own direction (is this concept in it?), and decompose "
+        "those that have it. Without, every candidate is decomposed.",
     )
     claim_threshold: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = Field(
         None,
@@ -166,7 +169,11 @@ class SelectRecipe(_Section):
 
     top: Positive = Field(10, description="How many of a channel's strongest tokens are looked at.")
     share: Fraction = Field(0.5, description="At least this fraction of them must be words of the concept.")
-    support: Finite = Field(2.0, description="Channels with less support are never used.")
+    fdr: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] = Field(
+        0.05,
+        description="The share of false ones, in the mean, among the neurons whose channels count as the concept's: "
+        "support is compared with neurons drawn at random.",
+    )
     lm_head_z: Annotated[float, Field(gt=0, allow_inf_nan=False)] = Field(
         1.0, description="|mean z| above which the control `lm-head-located` takes a neuron."
     )

@@ -432,8 +432,8 @@ class Session:
             found[own] = self._with_rows(material, found[own])
         if own in found and not found[own].does_something:
             raise Failure(
-                f"the method {own} found no neuron to change; lower select.share, select.support or select.lm_head_z, "
-                "raise locate.candidates, or set edit.method to rank-one, which needs none located."
+                f"the method {own} found no neuron to change; raise select.fdr, lower select.share or "
+                "select.lm_head_z, raise locate.candidates, or set edit.method to rank-one, which needs none located."
             )
         settings = self.recipe.edit.model_dump() | {
             "select": self.recipe.select.model_dump(),
@@ -548,12 +548,13 @@ class Session:
             strongest = max(float(scores.abs().max()) for group in own for scores in group.scores.values())
             parts.append(
                 f"No channel of the {len(neurons)} candidate neurons carries {name}: {len(channels)} channels were "
-                "found, none of them supported and with enough of the concept's words among its strongest tokens "
+                "found, none of them with enough of the concept's words among its strongest tokens and more support "
+                "than chance gives "
                 f"(strongest LM-head z-score {strongest:.2f})."
             )
         if not parts:
             return None
-        advice = "Lower select.share or select.support, raise locate.candidates, or name more words."
+        advice = "Raise select.fdr, lower select.share, raise locate.candidates, or name more words."
         return f"{' '.join(parts)} {advice}"
 
     # Evaluate.
@@ -648,7 +649,7 @@ class Session:
         if "channels" in reads:
             space |= {
                 "select.share": Decimal(0.05, 0.9),
-                "select.support": Decimal(0.5, 4.0),
+                "select.fdr": Decimal(0.001, 1.0, log=True),
                 "select.top": Whole(3, 20),
             }
         if about.name == self.recipe.method:
@@ -782,13 +783,10 @@ def search_settings(recipe: Recipe, checkpoint: Checkpoint) -> SearchSettings:
         moments=wanted.moments,
         claim_threshold=wanted.claim_threshold or claim_threshold(checkpoint),
         top_tokens=select.top,
-        support_threshold=select.support,
         unsupported_limit=wanted.unsupported_limit,
         seed=recipe.seed,
     )
-    return SearchSettings(
-        solver, recipe.locate.candidates, wanted.tilted_start, select.top, select.share, select.support
-    )
+    return SearchSettings(solver, recipe.locate.candidates, wanted.tilted_start, select.top, select.share, select.fdr)
 
 
 def plan_of(recipe: Recipe) -> Plan:

@@ -45,7 +45,7 @@ def run_folder(folder: Path, name: str = HOSTILE, **changes: Any) -> Path:
                 "warnings": [name],
                 "candidates": 3,
                 "channels": 5,
-                "supported_channels": 4,
+                "fdr": 0.05,
                 "located_channels": 2,
                 "located_neurons": 2,
             }
@@ -88,6 +88,7 @@ def run_folder(folder: Path, name: str = HOSTILE, **changes: Any) -> Path:
                 "name": f"L1.N2.out#{place}",
                 "concept": name,
                 "support": 3.0 + place,
+                "p_value": None if place == 9 else 0.5**place / 1000,
                 "cosine": 0.8,
                 "kurtosis": 9.0,
                 "tokens": [" dog", name, "\u202e", f" x{place}"],

@@ -34,6 +34,7 @@ def recipe(**changes: Any) -> Recipe:
         "concepts": [dogs | changes.pop("concept", {})],
         "locate": {"group_distance": 2.0, "candidates": 120},
         "decompose": {"channels": 1},
+        "select": {"fdr": 0.3},
         "edit": {"self_text": 3000},
         "evaluate": {
             "items": "demo",
@@ -105,7 +106,7 @@ def test_located_channels_carry_the_concept(result: dict[str, Any], folder: Path
     words = set(concepts()["dogs"].words) | set(concepts()["dogs"].plurals.values())
     assert len(result["selected_channels"]) >= 10
     for channel in result["selected_channels"]:
-        assert channel["support"] >= 2
+        assert channel["p_value"] is None or channel["p_value"] < 0.3
         inside = sum(token.strip().lower() in words for token in channel["tokens"])
         assert inside >= 5
     stored = {channel.name for channel in load_channels(folder / "channels")}
@@ -241,7 +242,7 @@ def test_without_channels_nothing_is_searched_and_no_channels_are_written(tmp_pa
 
 def test_nothing_located_is_a_failure_with_a_report_and_no_checkpoint(tmp_path: Path) -> None:
     nothing = recipe(
-        select={"support": 50.0},
+        select={"fdr": 1e-9},
         locate={"candidates": 20, "group_distance": 2.0},
         edit={"method": "channel-located"},
     )
@@ -296,7 +297,7 @@ def test_real_checkpoints_run_with_plain_text(tmp_path: Path, name: str) -> None
             "model": str(SHARED / "models" / name),
             "concepts": [{"name": "things", "words": ["dog", "tree", "ball"], "strength": 1.0}],
             "decompose": {"channels": 1, "words_only": False},
-            "select": {"top": 5, "share": 0.2, "support": 0.5},
+            "select": {"top": 5, "share": 0.2, "fdr": 0.5},
             "edit": {"self_text": 2000},
             "evaluate": {
                 "text": str(SHARED / "corpora" / "tinystories_1000.json"),

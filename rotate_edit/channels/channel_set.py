@@ -32,6 +32,8 @@ TABLE = "channels.parquet"
 VECTORS = "vectors.safetensors"
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 FIGURES = ("kurtosis", "skewness", "cosine", "loss", "support")
+TESTED = "p_value"
+"""The column that sets of earlier versions do not have."""
 ROW_GROUP = 1 << 17
 LARGEST_MANIFEST = 50_000_000
 
@@ -56,6 +58,8 @@ class Channel:
         loss: The value of the objective that was reached.
         support: Mean z-score of the strongest tokens in the neuron's own projection, times `sign`.
         claimed: Number of tokens that this channel masked: they get a small weight in later searches.
+        p_value: How probable a channel of the concept with so much support is in a candidate drawn at random. None
+            where the channel was not tested for a concept.
         vector: The channel's vector with the neuron's norm, float32 [d_model]. None if the set was written without
             vectors.
     """
@@ -75,6 +79,7 @@ class Channel:
     loss: float
     support: float
     claimed: int
+    p_value: float | None = None
     vector: Tensor | None = None
 
     @property
@@ -130,7 +135,8 @@ def channel_size(channels: int, hidden_size: int, vectors: str | None = "bfloat1
 def channel_schema() -> "pyarrow.Schema":
     """Return the columns of channels.parquet.
 
-    `row` is the row of vectors.safetensors. The other columns are the fields of `Channel`.
+    `row` is the row of vectors.safetensors. The other columns are the fields of `Channel`. `expert` and `p_value` may
+    be null.
     """
     import pyarrow
 
@@ -145,6 +151,7 @@ def channel_schema() -> "pyarrow.Schema":
             *(pyarrow.field(name, kind) for name, kind in lists),
             *(pyarrow.field(name, real) for name in ("kurtosis", "skewness", "cosine", "loss", "support")),
             pyarrow.field("claimed", whole),
+            pyarrow.field(TESTED, pyarrow.float64()),
         ]
     )
 
@@ -307,7 +314,8 @@ def open_channels(folder: Path) -> ChannelSet:
             raise BadInput(f"{folder.name}/{name} is damaged: its size is not the one that {MANIFEST} states.")
     with _opened(found) as table:
         columns, rows = table.schema.to_arrow_schema().remove_metadata(), table.metadata.num_rows
-        if columns != channel_schema() or rows != found.channels:
+        known = [field for field in channel_schema() if field.name != TESTED or TESTED in columns.names]
+        if list(columns) != known or rows != found.channels:
             raise BadInput(f"{folder.name}/{TABLE} does not have the columns and rows that {MANIFEST} states.")
     if found.vectors is not None:
         stored = read_header(folder / VECTORS).tensors.get("vectors")
@@ -515,7 +523,7 @@ def _channels(found: ChannelSet, table: "pyarrow.Table", vectors: bool) -> list[
     damaged = BadInput(f"{found.folder.name}/{TABLE} holds a row that is no channel.")
     for entry in entries:
         sizes = {None if entry[key] is None else len(entry[key]) for key in ("token_ids", "tokens", "z_scores")}
-        if len(sizes) > 1 or any(value is None for key, value in entry.items() if key != "expert"):
+        if len(sizes) > 1 or any(value is None for key, value in entry.items() if key not in ("expert", TESTED)):
             raise damaged
         for key in ("token_ids", "tokens", "z_scores"):
             entry[key] = tuple(entry[key])

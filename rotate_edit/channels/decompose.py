@@ -61,6 +61,7 @@ def decompose_neurons(
     settings: SolverSettings,
     *,
     tilt: Callable[[int, str], Tensor] | None = None,
+    vectors: Tensor | None = None,
     progress: Report | None = None,
 ) -> list[Channel]:
     """Search the channels of some neurons in memory.
@@ -74,6 +75,7 @@ def decompose_neurons(
         settings: The solver's settings.
         tilt: Function of layer and matrix that gives a direction, float32 [d_model], towards which one more start
             leans.
+        vectors: Vectors that are searched in place of the neurons' own, float32 [neurons, d_model].
         progress: Function called with "decompose", the number of finished neurons and the number of all.
 
     Returns:
@@ -102,7 +104,7 @@ def decompose_neurons(
         chosen = [neurons[place] for place in places]
         first, matrix = chosen[0]
         found = find_rows(
-            _read_neurons(checkpoint, chosen),
+            _read_neurons(checkpoint, chosen) if vectors is None else vectors[places],
             projections.of(first.layer, matrix),
             settings,
             [neuron_seed(checkpoint, settings, neuron) for neuron, _ in chosen],

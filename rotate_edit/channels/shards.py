@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from rotate_edit.channels.channel_set import DTYPES, channel_schema
+from rotate_edit.channels.channel_set import DTYPES, TESTED, channel_schema
 from rotate_edit.channels.solver import SolverSettings, find_channels
 from rotate_edit.errors import BadInput, Failure
 from rotate_edit.files import write_atomically
@@ -439,6 +439,7 @@ def _shard_table(found: dict[str, Tensor], shard: Shard, words: "pyarrow.Array",
         "matrix": pyarrow.array([shard.matrix] * count, pyarrow.string()),
         **{name: pyarrow.array(found[name].numpy()) for name in ("neuron", *WHOLE, *NUMBERS)},
         **{name: pyarrow.ListArray.from_arrays(offsets, values) for name, values in lists.items()},
+        TESTED: pyarrow.nulls(count, pyarrow.float64()),
     }
     schema = channel_schema()
     return pyarrow.Table.from_arrays([columns[name] for name in schema.names], schema=schema)

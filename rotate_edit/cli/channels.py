@@ -165,10 +165,11 @@ def print_channels(found: Iterable[Any], as_json: bool) -> None:
             entry = {key: value for key, value in vars(channel).items() if key != "vector"}
             click.echo(json.dumps({"name": channel.name, **entry}))
         return
-    columns = ["channel", "support", "kurtosis", "cosine", "strongest tokens"]
+    columns = ["channel", "support", "p", "kurtosis", "cosine", "strongest tokens"]
     rows = []
     for channel in found:
-        figures = [f"{channel.support:.1f}", f"{channel.kurtosis:.1f}", f"{channel.cosine:.2f}"]
+        tested = "–" if channel.p_value is None else f"{channel.p_value:.2g}"
+        figures = [f"{channel.support:.1f}", tested, f"{channel.kurtosis:.1f}", f"{channel.cosine:.2f}"]
         rows.append([channel.name, *figures, " ".join(plain(token.strip()) for token in channel.tokens)])
     print_table(counted(len(rows), "channel"), columns, rows)
 

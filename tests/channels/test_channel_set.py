@@ -82,6 +82,26 @@ def test_a_set_is_read_back_as_it_was_written(tmp_path: Path, vectors: str | Non
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["a"]
 
 
+def test_a_p_value_is_kept_where_there_is_one(tmp_path: Path) -> None:
+    channels = [replace(channel(0), p_value=1e-60), channel(1)]
+    save_channels(channels, tmp_path / "a", base={}, settings={})
+    assert [one.p_value for one in load_channels(tmp_path / "a")] == [1e-60, None]
+
+
+def test_a_set_of_an_earlier_version_has_no_p_values(folder: Path) -> None:
+    import hashlib
+
+    import pyarrow.parquet
+
+    table = pyarrow.parquet.read_table(folder / TABLE).drop_columns("p_value")
+    pyarrow.parquet.write_table(table, folder / TABLE)
+    content, manifest = (folder / TABLE).read_bytes(), json.loads((folder / MANIFEST).read_text())
+    manifest["files"][TABLE] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    (folder / MANIFEST).write_text(json.dumps(manifest))
+    assert [one.p_value for one in load_channels(folder)] == [None] * 24
+    assert search_channels(folder, min_support=5.0)[0].p_value is None
+
+
 def test_an_empty_set_is_a_set(tmp_path: Path) -> None:
     save_channels([], tmp_path / "none", base={}, settings={})
     assert load_channels(tmp_path / "none") == []

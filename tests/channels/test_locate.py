@@ -19,9 +19,11 @@ from rotate_edit.channels.locate import (
     SearchSettings,
     Site,
     by_concept,
+    carries,
     choose_channels,
     concept_share,
     divide_tokens,
+    drawn_neurons,
     locate_concept,
     scan_sites,
     site_of,
@@ -36,7 +38,7 @@ from rotate_edit.vocabulary.projection import Projections, Vocabulary, Vocabular
 
 # Tokens 20 to 39 share a direction that some of the planted neurons hold (see small_checkpoint).
 PLANTED = torch.arange(20, 40)
-SEARCH = SearchSettings(SolverSettings(channels=1, rows=32), candidates=8, share=0.5, support=0.0)
+SEARCH = SearchSettings(SolverSettings(channels=1, rows=32), candidates=8, share=0.5, fdr=1.0)
 
 
 @pytest.fixture(scope="module")
@@ -125,39 +127,50 @@ def test_a_share_is_of_the_strongest_tokens() -> None:
     assert concept_share(channel_of(""), concept, 3) == 0
 
 
-def test_channels_are_chosen_by_share_group_and_support() -> None:
+def test_channels_are_chosen_by_share_group_and_p_value() -> None:
     concept, group = tokens(ids("dog", "cat", "bird")), ids("dog", "cat")
-    settings = SearchSettings(SolverSettings(), top=4, share=0.5, support=2.0)
+    settings = SearchSettings(SolverSettings(), top=4, share=0.5, fdr=0.1)
     those = {
-        "the concept's": channel_of("dog the"),
-        "another group first": channel_of("bird dog"),
-        "the group's first of the concept's": channel_of("the dog"),
-        "too few of its words": channel_of("the a dog"),
-        "little support": channel_of("dog cat", support=1.9),
-        "enough support": channel_of("cat dog", support=2.0),
+        "the concept's": channel_of("dog the", neuron=0, p_value=0.001),
+        "another group first": channel_of("bird dog", neuron=1, p_value=0.001),
+        "the group's first of the concept's": channel_of("the dog", neuron=2, p_value=0.002),
+        "too few of its words": channel_of("the a dog", neuron=3, p_value=0.001),
+        # Benjamini and Hochberg: three of six may have p-values up to 0.1 * 3 / 6.
+        "just enough": channel_of("cat dog", neuron=4, p_value=0.05, support=2.0),
+        "too little": channel_of("dog cat", neuron=5, p_value=0.09, support=1.9),
+        "not tested, in a chosen neuron": channel_of("dog cat", neuron=0, support=2.0),
+        "not tested, with less support": channel_of("dog cat", neuron=0, support=1.9),
+        "not tested, in another neuron": channel_of("dog cat", neuron=5, support=9.0),
     }
     chosen = choose_channels(tuple(those.values()), concept, group, settings)
     names = [name for name, seen in those.items() if any(seen is other for other in chosen)]
     # Two tokens are looked at, as many as the group has.
-    assert names == ["the concept's", "the group's first of the concept's", "enough support"]
-    every = choose_channels(tuple(those.values()), concept, group, replace(settings, share=0.0, support=0.0))
+    assert names == [
+        "the concept's", "the group's first of the concept's", "just enough", "not tested, in a chosen neuron",
+    ]  # fmt: skip
+    every = choose_channels(tuple(those.values()), concept, group, replace(settings, share=0.0, fdr=1.0))
     # With no share asked for a channel must still say the group's words first of the concept's, among so many.
     assert [name for name, seen in those.items() if any(seen is other for other in every)] == [
-        "the concept's", "the group's first of the concept's", "little support", "enough support",
-    ]  # fmt: skip
+        name for name in those if name not in ("another group first", "too few of its words")
+    ]
+    # More candidates leave less room for each.
+    more = [channel_of("the a", neuron=10 + place, p_value=1e-9) for place in range(100)]
+    few = choose_channels((*those.values(), *more), concept, group, settings)
+    assert [seen.neuron for seen in few] == [0, 2, 0]
+    assert choose_channels((), concept, group, settings) == ()
 
 
 def test_a_single_token_is_looked_for_among_two_and_many_among_as_many_as_are_wanted() -> None:
-    one, settings = tokens(ids("dog")), SearchSettings(SolverSettings(), top=10, share=0.5, support=0.0)
-    assert choose_channels([channel_of("the dog")], one, one.ids, settings)
-    assert not choose_channels([channel_of("the a dog")], one, one.ids, settings)
+    one, settings = tokens(ids("dog")), SearchSettings(SolverSettings(), top=10, share=0.5, fdr=1.0)
+    assert carries(channel_of("the dog"), one, one.ids, settings)
+    assert not carries(channel_of("the a dog"), one, one.ids, settings)
     many = tokens(torch.arange(2, 22))
     wide = channel_of(" ".join(WORDS[2:14]))
-    assert choose_channels([wide], many, many.ids, replace(settings, share=1.0))
+    assert carries(wide, many, many.ids, replace(settings, share=1.0))
     # Only `top` of them are looked at.
     mixed = replace(wide, token_ids=(*wide.token_ids[:3], *([0] * 9)))
-    assert not choose_channels([mixed], many, many.ids, replace(settings, share=1.0))
-    assert choose_channels([mixed], many, many.ids, replace(settings, share=1.0, top=3))
+    assert not carries(mixed, many, many.ids, replace(settings, share=1.0))
+    assert carries(mixed, many, many.ids, replace(settings, share=1.0, top=3))
 
 
 def test_tokens_are_divided_by_where_they_point(projections: Projections, vocabulary: Vocabulary) -> None:
@@ -191,7 +204,11 @@ def test_a_channel_search_finds_neurons_with_a_planted_direction(
     # Channels of the concept's own direction are numbered by the concept's place.
     asked = [seen for seen in found.channels if seen.index >= ASKED]
     assert {seen.index for seen in asked} == {3 * ASKED}
-    assert len(found.channels) - len(asked) == SEARCH.candidates
+    assert len(asked) == SEARCH.candidates
+    # Neurons that stand out are decomposed as well.
+    others = [seen for seen in found.channels if seen.index < ASKED]
+    assert {(seen.layer, seen.neuron) for seen in others} == {(seen.layer, seen.neuron) for seen in found.chosen}
+    assert all((seen.p_value is None) == (seen.index < ASKED) for seen in found.channels)
     # The neurons that were located hold more of the direction than those that were not.
     vectors = torch.cat([read_matrix(checkpoint, site.layer, "out") for site in sites])
     held = torch.nn.functional.cosine_similarity(vectors, centre[None], dim=1).abs()
@@ -214,6 +231,36 @@ def test_without_the_concepts_own_direction_or_a_search_less_is_done(
     assert torch.equal(common.scores[sites[0]], scanned.scores[sites[0]])
     assert [seen.index for seen in common.channels] == [0, 0, 0]
     assert sorted(seen.neuron for seen in common.channels) == common.candidates[sites[0]].tolist()
+    assert all(seen.p_value is not None for seen in common.channels)
+
+
+def test_drawn_neurons_are_the_same_whenever_asked_and_others_in_every_matrix(checkpoint: Checkpoint) -> None:
+    first, second = sites_of(checkpoint, ("in",))
+    drawn = drawn_neurons(checkpoint, 3)
+    assert torch.equal(drawn(first), drawn(first))
+    assert drawn(first).shape == read_matrix(checkpoint, 0, "in").shape
+    assert not torch.equal(drawn(first), drawn(second))
+    assert not torch.equal(drawn(first), drawn_neurons(checkpoint, 4)(first))
+
+
+def test_a_null_is_of_the_weights_the_words_and_the_settings(
+    checkpoint: Checkpoint, projections: Projections, vocabulary: Vocabulary, monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    sites = sites_of(checkpoint, ("out",))
+
+    def kept(ids: torch.Tensor, settings: SearchSettings, layers: list[Site]) -> int:
+        groups = divide_tokens(projections, vocabulary, tokens(ids), 2.0)
+        locate_concept(checkpoint, layers, projections, vocabulary, groups, settings)
+        return len(list((tmp_path / "rotate-edit").iterdir()))
+
+    assert kept(PLANTED, SEARCH, sites) == 1
+    # The rate is asked for after the search.
+    assert kept(PLANTED, replace(SEARCH, fdr=0.3), sites) == 1
+    assert kept(PLANTED[:-1], SEARCH, sites) == 2
+    assert kept(PLANTED, replace(SEARCH, share=0.4), sites) == 3
+    assert kept(PLANTED, SEARCH, sites[1:]) == 4
 
 
 def test_groups_are_told_by_their_concept() -> None:

@@ -119,7 +119,7 @@ def test_demo_model_inspect_edit_diff_verify_revert(shell: Shell, tmp_path: Path
         locate={"candidates": 60},
         decompose={"channels": 1},
         concepts=[{"name": "ships", "words": ["ship", "yacht", "schooner", "frigate", "sloop", "brig"], "strength": 2}],
-        select={"share": 0.3, "support": 1.5},
+        select={"share": 0.3, "fdr": 0.5},
         edit={"method": "channel-located"},
     )
     assert shell("edit", recipe, "--output", "made", "--adapter") == 0, shell.error

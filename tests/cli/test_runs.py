@@ -23,7 +23,7 @@ SMALL = {
     "concepts": [SHIPS],
     "locate": {"candidates": 40},
     "decompose": {"channels": 1},
-    "select": {"share": 0.3},
+    "select": {"share": 0.3, "fdr": 0.5},
     "edit": {"method": "channel-located"},
 }
 
@@ -100,7 +100,7 @@ def test_what_is_located_is_printed_and_nothing_is_written(shell: Shell, tmp_pat
     assert shell("locate", "r.yaml", "--json") == 0
     assert '"name": "L' in shell.out
     assert [path.name for path in tmp_path.iterdir()] == ["r.yaml"]
-    (tmp_path / "none.yaml").write_text(yaml.safe_dump(SMALL | {"model": "demo", "select": {"support": 1000.0}}))
+    (tmp_path / "none.yaml").write_text(yaml.safe_dump(SMALL | {"model": "demo", "select": {"fdr": 1e-9}}))
     assert shell("locate", "none.yaml") == 1
     assert "no channel carries the concepts" in shell.error
 

@@ -31,6 +31,7 @@ def recipe(**changes: Any) -> Recipe:
         "concepts": [words_of("dogs")],
         "locate": {"group_distance": 2.0, "candidates": 120},
         "decompose": {"channels": 1},
+        "select": {"fdr": 0.3},
         "edit": {"method": "channel-located"},
         "evaluate": {"items": "demo", "limit": 3},
     }
@@ -148,7 +149,7 @@ def test_an_interrupt_keeps_what_was_found(tmp_path: Path) -> None:
 
 def test_nothing_found_is_a_failure_and_no_texts_bad_input(tmp_path: Path, context: trials.SearchContext) -> None:
     with pytest.raises(Failure, match=r"found no neuron to change|no neuron is left"):
-        trials.try_settings(context, {"select.support": 99.0, "target": 0.1})
+        trials.try_settings(context, {"select.fdr": 1e-9, "target": 0.1})
     with pytest.raises(BadInput, match="nothing to search but the strength"):
         tune.search(recipe(edit={"method": "token-logits"}), tmp_path / "none", trials=1)
     with pytest.raises(BadInput, match="tune needs texts"):
