@@ -154,6 +154,28 @@ def find_tokens(
     )
 
 
+def described_words(tokens: TokenSet, texts: list[str]) -> list[list[str]]:
+    """Describe what became of each word of a concept.
+
+    Args:
+        tokens: The concept's tokens.
+        texts: Text of every token id (`token_texts`).
+
+    Returns:
+        For each word and each way in which it is followed a row: the word, the way, and its tokens with their ids. A
+        word stands in its first row only.
+    """
+    rows = []
+    for note in tokens.notes:
+        single = ", ".join(_with_id(index, texts) for index in note.tokens)
+        split = [" + ".join(_with_id(index, texts) for index in sequence) for sequence in note.sequences]
+        ways = [("token", single)] * bool(single) + [("sequence", one) for one in split]
+        if note.followed == "left out":
+            ways = [("left out", note.reason)]
+        rows += [[note.word if not place else "", *way] for place, way in enumerate(ways)]
+    return rows
+
+
 def sequence_starts(batch: Tensor, sequence: Sequence[int]) -> Tensor:
     """Find where a sequence of tokens begins.
 
@@ -271,6 +293,10 @@ def _written(form: str, tokenizer: Any, texts: list[str]) -> tuple[int, ...]:
 
 def _known(index: int, tokenizer: Any, texts: list[str]) -> bool:
     return index < len(texts) and bool(texts[index]) and index != tokenizer.unk_token_id
+
+
+def _with_id(index: int, texts: list[str]) -> str:
+    return f"{texts[index]!r} {index}"
 
 
 def _told(ids: Sequence[int], texts: list[str]) -> str:

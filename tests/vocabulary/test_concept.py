@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
 from tokenizers.decoders import ByteLevel
@@ -143,6 +143,7 @@ def naive_positions(
     return last, before
 
 
+@settings(deadline=None)
 @given(st.data())
 def test_sequences_are_found_as_by_a_naive_search(data: st.DataObject) -> None:
     width = data.draw(st.integers(1, 9))
