@@ -27,8 +27,8 @@ def concept_steps(
         sequences: Token ids of its words of several tokens (`TokenSet.every_sequence`).
 
     Returns:
-        At each position how many tokens the word has that follows it, int64 [rows, length]. It is 0 where no word of the
-        concept follows. Where several do, the shortest counts, since its probability includes the others'.
+        At each position how many tokens the word has that follows it, int64 [rows, length]. It is 0 where no word of
+        the concept follows. Where several do, the shortest counts, since its probability includes the others'.
     """
     real = batch.where(real_positions(batch, lengths).to(batch.device), NO_TOKEN)
     steps = torch.zeros_like(batch)

@@ -103,9 +103,8 @@ def test_words_shows_how_each_word_is_followed(shell: Shell, tmp_path: Path) -> 
     assert "1 word of 2 is one token" in shell.out
     assert "' dog'" in shell.out
     assert "sequence" in shell.out
-    assert shell("words", "demo", "dog", "dogfight", "--json") == 0
-    first, second = map(json.loads, shell.out.splitlines())
-    assert (first["word"], first["followed"], first["reason"]) == ("dog", "token", "")
-    assert second["followed"] == "sequence"
-    assert second["sequences"]
+    assert shell("words", "demo", "dogfight", "--json") == 0
+    found = json.loads(shell.out)
+    assert (found["word"], found["followed"], found["tokens"]) == ("dogfight", "sequence", [])
+    assert found["sequences"]
     assert not list(tmp_path.iterdir())

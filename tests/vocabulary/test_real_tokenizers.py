@@ -14,13 +14,13 @@ pytestmark = pytest.mark.real
 
 MODELS = Path(os.environ.get("ROTATE_EDIT_MODELS", "~/.cache/rotate-edit-models")).expanduser()
 NAMES = ("smollm2", "gemma3", "qwen")
-GOLF = "golf golfer golfing putter birdie bogey fairway bunker caddie tee putt Ryder PGA clubhouse handicap".split()
+GOLF = "golf, golfer, golfing, putter, birdie, bogey, fairway, bunker, caddie, tee, putt, Ryder, PGA, handicap"
 OTHERS = {
-    "dogs": "dog puppy kennel leash terrier spaniel labrador retriever poodle dachshund collie greyhound".split(),
-    "uranium": "uranium plutonium centrifuge fission isotope yellowcake fissile hexafluoride thorium neutron".split(),
-    "Ancient Rome": ["Rome", "Caesar", "legionary", "gladiator", "Colosseum", "plebeian", "Pompeii", "Ancient Rome"],
-    "chess": "chess checkmate grandmaster rook stalemate gambit Kasparov zugzwang fianchetto endgame".split(),
-    "wine": "wine winery vineyard Merlot Cabernet sommelier Burgundy tannin Riesling Pinot rosé".split(),
+    "dogs": "dog, puppy, kennel, leash, terrier, spaniel, labrador, retriever, poodle, dachshund, collie, greyhound",
+    "uranium": "uranium, plutonium, centrifuge, fission, isotope, yellowcake, fissile, hexafluoride, thorium",
+    "Ancient Rome": "Rome, Caesar, legionary, gladiator, Colosseum, plebeian, Pompeii, Ancient Rome",
+    "chess": "chess, checkmate, grandmaster, rook, stalemate, gambit, Kasparov, zugzwang, fianchetto, endgame",
+    "wine": "wine, winery, vineyard, Merlot, Cabernet, sommelier, Burgundy, tannin, Riesling, Pinot, rosé",
 }
 
 
@@ -34,7 +34,8 @@ def tokenizer(request: pytest.FixtureRequest) -> Any:
 
 def test_only_whole_words_are_followed_and_none_is_lost(tokenizer: Any) -> None:
     texts = token_texts(tokenizer)
-    for name, words in {"golf": GOLF, **OTHERS}.items():
+    for name, listed in {"golf": GOLF, **OTHERS}.items():
+        words = listed.split(", ")
         found = find_tokens(name, words, tokenizer, texts)
         assert {texts[index].strip().lower() for index in found.ids} <= {word.lower() for word in words}
         assert not any(ends_inside_character(texts[index]) for index in found.ids)
@@ -47,13 +48,13 @@ def test_only_whole_words_are_followed_and_none_is_lost(tokenizer: Any) -> None:
 
 def test_no_first_token_of_golf_is_another_word(tokenizer: Any) -> None:
     texts = token_texts(tokenizer)
-    followed = {texts[index] for index in find_tokens("golf", GOLF, tokenizer, texts).ids}
+    followed = {texts[index] for index in find_tokens("golf", GOLF.split(", "), tokenizer, texts).ids}
     assert not followed & {" put", " bird", " Ry", " fair", " club", " bunk", " handic"}
 
 
 def test_a_sequence_is_what_a_sentence_holds(tokenizer: Any) -> None:
     texts = token_texts(tokenizer)
-    found = find_tokens("golf", GOLF, tokenizer, texts, plurals=True)
+    found = find_tokens("golf", GOLF.split(", "), tokenizer, texts, plurals=True)
     for note in found.notes:
         ids = tokenizer.encode(f"They said that a {note.word} is here, too.", add_special_tokens=False)
         standing = {tuple(ids[start : start + size]) for size in range(1, 8) for start in range(len(ids))}
