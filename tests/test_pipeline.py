@@ -294,7 +294,7 @@ def test_real_checkpoints_run_with_plain_text(tmp_path: Path, name: str) -> None
     words = parse_recipe(
         {
             "model": str(SHARED / "models" / name),
-            "concepts": [{"name": "things", "words": ["dog", "tree", "ball"], "strength": 1.0}],
+            "concepts": [{"name": "things", "words": ["mom", "friend", "dog"], "strength": 1.0}],
             "decompose": {"channels": 1, "words_only": False},
             "select": {"top": 5, "share": 0.2, "support": 0.5},
             "edit": {"self_text": 2000},

@@ -245,7 +245,8 @@ def group_tokens(rows: Tensor, ids: Tensor, distance: float) -> list[Tensor]:
 def _note(word: str, tokenizer: Any, texts: list[str], plurals: bool) -> WordNote:
     tokens: set[int] = set()
     sequences: dict[tuple[int, ...], None] = {}
-    spellings = [word, plural(word)] if plurals else [word]
+    # The plural is English.
+    spellings = [word, plural(word)] if plurals and not has_no_case(word[:1]) else [word]
     usual = [_written(_usual(spelling), tokenizer, texts) for spelling in spellings]
     if not usual[0]:
         return WordNote(word, "left out", (), (), "cannot be written with the tokens of this model")
