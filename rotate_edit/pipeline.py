@@ -33,7 +33,7 @@ from rotate_edit.reporting.reproduce import (
     read_reproduction,
     write_reproduction,
 )
-from rotate_edit.session import Session, missed_goals, open_session
+from rotate_edit.session import Session, Tell, missed_goals, open_session, untold
 
 FORMAT = 1
 
@@ -66,7 +66,13 @@ class Run:
 
 
 def run(
-    recipe: Recipe, output: Path, *, overwrite: bool = False, allow_code: bool = False, report: Report = silent
+    recipe: Recipe,
+    output: Path,
+    *,
+    overwrite: bool = False,
+    allow_code: bool = False,
+    report: Report = silent,
+    tell: Tell = untold,
 ) -> dict[str, Any]:
     """The whole pipeline. It leaves a run folder.
 
@@ -76,6 +82,7 @@ def run(
         overwrite: Replace a folder that exists.
         allow_code: Let the definitions of the items run code that they bring along.
         report: Is told how far it is.
+        tell: Is told what the user should know of the words, before anything long begins.
 
     Returns:
         The content of its evaluation.json.
@@ -86,7 +93,7 @@ def run(
             no checkpoint.
     """
     check_output_free(output, overwrite=overwrite)
-    session = open_session(recipe, output=output, allow_code=allow_code)
+    session = open_session(recipe, output=output, allow_code=allow_code, tell=tell)
     with whole_folder(output, overwrite=overwrite) as folder:
         going = Run(session, folder, report)
         write_atomically(folder / "recipe.yaml", recipe_text(recipe))
@@ -114,6 +121,7 @@ def edit_only(
     adapter: bool = False,
     overwrite: bool = False,
     report: Report = silent,
+    tell: Tell = untold,
 ) -> tuple[Edit, list[str]]:
     """Locate and edit without evaluating. It leaves recipe.yaml, channels/, edit/ and what was asked for.
 
@@ -124,16 +132,17 @@ def edit_only(
         adapter: Whether the LoRA adapter is written.
         overwrite: Replace a folder that exists.
         report: Is told how far it is.
+        tell: Is told what the user should know of the words, before anything long begins.
 
     Returns:
-        The edit, and what the user should know about the words and about what was written.
+        The edit, and what the user should know about what was written.
 
     Raises:
         BadInput: Something cannot work. Nothing was written.
         Failure: Nothing was located, or no strength reaches the goal.
     """
     check_output_free(output, overwrite=overwrite)
-    session = open_session(recipe, output=output, measured=False)
+    session = open_session(recipe, output=output, measured=False, tell=tell)
     if session.seeks_strengths:
         # What the model writes itself comes first, since it may not be enough.
         _ = session.items
@@ -147,7 +156,7 @@ def edit_only(
         _save_channels(session, groups, folder)
         saved = _save_edit(session, edit, folder, checkpoint=checkpoint, adapter=adapter)
         write_cards(folder)
-    return edit, session.warnings + missed_goals(solved) + saved["warnings"]
+    return edit, missed_goals(solved) + saved["warnings"]
 
 
 def repeat(
@@ -365,22 +374,22 @@ def with_save(recipe: Recipe, **changes: Any) -> Recipe:
 
 
 def locate_channels(
-    recipe: str | Path, report: Report = silent
-) -> tuple[dict[str, tuple[int, list[Channel]]], list[str]]:
+    recipe: str | Path, report: Report = silent, tell: Tell = untold
+) -> dict[str, tuple[int, list[Channel]]]:
     """Which channels carry a recipe's concepts. Nothing is written.
 
     Args:
         recipe: The file or the bundled name of a recipe.
         report: Is told how far the search is.
+        tell: Is told what the user should know of the words, before anything long begins.
 
     Returns:
-        By concept how many groups its tokens fall into, and the channels that carry it. And what the user should know
-        about the words.
+        By concept how many groups its tokens fall into, and the channels that carry it.
 
     Raises:
         Failure: No channel carries any of the concepts.
     """
-    session = open_session(recipe)
+    session = open_session(recipe, tell=tell)
     groups = session.locate_channels(report)
     if not any(group.chosen for group in groups):
         raise Failure(
@@ -390,4 +399,4 @@ def locate_channels(
     for name, own in by_concept(groups).items():
         chosen = {channel.name: channel for group in own for channel in group.chosen}
         found[name] = (len(own), list(chosen.values()))
-    return found, session.warnings
+    return found

@@ -5,7 +5,7 @@ This module and `pipeline` read the recipe. Everything below them is given tenso
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -68,8 +68,19 @@ from rotate_edit.vocabulary.projection import (
     read_vocabulary,
 )
 
+# Is told what the user should know before anything long begins, one sentence each.
+Tell = Callable[[Sequence[str]], None]
+
 # Divisions of a concept into groups that `group_distance: auto` tries; the first keeps it whole.
 GROUP_DISTANCES = (2.0, 0.7, 0.5)
+
+
+def untold(sentences: Sequence[str]) -> None:
+    """Ignore what the user should know.
+
+    Args:
+        sentences: What it is.
+    """
 
 
 @dataclass(frozen=True)
@@ -382,14 +393,15 @@ class Session:
         texts = list(self.vocabulary.texts)
 
         def ids_of(where: str, words: Sequence[str], plurals: bool = False) -> Tensor:
-            return find_tokens(where, list(words), self.tokenizer, texts, plurals=plurals).ids
+            return find_tokens(where, list(words), self.tokenizer, texts, plurals=plurals, required=False).ids
 
         protected = [ids_of("protect", [entry] if isinstance(entry, str) else entry) for entry in self.recipe.protect]
         kept: dict[str, list[Tensor]] = {}
         for concept, tokens in zip(self.recipe.concepts, self.tokens):
             words = [ids_of(f"{concept.name}.keep", [word], concept.plurals) for word in concept.keep]
             others = [other.ids for other in self.tokens if other.name != concept.name]
-            kept[concept.name] = words + self.neighbours(concept, tokens.ids) + others + protected
+            every = words + self.neighbours(concept, tokens.ids) + others + protected
+            kept[concept.name] = [ids for ids in every if len(ids)]
         return kept
 
     def neighbours(self, concept: ConceptRecipe, own: Tensor) -> list[Tensor]:
@@ -700,7 +712,12 @@ def missed_goals(solved: Mapping[str, Solved]) -> list[str]:
 
 
 def open_session(
-    recipe: Recipe | str | Path, *, output: Path | None = None, measured: bool = True, allow_code: bool = False
+    recipe: Recipe | str | Path,
+    *,
+    output: Path | None = None,
+    measured: bool = True,
+    allow_code: bool = False,
+    tell: Tell = untold,
 ) -> Session:
     """Open everything that a recipe names.
 
@@ -710,6 +727,7 @@ def open_session(
             Without it only locating is.
         measured: Whether the edit is evaluated.
         allow_code: Let the definitions of the items run code that they bring along.
+        tell: Is told what the user should know of the words, and what was left out.
 
     Raises:
         BadInput: Something cannot work. Nothing was written.
@@ -739,10 +757,26 @@ def open_session(
         find_tokens(concept.name, concept.words, tokenizer, texts, plurals=concept.plurals)
         for concept in recipe.concepts
     )
+    notes += tuple(_unkept(recipe, tokenizer, texts))
+    tell([*(warning for found in tokens for warning in found.warnings), *notes])
     items = _open_items(recipe, tokenizer, allow_code)
     if output is not None:
         _check_validation_texts(recipe, items)
     return Session(recipe, checkpoint, tokenizer, vocabulary, tokens, items, device, notes)
+
+
+def _unkept(recipe: Recipe, tokenizer: Any, texts: list[str]) -> Iterator[str]:
+    """One sentence for each list of words to be left alone that holds words of which no form is one token."""
+    protected = [word for entry in recipe.protect for word in ([entry] if isinstance(entry, str) else entry)]
+    lists = [("protect", protected, False)]
+    for concept in recipe.concepts:
+        lists.append((f"concepts.{concept.name}.keep", concept.keep, concept.plurals))
+        lists.append((f"concepts.{concept.name}.neighbour_words", concept.neighbour_words, concept.plurals))
+    for where, words, plurals in lists:
+        known = find_tokens(where, list(words), tokenizer, texts, plurals=plurals, required=False).words
+        lost = [word for word in words if word not in known]
+        if lost:
+            yield f"{where}: an edit cannot leave {', '.join(map(repr, lost))} alone, for want of a token of its own."
 
 
 def _check_validation_texts(recipe: Recipe, items: Items | None) -> None:

@@ -295,7 +295,7 @@ def test_real_checkpoints_run_with_plain_text(tmp_path: Path, name: str) -> None
     words = parse_recipe(
         {
             "model": str(SHARED / "models" / name),
-            "concepts": [{"name": "things", "words": ["dog", "tree", "ball"], "strength": 1.0}],
+            "concepts": [{"name": "things", "words": ["mom", "friend", "dog"], "strength": 1.0}],
             "decompose": {"channels": 1, "words_only": False},
             "select": {"top": 5, "share": 0.2, "fdr": 0.5},
             "edit": {"self_text": 2000},
@@ -307,8 +307,10 @@ def test_real_checkpoints_run_with_plain_text(tmp_path: Path, name: str) -> None
             },
         }
     )
-    result = pipeline.run(words, tmp_path / "run")
-    assert any("first token" in warning for warning in result["concepts"][0]["warnings"])
+    told: list[str] = []
+    result = pipeline.run(words, tmp_path / "run", tell=told.extend)
+    assert any("is split into" in warning for warning in result["concepts"][0]["warnings"])
+    assert set(result["concepts"][0]["warnings"]) <= set(told)
     assert (tmp_path / "run" / "model" / "model.safetensors").is_file()
     assert result["curves"]["things"]["silence-words"][0]["mass"]["value"] > 0
     # The items made from the text lie beside the numbers, in a folder that an evaluation can be given.

@@ -287,3 +287,30 @@ def test_an_edit_with_a_goal_and_items_without_validation_texts_writes_nothing(t
     with pytest.raises(BadInput, match=r"concepts\.dog\.remaining: the items hold no validation text"):
         pipeline.edit_only(wanted, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["items"]
+
+
+# Words.
+
+
+def test_words_are_told_of_before_the_items_are_read() -> None:
+    told: list[str] = []
+    unreadable = recipe(
+        "demo",
+        concepts=[{"name": "dogs", "words": ["dog", "dogfight"], "keep": ["dogfighter"], "strength": 2.0}],
+        protect=["violin", "violinmaker"],
+        evaluate={"text": "nowhere.txt"},
+    )
+    with pytest.raises(BadInput, match="nowhere"):
+        open_session(unreadable, tell=told.extend)
+    split, protected, keep = told
+    assert split.startswith("concept 'dogs': 'dogfight' is split into ' dog' + ")
+    assert protected == "protect: an edit cannot leave 'violinmaker' alone, for want of a token of its own."
+    assert keep.startswith("concepts.dogs.keep: an edit cannot leave 'dogfighter' alone")
+
+
+def test_a_word_to_keep_that_is_no_token_is_told_of_and_the_edit_is_built() -> None:
+    kept = recipe("demo", protect=["violinmaker"], edit={"method": "rank-one"})
+    session = open_session(kept)
+    assert any("violinmaker" in note for note in session.notes)
+    methods = (session.method,)
+    assert session.build(methods, session.locate(methods))["rank-one"].changes

@@ -65,7 +65,7 @@ def errors_in(content: dict[str, Any], counts: dict[str, Counter[str]], usable: 
         for word in [*words, *near]:
             total = sum(count[word] for count in counts.values())
             if word not in usable:
-                found.append(f"{name}: {word!r} stands for no token.")
+                found.append(f"{name}: {word!r} cannot be written.")
             if total < FEWEST_OCCURRENCES:
                 found.append(f"{name}: {word!r} occurs {total} times.")
         for split, count in counts.items():
@@ -75,10 +75,10 @@ def errors_in(content: dict[str, Any], counts: dict[str, Counter[str]], usable: 
 
 
 def usable_words(content: dict[str, Any], model: str) -> set[str]:
-    """The words of the file that the package follows to tokens of a model's tokenizer."""
+    """The words of the file that a model's tokenizer can write, as one token or as several."""
     tokenizer = load_tokenizer(model)
     words = [word for concept in content["concepts"] for word in [*concept["words"], *concept["neighbours"]]]
-    return set(find_tokens("all", words, tokenizer, token_texts(tokenizer)).words)
+    return {*words} - {*find_tokens("all", words, tokenizer, token_texts(tokenizer)).left_out}
 
 
 def table(content: dict[str, Any], counts: dict[str, Counter[str]]) -> str:

@@ -1,4 +1,4 @@
-"""The commands that look at neurons and channels: scan, decompose, channels, inspect."""
+"""The commands that look at a model, its neurons and channels: scan, decompose, channels, inspect, words."""
 
 import json
 from collections.abc import Iterable
@@ -190,4 +190,28 @@ def inspect(model: str, revision: str | None, as_json: bool) -> None:
     print_table(str(found["source"]), ["", ""], described(found))
 
 
-COMMANDS = (scan, decompose, channels, inspect)
+@click.command()
+@click.argument("model")
+@click.argument("words", nargs=-1, required=True)
+@options.revision
+@click.option("--plurals", is_flag=True, help="Also look up the plural of every word.")
+@options.as_json
+def words(model: str, words: tuple[str, ...], revision: str | None, plurals: bool, as_json: bool) -> None:
+    """Show how MODEL's tokenizer writes WORDS, and how a concept of these words is followed."""
+    from rotate_edit.models.checkpoint import load_tokenizer, open_checkpoint
+    from rotate_edit.vocabulary.concept import described_words, find_tokens, token_texts
+
+    checkpoint = open_checkpoint(model, revision)
+    tokenizer = load_tokenizer(checkpoint)
+    texts = token_texts(tokenizer)[: checkpoint.vocabulary_size]
+    found = find_tokens("words", list(words), tokenizer, texts, plurals=plurals, required=False)
+    if as_json:
+        for note in found.notes:
+            click.echo(json.dumps(vars(note)))
+        return
+    counts = counted(sum(note.followed == "token" for note in found.notes), "word")
+    title = f"{counts} of {len(found.notes)} {'is' if counts.startswith('1 ') else 'are'} one token"
+    print_table(title, ["word", "followed as", "tokens"], described_words(found, texts))
+
+
+COMMANDS = (scan, decompose, channels, inspect, words)

@@ -47,9 +47,10 @@ def run(
         options.print_estimate(f"a run of {Path(recipe).name}", *session.estimate(read), where)
         return
     with progress_bars() as report:
-        result = pipeline.run(read, where, overwrite=overwrite, allow_code=allow_code, report=report)
-    about_words = [text for concept in result["concepts"] for text in concept["warnings"]]
-    print_warnings(result["warnings"] + about_words + result["saved"]["warnings"])
+        result = pipeline.run(
+            read, where, overwrite=overwrite, allow_code=allow_code, report=report, tell=print_warnings
+        )
+    print_warnings(result["saved"]["warnings"])
     _print_summary(result)
     print_line(f"Report: {where / 'report.html'}")
 
@@ -93,8 +94,7 @@ def locate(recipe: str, as_json: bool) -> None:
     from rotate_edit.pipeline import locate_channels
 
     with progress_bars() as report:
-        found, warnings = locate_channels(recipe, report)
-    print_warnings(warnings)
+        found = locate_channels(recipe, report, tell=print_warnings)
     for name, (groups, chosen) in found.items():
         if not as_json:
             print_line(f"{name}: {counted(len(chosen), 'channel')} for {counted(groups, 'group')} of its tokens.")
@@ -140,8 +140,9 @@ def edit(
         return
     with progress_bars() as report:
         made, warnings = pipeline.edit_only(
-            read, where, checkpoint=not no_checkpoint, adapter=adapter, overwrite=overwrite, report=report
-        )
+            read, where, checkpoint=not no_checkpoint, adapter=adapter, overwrite=overwrite, report=report,
+            tell=print_warnings,
+        )  # fmt: skip
     print_warnings(warnings)
     rows = sum(len(change.rows) for change in made.changes if change.layer is None)
     vectors = counted(len(made.vectors), "neuron vector") if made.vectors or not rows else counted(rows, "token row")
@@ -169,7 +170,7 @@ def tune(recipe: str, output: Path | None, **how: Any) -> None:
     where = output or Path("runs") / f"tune-{Path(recipe).stem}"
     read = read_recipe(recipe)
     with progress_bars() as report:
-        record = search(read, where, report=report, **how)
+        record = search(read, where, report=report, tell=print_warnings, **how)
     _print_front(record)
     if record["interrupted"]:
         print_line("Interrupted: what was found is kept, and the same command goes on.", error=True)

@@ -35,7 +35,7 @@ from rotate_edit.search.trials import (
     references,
     try_settings,
 )
-from rotate_edit.session import Session, open_session
+from rotate_edit.session import Session, Tell, open_session, untold
 
 JOURNAL, RECORD, CHOSEN, FIGURE = "trials.journal", "front.json", "recipe.yaml", "front.png"
 STUDY = "rotate-edit tune"
@@ -111,6 +111,7 @@ def search(
     tokens: int = TOKENS,
     lm_eval: bool = False,
     report: Report = silent,
+    tell: Tell = untold,
 ) -> dict[str, Any]:
     """Try settings, and write the Pareto front and the chosen recipe.
 
@@ -125,6 +126,7 @@ def search(
         tokens: Of text for each trial.
         lm_eval: Also ask the edits of the Pareto front the recipe's items and tasks, a minute each.
         report: Receives the progress.
+        tell: Is told what the user should know of the words, before the search begins.
 
     Returns:
         The record, which is written to `output` too.
@@ -136,7 +138,7 @@ def search(
     import optuna
 
     checked_pick(pick)
-    session = open_session(recipe, output=output)
+    session = open_session(recipe, output=output, tell=tell)
     _own_folder(output, recipe_text(recipe), tokens)
     started = time.monotonic()
     context = prepare(session, tokens=tokens, report=report)

@@ -1,16 +1,44 @@
 """Concepts: from a name and words to the tokens of one vocabulary, and to groups of these tokens."""
 
-import re
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from rotate_edit.errors import BadInput
-from rotate_edit.vocabulary.tokens import decoder_of, is_byte_level
+from rotate_edit.models.batches import real_positions
+from rotate_edit.vocabulary.tokens import decoder_of, ends_inside_character, has_no_case, is_byte_level, piece_text
 
-MOST_OTHER_WORDS = 5
+# What a word is put between to see how it is split in running text. Special tokens are never written.
+AFTER = " and"
+BEFORE_SPACE = "the"
+BEFORE_WORD = "\n"
+NO_TOKEN = -1
+
+Followed = Literal["token", "sequence", "left out"]
+
+
+@dataclass(frozen=True)
+class WordNote:
+    """What became of one word in one vocabulary.
+
+    Attributes:
+        word: The word.
+        followed: "token" if the word as written is one token, "sequence" if it is several, "left out" if the vocabulary
+            cannot write it.
+        tokens: Ids of its forms that are one token, ascending.
+        sequences: Token ids of each of its forms that are several tokens.
+        reason: Why it is not one token, as the end of a sentence. Empty for a token.
+    """
+
+    word: str
+    followed: Followed
+    tokens: tuple[int, ...]
+    sequences: tuple[tuple[int, ...], ...]
+    reason: str
 
 
 @dataclass(frozen=True)
@@ -19,10 +47,12 @@ class TokenSet:
 
     Attributes:
         name: The concept's name.
-        ids: Token ids, int64 [n], ascending.
-        words: Token ids of each usable word.
-        left_out: Words that no token stands for.
-        warnings: One sentence for each word that was left out or is followed by its first token only.
+        ids: Ids of all forms of its words that are one token, int64 [n], ascending.
+        words: These ids by word. Words without any are not in it.
+        left_out: Words that the vocabulary cannot write.
+        warnings: One sentence for each word that as written is not one token.
+        sequences: Token ids of each form that is several tokens, by word. Words without any are not in it.
+        notes: What became of each word, in the order given.
     """
 
     name: str
@@ -30,6 +60,13 @@ class TokenSet:
     words: dict[str, tuple[int, ...]]
     left_out: tuple[str, ...]
     warnings: tuple[str, ...]
+    sequences: dict[str, tuple[tuple[int, ...], ...]] = field(default_factory=dict)
+    notes: tuple[WordNote, ...] = ()
+
+    @property
+    def every_sequence(self) -> tuple[tuple[int, ...], ...]:
+        """The sequences of all words, each once."""
+        return tuple(dict.fromkeys(sequence for found in self.sequences.values() for sequence in found))
 
 
 def token_texts(tokenizer: Any) -> list[str]:
@@ -48,10 +85,8 @@ def token_texts(tokenizer: Any) -> list[str]:
     pieces: list[str] = [""] * (max(tokenizer.get_vocab().values()) + 1)
     for piece, index in tokenizer.get_vocab().items():
         pieces[index] = piece
-    if is_byte_level(pieces, decoder_of(tokenizer)):
-        alphabet = _byte_alphabet()
-        return [_from_bytes(piece, alphabet) for piece in pieces]
-    return [piece.replace("\u2581", " ") for piece in pieces]
+    byte_level = is_byte_level(pieces, decoder_of(tokenizer))
+    return [piece_text(piece, byte_level) for piece in pieces]
 
 
 def plural(word: str) -> str:
@@ -63,66 +98,124 @@ def plural(word: str) -> str:
     Returns:
         The plural; the word itself if it has none.
     """
+    return _inflections().plural_noun(word) or word
+
+
+@lru_cache(maxsize=1)
+def _inflections() -> Any:
     import inflect
 
-    engine = inflect.engine()
-    return engine.plural_noun(word) or word
+    return inflect.engine()
 
 
 def find_tokens(
     name: str, words: list[str], tokenizer: Any, texts: list[str], *, plurals: bool = False, required: bool = True
 ) -> TokenSet:
-    """Find the token ids of a concept's words.
+    """Find the tokens of a concept's words, as the tokenizer writes them in the middle of a sentence.
 
-    Each word is looked up with and without a leading space, as written and capitalised. The tokenizer may split a word.
-    Such a word is followed by its first token if that token begins at most five other words of the vocabulary.
-    Otherwise it is left out.
+    Each word has several forms: as written and capitalised, with a leading space and without. A form without its space
+    is the inside of other words (*ant* in *giant*). So it counts only where it is capitalised or its script has no
+    upper and lower case.
+
+    A form that is one token is followed by that token. A capitalised form of a word that as written is several tokens
+    is not: it is mostly a name. A form that is several tokens is followed where all of them
+    stand together. Its first token alone is never followed, since that is often another word: *putter* begins with
+    ` put`. Nothing in a vocabulary tells such a word from a mere beginning.
 
     Args:
         name: The concept's name.
         words: The concept's words.
         tokenizer: A transformers tokenizer.
-        texts: Text of every token id (`token_texts`).
+        texts: Text of every token id (`token_texts`). Ids beyond its end have no row in the model.
         plurals: Whether each word is also looked up in the plural.
-        required: Whether at least one word must be usable.
+        required: Whether at least one form of a word must be one token.
 
     Returns:
-        The concept's tokens.
+        The concept's tokens and sequences.
 
     Raises:
-        BadInput: If `required` is True and no word is usable.
+        BadInput: If `required` is True and no form of any word is one token.
     """
-    index_of = {text: index for index, text in enumerate(texts) if text}
-    known: dict[str, tuple[int, ...]] = {}
-    left_out: list[str] = []
-    warnings: list[str] = []
-    for word in dict.fromkeys(words):
-        forms = [word, plural(word)] if plurals else [word]
-        ids = sorted({index for form in forms for index in _whole_tokens(form, index_of)})
-        if ids:
-            known[word] = tuple(ids)
-            continue
-        first = _first_token(word, tokenizer, texts)
-        others = _words_beginning_with(texts[first], texts) if first is not None else []
-        if first is not None and len(others) <= MOST_OTHER_WORDS:
-            known[word] = (first,)
-            warnings.append(
-                f"concept {name!r}: {word!r} is split by the tokenizer and is followed by its first token "
-                f"{texts[first]!r} only, which begins {len(others)} other words."
-            )
-        else:
-            left_out.append(word)
-            reason = "has no token of its own" if first is None else f"begins with {texts[first]!r} like many words"
-            warnings.append(
-                f"concept {name!r}: {word!r} is left out, because it is split by the tokenizer and {reason}."
-            )
-    if required and not known:
+    notes = tuple(_note(word, tokenizer, texts, plurals) for word in dict.fromkeys(words))
+    ids = sorted({index for note in notes for index in note.tokens})
+    if required and not ids:
         raise BadInput(
-            f"concept {name!r}: none of its words ({', '.join(words)}) is usable with this tokenizer; "
+            f"concept {name!r}: none of its words ({', '.join(words)}) is one token of this tokenizer; "
             "add words that are common enough to be tokens of their own."
         )
-    ids = sorted({index for found in known.values() for index in found})
-    return TokenSet(name, torch.tensor(ids, dtype=torch.int64), known, tuple(left_out), tuple(warnings))
+    return TokenSet(
+        name=name,
+        ids=torch.tensor(ids, dtype=torch.int64),
+        words={note.word: note.tokens for note in notes if note.tokens},
+        left_out=tuple(note.word for note in notes if note.followed == "left out"),
+        warnings=tuple(_warning(name, note, texts) for note in notes if note.followed != "token"),
+        sequences={note.word: note.sequences for note in notes if note.sequences},
+        notes=notes,
+    )
+
+
+def described_words(tokens: TokenSet, texts: list[str]) -> list[list[str]]:
+    """Describe what became of each word of a concept.
+
+    Args:
+        tokens: The concept's tokens.
+        texts: Text of every token id (`token_texts`).
+
+    Returns:
+        For each word and each way in which it is followed a row: the word, the way, and its tokens with their ids. A
+        word stands in its first row only.
+    """
+    rows = []
+    for note in tokens.notes:
+        single = ", ".join(_with_id(index, texts) for index in note.tokens)
+        split = [" + ".join(_with_id(index, texts) for index in sequence) for sequence in note.sequences]
+        ways = [("token", single)] * bool(single) + [("sequence", one) for one in split]
+        if note.followed == "left out":
+            ways = [("left out", note.reason)]
+        rows += [[note.word if not place else "", *way] for place, way in enumerate(ways)]
+    return rows
+
+
+def sequence_starts(batch: Tensor, sequence: Sequence[int]) -> Tensor:
+    """Find where a sequence of tokens begins.
+
+    Args:
+        batch: Token ids, int64 [rows, length].
+        sequence: The token ids that stand together, at least one.
+
+    Returns:
+        True at the first token of each place where the whole sequence stands, bool [rows, length].
+    """
+    starts = torch.zeros_like(batch, dtype=torch.bool)
+    places = batch.shape[1] - len(sequence) + 1
+    if places > 0:
+        windows = batch.unfold(1, len(sequence), 1)
+        starts[:, :places] = (windows == torch.tensor(sequence, device=batch.device)).all(dim=-1)
+    return starts
+
+
+def sequence_positions(
+    batch: Tensor, sequences: Iterable[Sequence[int]], lengths: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Find where words of several tokens stand.
+
+    Args:
+        batch: Token ids, int64 [rows, length].
+        sequences: Token ids of each word (`TokenSet.every_sequence`).
+        lengths: Number of real tokens in each row, int64 [rows]. What follows is padding. None if there is none.
+
+    Returns:
+        Two masks, bool [rows, length]. The first is True at the last token of each place where a whole sequence stands.
+        The second is True at the position before its first token. A sequence at the beginning of a row has none.
+    """
+    last, before = torch.zeros_like(batch, dtype=torch.bool), torch.zeros_like(batch, dtype=torch.bool)
+    if lengths is not None:
+        batch = batch.where(real_positions(batch, lengths).to(batch.device), NO_TOKEN)
+    for sequence in sequences:
+        starts = sequence_starts(batch, sequence)
+        last[:, len(sequence) - 1 :] |= starts[:, : batch.shape[1] - len(sequence) + 1]
+        before[:, :-1] |= starts[:, 1:]
+    return last, before
 
 
 def group_tokens(rows: Tensor, ids: Tensor, distance: float) -> list[Tensor]:
@@ -149,36 +242,76 @@ def group_tokens(rows: Tensor, ids: Tensor, distance: float) -> list[Tensor]:
     return sorted(groups, key=lambda group: (-len(group), int(group[0])))
 
 
-def _whole_tokens(word: str, index_of: dict[str, int]) -> list[int]:
-    spellings = {word, word[:1].upper() + word[1:]}
-    forms = [f"{space}{spelling}" for spelling in spellings for space in (" ", "")]
-    # A word without its space is the inside of other words ("ant" in "giant") unless it is capitalised.
-    return [index_of[form] for form in forms if form in index_of and (form[0] == " " or form[0].isupper())]
+def _note(word: str, tokenizer: Any, texts: list[str], plurals: bool) -> WordNote:
+    tokens: set[int] = set()
+    sequences: dict[tuple[int, ...], None] = {}
+    # The plural is English.
+    spellings = [word, plural(word)] if plurals and not has_no_case(word[:1]) else [word]
+    usual = [_written(_usual(spelling), tokenizer, texts) for spelling in spellings]
+    if not usual[0]:
+        return WordNote(word, "left out", (), (), "cannot be written with the tokens of this model")
+    for spelling, ids in zip(spellings, usual, strict=True):
+        for form in _forms(spelling):
+            found = _written(form, tokenizer, texts)
+            # A capitalised form alone is a name (*Blanch* of *Blanchett*) where the word as written is no token.
+            if len(found) == 1 and (len(ids) == 1 or form.strip() == spelling):
+                tokens.add(found[0])
+            elif len(found) > 1:
+                sequences[found] = None
+    whole = len(usual[0]) == 1
+    reason = "" if whole else f"is split into {_told(usual[0], texts)}"
+    return WordNote(word, "token" if whole else "sequence", tuple(sorted(tokens)), tuple(sequences), reason)
 
 
-def _first_token(word: str, tokenizer: Any, texts: list[str]) -> int | None:
-    frame = tokenizer.encode("the", add_special_tokens=False)
-    ids = tokenizer.encode(f"the {word}", add_special_tokens=False)
-    if ids[: len(frame)] != frame:
-        return None
-    for index in ids[len(frame) :]:
-        if texts[index].strip():
-            return index if texts[index].startswith(" ") else None
-    return None
+def _usual(spelling: str) -> str:
+    """How a word mostly stands in running text: behind a space where its script has upper and lower case."""
+    return spelling if has_no_case(spelling[:1]) else f" {spelling}"
 
 
-def _words_beginning_with(text: str, texts: list[str]) -> list[str]:
-    return [other for other in texts if other.startswith(text) and other != text and re.fullmatch(r" [^\W\d_]+", other)]
+def _forms(spelling: str) -> Iterator[str]:
+    """The forms of a spelling that are looked for, with and without a leading space."""
+    for form in dict.fromkeys([spelling, spelling[:1].upper() + spelling[1:]]):
+        yield f" {form}"
+        if form[:1].isupper() or has_no_case(form[:1]):
+            yield form
 
 
-def _byte_alphabet() -> dict[str, int]:
-    """The printable character that byte-level BPE writes for each byte, inverted (GPT-2's published alphabet)."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    rest = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(256 + place): byte for place, byte in enumerate(rest)}
+def _written(form: str, tokenizer: Any, texts: list[str]) -> tuple[int, ...]:
+    """The tokens of a form in running text. None where the vocabulary has no such token or it joins its neighbours."""
+    before = BEFORE_SPACE if form.startswith(" ") else BEFORE_WORD
+    start, frame, whole = (
+        tuple(tokenizer.encode(text, add_special_tokens=False))
+        for text in (before, before + AFTER, before + form + AFTER)
+    )
+    end = frame[len(start) :]
+    inside = whole[len(start) : len(whole) - len(end)]
+    if whole != start + inside + end or any(not _known(index, tokenizer, texts) for index in inside):
+        return ()
+    # Where the script has no case a space in front tells nothing.
+    skipped = next((place for place, index in enumerate(inside) if texts[index].strip()), 0)
+    return inside[skipped:] if has_no_case(form[1:2]) else inside
 
 
-def _from_bytes(piece: str, alphabet: dict[str, int]) -> str:
-    if not all(character in alphabet for character in piece):
-        return piece
-    return bytes(alphabet[character] for character in piece).decode("utf-8", errors="replace")
+def _known(index: int, tokenizer: Any, texts: list[str]) -> bool:
+    return index < len(texts) and bool(texts[index]) and index != tokenizer.unk_token_id
+
+
+def _with_id(index: int, texts: list[str]) -> str:
+    return f"{texts[index]!r} {index}"
+
+
+def _told(ids: Sequence[int], texts: list[str]) -> str:
+    if any(ends_inside_character(texts[index]) for index in ids):
+        return f"{len(ids)} tokens, some of them parts of a character"
+    return " + ".join(repr(texts[index]) for index in ids)
+
+
+def _warning(name: str, note: WordNote, texts: list[str]) -> str:
+    if note.followed == "left out":
+        return f"concept {name!r}: {note.word!r} is left out, because it {note.reason}."
+    others = ", ".join(repr(texts[index]) for index in note.tokens)
+    beside = f", and by {others}" if others else ""
+    return (
+        f"concept {name!r}: {note.word!r} {note.reason}; it is followed where these tokens stand together{beside}, "
+        "and not by the first of them alone."
+    )

@@ -5,6 +5,7 @@ This is maths only: tensors and token texts in, tensors out.
 
 import math
 import re
+import unicodedata
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,6 +25,8 @@ BYTE_PIECE = re.compile(r"^<0x([0-9A-F]{2})>$")
 CLEARLY = math.log(1.25)
 MAD_TO_DEVIATION = 1.4826
 NEVER_IN_UTF8 = frozenset([0xC0, 0xC1, *range(0xF5, 0x100)])
+WITHOUT_SPACES = ("CJK", "HIRAGANA", "KATAKANA", "BOPOMOFO", "THAI", "LAO", "KHMER", "MYANMAR", "TIBETAN", "JAVANESE")
+"""First words of the Unicode names of the letters of scripts that write no spaces between words."""
 
 
 def vocabulary_projection(matrix: Tensor, gain: Tensor | None = None, centred: bool = False) -> Tensor:
@@ -108,7 +111,10 @@ def words_mask(pieces: list[str], decoder: str = "") -> Tensor:
     A word begins where the piece carries the tokenizer's mark for a leading space. The mark is "Ġ" (byte-level BPE),
     "▁" (SentencePiece) or a space. A vocabulary without any such mark is taken for WordPiece. There a piece begins a
     word unless it carries the "##" of a continuation. Byte-level pieces are turned back into text first, so that
-    accented letters count as letters.
+    accented letters count as letters. So do the vowel signs of scripts such as Devanagari.
+
+    A piece of a script that writes no spaces (Chinese, Japanese, Thai ...) needs no mark. Korean, Arabic, Hebrew and
+    the scripts of India do write spaces. Their pieces without the mark are mostly endings, so they do not count.
 
     Args:
         pieces: The vocabulary's raw pieces by token id.
@@ -122,11 +128,49 @@ def words_mask(pieces: list[str], decoder: str = "") -> Tensor:
     marked = any(piece[:1] in marks for piece in pieces if len(piece) > 1)
 
     def is_word(piece: str) -> bool:
+        if marked and piece[:1] in marks:
+            return is_letters(piece_text(piece[1:], byte_level))
         if marked:
-            return piece[:1] in marks and _text(piece[1:], byte_level).isalpha()
-        return not piece.startswith("##") and piece.isalpha()
+            return writes_no_spaces(piece_text(piece, byte_level))
+        return not piece.startswith("##") and is_letters(piece)
 
     return torch.tensor([is_word(piece) for piece in pieces], dtype=torch.bool)
+
+
+def is_letters(text: str) -> bool:
+    """Tell whether a text is made of letters and of signs that belong to the letter before them.
+
+    Args:
+        text: The text.
+
+    Returns:
+        True if it begins with a letter and holds nothing else. Accents and vowel signs belong to letters.
+    """
+    return text[:1].isalpha() and all(sign.isalpha() or unicodedata.category(sign) in ("Mn", "Mc") for sign in text)
+
+
+def writes_no_spaces(text: str) -> bool:
+    """Tell whether a text is made of letters of a script that writes no spaces between words.
+
+    Args:
+        text: The text.
+
+    Returns:
+        True for Chinese, Japanese, Thai, Lao, Khmer, Burmese, Tibetan and Javanese letters alone.
+    """
+    return is_letters(text) and all(unicodedata.name(sign, "").startswith(WITHOUT_SPACES) for sign in text)
+
+
+def has_no_case(text: str) -> bool:
+    """Tell whether a text is made of letters that are neither upper nor lower case.
+
+    Args:
+        text: The text.
+
+    Returns:
+        True for words of Chinese, Japanese, Thai, Korean, Arabic, Hindi and other scripts without case.
+    """
+    return is_letters(text) and all(unicodedata.category(letter) in ("Lo", "Lm", "Mn", "Mc") for letter in text)
 
 
 def unused_tokens(pieces: list[str], decoder: str = "") -> Tensor:
@@ -230,8 +274,32 @@ def _byte_alphabet() -> dict[int, str]:
 _BYTE_OF_LETTER = {letter: byte for byte, letter in _byte_alphabet().items()}
 
 
-def _text(piece: str, byte_level: bool) -> str:
-    """Return the text of a piece; a byte-level piece that is not complete UTF-8 becomes the replacement character."""
-    if not byte_level or any(letter not in _BYTE_OF_LETTER for letter in piece):
+def piece_text(piece: str, byte_level: bool) -> str:
+    """Turn a raw piece of a vocabulary into the text that it stands for.
+
+    Args:
+        piece: The piece.
+        byte_level: Whether it is written in the byte-level alphabet (`is_byte_level`).
+
+    Returns:
+        The text, with a space for the mark of a leading space. Bytes that are no complete UTF-8 become U+FFFD.
+    """
+    if not byte_level:
+        return piece.replace("\u2581", " ")
+    if any(letter not in _BYTE_OF_LETTER for letter in piece):
         return piece
     return bytes(_BYTE_OF_LETTER[letter] for letter in piece).decode("utf-8", errors="replace")
+
+
+def ends_inside_character(text: str) -> bool:
+    """Tell whether a token holds a part of a character only, so that it stands for no text by itself.
+
+    Args:
+        text: The token's text (`piece_text`).
+
+    Returns:
+        True if the text ends in bytes that are no complete UTF-8, or is a byte of SentencePiece beyond ASCII such as
+        `<0xE4>`.
+    """
+    byte = BYTE_PIECE.match(text)
+    return text.endswith("\ufffd") or (byte is not None and int(byte.group(1), 16) >= 0x80)

@@ -1,4 +1,4 @@
-"""The commands that look at neurons and channels: scan, decompose, channels, inspect."""
+"""The commands that look at a model, its neurons and channels: scan, decompose, channels, inspect, words."""
 
 import json
 from pathlib import Path
@@ -96,3 +96,15 @@ def test_a_model_that_does_not_fit_is_refused_before_it_is_read(shell: Shell, tm
     assert "time" in shell.out
     assert "GB of memory" in shell.error
     assert [path.name for path in tmp_path.iterdir()] == ["huge"]
+
+
+def test_words_shows_how_each_word_is_followed(shell: Shell, tmp_path: Path) -> None:
+    assert shell("words", "demo", "dog", "dogfight", "--plurals") == 0
+    assert "1 word of 2 is one token" in shell.out
+    assert "' dog'" in shell.out
+    assert "sequence" in shell.out
+    assert shell("words", "demo", "dogfight", "--json") == 0
+    found = json.loads(shell.out)
+    assert (found["word"], found["followed"], found["tokens"]) == ("dogfight", "sequence", [])
+    assert found["sequences"]
+    assert not list(tmp_path.iterdir())

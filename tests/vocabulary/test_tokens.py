@@ -8,7 +8,9 @@ from hypothesis import strategies as st
 from rotate_edit.errors import BadInput
 from rotate_edit.vocabulary.tokens import (
     HIGH_NORM_WEIGHT,
+    ends_inside_character,
     frequency_direction,
+    piece_text,
     token_weights,
     undertrained_tokens,
     unused_tokens,
@@ -73,6 +75,20 @@ def test_words_begin_with_a_space_and_are_letters():
     assert words_mask(pieces).nonzero()[:, 0].tolist() == [0, 4]
     word_piece = ["dog", "##s", "[CLS]", "2"]
     assert words_mask(word_piece).tolist() == [True, False, False, False]
+
+
+def test_pieces_of_scripts_without_spaces_are_words_without_the_mark():
+    pieces = ["▁dog", "数据", "これから", "ติดต่อ", "ตั", "ั", "数据a", "골프", "▁골프", "كلب", "▁كلب", "▁हमेशा", "हमेशा"]
+    counted = [piece for piece, word in zip(pieces, words_mask(pieces).tolist(), strict=True) if word]
+    assert counted == ["▁dog", "数据", "これから", "ติดต่อ", "ตั", "▁골프", "▁كلب", "▁हमेशा"]
+    # The last two are 的 and its first two bytes, as byte-level BPE writes them.
+    assert words_mask(["Ġdog", "dog", "çļĦ", "çļ"]).tolist() == [True, False, True, False]
+
+
+def test_a_part_of_a_character_is_told_from_whole_ones():
+    whole = ["dog", " café", "的", "<0x41>", ""]
+    assert not any(ends_inside_character(text) for text in whole)
+    assert all(ends_inside_character(text) for text in ["<0xE4>", piece_text("çļ", True), piece_text("Ġç", True)])
 
 
 def test_unused_tokens_are_known_from_their_pieces():
