@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any
 
 from rotate_edit.console import Report, silent
-from rotate_edit.edits.apply import applied
+from rotate_edit.edits.apply import applied, first_changed_layer
 from rotate_edit.edits.edit import Edit
 from rotate_edit.evaluation import measures
 from rotate_edit.evaluation.statistics import Measure
@@ -44,7 +44,8 @@ def draw(
         report("curves", number, len(edits))
         curve = []
         if edit.does_something:
-            curve = measures.removal_curve(model, known, wanted, partial(_switched_on, model, edit))
+            own = known.starting_at(first_changed_layer(model, edit))
+            curve = measures.removal_curve(model, own, wanted, partial(_switched_on, model, edit))
         points[method] = [_plain(point) for point in curve]
     report("curves", len(edits), len(edits))
     return points

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from rotate_edit.edits.apply import applied
+from rotate_edit.edits.apply import applied, first_changed_layer
 from rotate_edit.edits.edit import Edit
 from rotate_edit.edits.strength import BISECTIONS, STRONGEST, Goal, cross
 from rotate_edit.errors import Failure
@@ -35,6 +35,7 @@ def solve_strength(model: Any, known: Reference, edit: Edit, goal: Goal) -> floa
     """
     if goal.kind == "strength":
         return goal.value
+    known = known.starting_at(first_changed_layer(model, edit))
     measured, falling = _MEASURES[goal.kind](model, known, edit), goal.kind == "remaining"
     found = cross(measured, goal.value, falling=falling)
     if goal.kind == "budget":
@@ -98,4 +99,4 @@ def cost_of_removal(model: Any, known: Reference, edit: Edit, remaining: float) 
         strength = solve_strength(model, known, edit, Goal("remaining", remaining))
     except Failure:
         return math.inf
-    return _damage(model, known, edit)(strength)
+    return _damage(model, known.starting_at(first_changed_layer(model, edit)), edit)(strength)
