@@ -126,7 +126,8 @@ def variants(
     size = concept @ head.size(own.residual).double() / concept.sum()
     start = (size * key(second, mean), direction)
     (fitted,) = fit_change(
-        whitened(own, ridge=RIDGE), output_head, predicted(own, output_head), start, aim, proximal_weight=0.0, seed=0, steps=steps
+        whitened(own, ridge=RIDGE), output_head, predicted(own, output_head), start, aim, proximal_weight=0.0,
+        seed=0, steps=steps,
     )  # fmt: skip
     left, right = fitted.factors(METHOD.settings["rank"])
     found[OURS] = -(left.double() @ right.double())

@@ -20,23 +20,25 @@ import torch
 import yaml
 
 from rotate_edit import parse_recipe, read_recipe
-from rotate_edit.pipeline import run
+from rotate_edit.errors import Failure
+from rotate_edit.pipeline import edit_only, run
 
 # What is looked up in the profile: a line of the table, and the functions (file, name) whose time it adds up. A line
 # that begins with a dash is a part of the line before it.
 STEPS: Sequence[tuple[str, Sequence[tuple[str, str]]]] = (
     ("open and load", (("session.py", "open_session"), ("checkpoint.py", "load_model"))),
-    ("locate", (("pipeline.py", "_locate"),)),
-    ("build the edits", (("pipeline.py", "_build"),)),
+    ("locate", (("session.py", "locate"),)),
+    ("build the edits", (("session.py", "build"),)),
     ("- the model writes text", (("self_text.py", "self_text"),)),
     ("- moments of activations", (("key_moments.py", "key_moments"), ("key_moments.py", "last_moments"))),
     ("- positions of the last layer", (("output_head.py", "positions"),)),
     ("- whitening", (("low_rank.py", "whitened"),)),
+    ("- predictions at these positions", (("output_head.py", "predicted"),)),
     ("- related tokens", (("low_rank.py", "related_tokens"),)),
     ("- the low-rank fit", (("low_rank.py", "fit_change"),)),
-    ("strengths", (("pipeline.py", "_solve"),)),
+    ("strengths", (("session.py", "strengths"),)),
     ("curves", (("pipeline.py", "_draw_curves"),)),
-    ("save", (("pipeline.py", "_save"),)),
+    ("save", (("pipeline.py", "_save_edit"),)),
     ("evaluate", (("pipeline.py", "_evaluate"),)),
     ("- lm-eval's items", (("harness.py", "score"),)),
     ("- texts that both models write", (("generation.py", "generate"),)),
@@ -52,7 +54,7 @@ def changed(content: dict[str, Any], settings: Mapping[str, Any]) -> dict[str, A
     return merged
 
 
-def profiled(recipe: Path, settings: Mapping[str, Any]) -> dict[str, float]:
+def profiled(recipe: Path, settings: Mapping[str, Any], *, alone: bool) -> dict[str, float]:
     """Run a recipe once and return the seconds of each step, and of all (also as processor time, over all threads)."""
     parsed = read_recipe(recipe)
     if settings:
@@ -62,7 +64,10 @@ def profiled(recipe: Path, settings: Mapping[str, Any]) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
         os.environ["XDG_CACHE_HOME"] = folder
         started, before = time.monotonic(), time.process_time()
-        profile.runcall(run, parsed, Path(folder) / "run")
+        try:
+            profile.runcall(edit_only if alone else run, parsed, Path(folder) / "run")
+        except Failure as error:
+            print(error)
         total, processor = time.monotonic() - started, time.process_time() - before
     found: dict[tuple[str, str], float] = {}
     for (file, _, name), (*_, inclusive, _) in pstats.Stats(profile).stats.items():  # type: ignore[attr-defined]
@@ -87,12 +92,13 @@ def main() -> None:
     parser.add_argument("recipe", type=Path)
     parser.add_argument("--label", required=True, help="the column's heading")
     parser.add_argument("--settings", default="{}", help="YAML of settings that the recipe gets")
+    parser.add_argument("--edit", action="store_true", help="edit alone, without evaluating")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--output", type=Path, required=True, help="without its ending: .json and .md are written")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     settings = yaml.safe_load(options.settings)
-    seconds = profiled(options.recipe, settings)
+    seconds = profiled(options.recipe, settings, alone=options.edit)
     file = options.output.with_suffix(".json")
     columns = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
     columns[options.label] = {

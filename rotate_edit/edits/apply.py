@@ -58,8 +58,8 @@ def first_changed_layer(model: torch.nn.Module, edit: Edit) -> int:
         edit: The edit.
 
     Returns:
-        The index of the layer. 0 where the edit changes what enters the first layer. The last layer where it changes the
-        head alone, or nothing.
+        The index of the layer. 0 where the edit changes what enters the first layer. The last layer where it changes
+        the head alone, or nothing.
     """
     layers = [model.config.get_text_config().num_hidden_layers - 1]  # type: ignore[operator,union-attr]
     layers += [clamp.layer for clamp in edit.clamps]

@@ -139,7 +139,10 @@ class _Cut:
 
     def log_probabilities(self, normed: Tensor, lift: Tensor) -> Tensor:
         """Log-probabilities of the tokens and of all others, [n, k + 1]; `lift` [n] makes up for their number."""
-        logits = self.logits(normed)
+        return self.normalised(self.logits(normed), lift)
+
+    def normalised(self, logits: Tensor, lift: Tensor) -> Tensor:
+        """The same from the logits that `logits` gives."""
         return torch.cat((logits[:, :-1], logits[:, -1:] + lift[:, None]), dim=1).log_softmax(-1)
 
 
@@ -286,9 +289,10 @@ def _draws(
         with torch.no_grad():
             logits = cut.logits(head.norm(chosen.residual))
             normaliser = known.normaliser[places.to(device)][:, None]
-            base = logits[:, :-1] - normaliser
-            rest = torch.log1p(-base.exp().sum(1).double()).nan_to_num(LEAST, LEAST, LEAST).clamp_min(LEAST).float()
-            base, lift = torch.cat((base, rest[:, None]), dim=1), rest - logits[:, -1] + normaliser[:, 0]
+            named = (logits[:, :-1] - normaliser).exp().sum(1).double()
+            rest = torch.log1p(-named).nan_to_num(LEAST, LEAST, LEAST).clamp_min(LEAST).float()
+            lift = rest - logits[:, -1] + normaliser[:, 0]
+            base = cut.normalised(logits, lift)
         own, near = (factor * weight[places] / weight.mean() for weight in (weights[0], weights[-1]))
         # Where the concept is about to be said its loss is the aim: what counts is a text that goes on without it.
         without = factor * (1 - weights[0][places].sqrt())

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny_models import FAMILIES, random_edit  # noqa: F401
+from tiny_models import FAMILIES
 
 from rotate_edit.models import batches
 from rotate_edit.models.batches import batched, head_inputs, next_logits, real_positions
@@ -69,7 +69,7 @@ def test_no_more_than_what_has_room_is_kept(monkeypatch) -> None:
     plain = whole(model, texts)
     for _ in range(2):
         assert all(torch.equal(one, other) for one, other in zip(whole(model, later), plain, strict=True))
-    assert [place for place in later.kept] == [(1, 0)]
+    assert list(later.kept) == [(1, 0)]
 
 
 def test_the_head_reads_one_position_of_a_pass_for_what_it_reads() -> None:
