@@ -22,7 +22,7 @@ from torch import Tensor
 from rotate_edit import Passages, cross, load_model, make_method, parse_recipe, record
 from rotate_edit.edits.directions import concept_mean, key_coefficients, token_covariance
 from rotate_edit.edits.low_rank import FitAim, fit_change, whitened
-from rotate_edit.models.output_head import OutputHead, Positions
+from rotate_edit.models.output_head import OutputHead, Positions, predicted
 
 TARGET, RIDGE = 0.1, 0.03
 OURS, FLOOR = "the whole matrix, fitted", "the concept's own logits lowered everywhere"
@@ -126,7 +126,8 @@ def variants(
     size = concept @ head.size(own.residual).double() / concept.sum()
     start = (size * key(second, mean), direction)
     (fitted,) = fit_change(
-        whitened(own, ridge=RIDGE), output_head, start, aim, proximal_weight=0.0, seed=0, steps=steps
+        whitened(own, ridge=RIDGE), output_head, predicted(own, output_head), start, aim, proximal_weight=0.0,
+        seed=0, steps=steps,
     )  # fmt: skip
     left, right = fitted.factors(METHOD.settings["rank"])
     found[OURS] = -(left.double() @ right.double())

@@ -255,11 +255,15 @@ class EvaluateRecipe(_Section):
     )
     limit: Positive | None = Field(None, description="At most this many items of each task.")
     tokens: Positive = Field(4000, description="At most this many tokens of text for each point of a curve.")
-    controls: list[str] | None = Field(
-        None, description="The edit methods drawn beside the chosen one. All that are made for it when left out."
+    controls: list[str] | Literal["all"] | None = Field(
+        None,
+        description="The edit methods drawn beside the chosen one, or `all`. Three when left out: one that edits every "
+        "neuron, one located by the LM head, and random neurons.",
     )
     strengths: list[Finite] = Field(
-        [1.0, 2.0, 4.0, 8.0, 16.0], min_length=2, description="The strengths of a suppression curve."
+        [1.0, 2.0, 4.0, 8.0, 16.0],
+        min_length=2,
+        description="The strengths of a suppression curve, which ends at the first that leaves a tenth of the concept.",
     )
     batch_size: Positive = Field(64, description="Sequences scored at once.")
 
@@ -270,8 +274,8 @@ class EvaluateRecipe(_Section):
 
     @field_validator("controls")
     @classmethod
-    def _known_controls(cls, controls: list[str] | None) -> list[str] | None:
-        _check_methods(controls or ())
+    def _known_controls(cls, controls: list[str] | str | None) -> list[str] | str | None:
+        _check_methods(() if isinstance(controls, str) else controls or ())
         return controls
 
 
@@ -454,12 +458,13 @@ def parse_recipe(content: dict[str, Any], name: str = "recipe") -> Recipe:
 
 def _settled(recipe: Recipe) -> Recipe:
     """The recipe with what `auto` and the left-out controls stand for."""
-    from rotate_edit.edits.methods import default_controls
+    from rotate_edit.edits.methods import default_controls, method_names
 
     edit = recipe.edit.model_copy(update={"method": recipe.method})
     controls = recipe.evaluate.controls
-    if controls is None:
-        controls = [name for name in default_controls() if name != recipe.method]
+    if controls is None or controls == "all":
+        names = default_controls() if controls is None else method_names()
+        controls = [name for name in names if name != recipe.method]
     evaluation = recipe.evaluate.model_copy(update={"controls": controls})
     return recipe.model_copy(update={"edit": edit, "evaluate": evaluation})
 

@@ -50,6 +50,26 @@ def applied(model: torch.nn.Module, edit: Edit) -> Iterator[None]:
                 view[rows] = original
 
 
+def first_changed_layer(model: torch.nn.Module, edit: Edit) -> int:
+    """Find the first layer that an edit changes, so that passes over known texts may start there.
+
+    Args:
+        model: A loaded transformers model.
+        edit: The edit.
+
+    Returns:
+        The index of the layer. 0 where the edit changes what enters the first layer. The last layer where it changes
+        the head alone, or nothing.
+    """
+    layers = [model.config.get_text_config().num_hidden_layers - 1]  # type: ignore[operator,union-attr]
+    layers += [clamp.layer for clamp in edit.clamps]
+    layers += [change.layer for change in edit.changes if change.layer is not None]
+    tables = {change.matrix for change in edit.changes if change.layer is None}
+    if "unembedding" in tables and live_parameter(model, "unembedding")[0] is live_parameter(model, "embedding")[0]:
+        tables.add("embedding")
+    return 0 if "embedding" in tables else min(layers)
+
+
 def _clamped(model: torch.nn.Module, clamp: Clamp) -> RemovableHandle:
     """Hold neurons at fixed activations until the handle is removed."""
     _, place = live_parameter(model, "out", clamp.layer)

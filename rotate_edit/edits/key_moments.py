@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from rotate_edit.edits.directions import key_coefficients
-from rotate_edit.models.batches import Passages, log_probabilities, real_positions
+from rotate_edit.models.batches import Passages, head_inputs, real_positions
 from rotate_edit.models.hooks import recorded
-from rotate_edit.models.output_head import AT_ONCE, OutputHead, Positions, logit_factor
+from rotate_edit.models.output_head import OutputHead, Positions, live_logits, logit_factor, rows_at_once
 
 # There are many more positions than features that a head reads, so that hardly any is needed.
 EVEN_RIDGE = 1e-3
@@ -44,7 +44,13 @@ class KeyMoments:
 
 
 def key_moments(
-    model: Any, texts: Passages, rows: Mapping[int, Tensor], groups: Sequence[Tensor], head: Tensor | None = None
+    model: Any,
+    texts: Passages,
+    rows: Mapping[int, Tensor],
+    groups: Sequence[Tensor],
+    head: Tensor | None = None,
+    *,
+    chance: Tensor | None = None,
 ) -> KeyMoments:
     """Measure the moments in one pass over texts.
 
@@ -54,6 +60,8 @@ def key_moments(
         rows: By layer the neurons wanted, int64.
         groups: Token ids of each group, int64.
         head: The unembedding, float32 [V, d_model], for the metric of the predictions. None for no metric.
+        chance: The probability of each group at every real position, float32 [groups, n], where it is known. Nothing
+            is predicted then, unless for the metric.
 
     Returns:
         The moments.
@@ -61,11 +69,17 @@ def key_moments(
     Raises:
         BadInput: For a model whose layers are mixtures of experts.
     """
-    return _moments(_read(model, texts, rows), rows, groups, head)
+    return _moments(_read(model, texts, rows, predict=chance is None or head is not None), rows, groups, head, chance)
 
 
 def last_moments(
-    seen: Positions, tail: OutputHead, layer: int, groups: Sequence[Tensor], head: Tensor | None = None
+    seen: Positions,
+    tail: OutputHead,
+    layer: int,
+    groups: Sequence[Tensor],
+    head: Tensor | None = None,
+    *,
+    chance: Tensor | None = None,
 ) -> KeyMoments:
     """Measure the moments of all neurons of the last layer, from positions that are read already.
 
@@ -75,31 +89,48 @@ def last_moments(
         layer: Index of the last layer.
         groups: Token ids of each group, int64.
         head: The unembedding, float32 [V, d_model], for the metric of the predictions. None for no metric.
+        chance: The probability of each group at every position, float32 [groups, n], where it is known.
 
     Returns:
         The moments.
     """
-    parts = zip(seen.neurons.split(AT_ONCE), seen.residual.split(AT_ONCE))
-    read = ((neurons, residual, tail.log_probabilities(residual)) for neurons, residual in parts)
-    return _moments(read, {layer: torch.arange(seen.neurons.shape[1])}, groups, head)
+    step = rows_at_once(tail.head(tail.norm(seen.residual[:1])).shape[1])
+    predict = chance is None or head is not None
+
+    def read() -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
+        for neurons, residual in zip(seen.neurons.split(step), seen.residual.split(step)):
+            yield neurons, residual, tail.log_probabilities(residual) if predict else None
+
+    return _moments(read(), {layer: torch.arange(seen.neurons.shape[1])}, groups, head, chance)
 
 
-def _read(model: Any, texts: Passages, rows: Mapping[int, Tensor]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+def _read(
+    model: Any, texts: Passages, rows: Mapping[int, Tensor], *, predict: bool
+) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
     """By batch the neurons looked at, the last residual stream, and the log-probabilities, at every real position."""
     last = model.config.get_text_config().num_hidden_layers - 1
+    logits, size = live_logits(model), model.config.get_text_config().vocab_size
     with recorded(model, sorted({*rows, last})) as kept:
-        for index, predicted in enumerate(log_probabilities(model, texts)):
+        for index, read in enumerate(head_inputs(model, texts)):
             shape = texts.batches[index].shape
-            real = real_positions(texts.batches[index], texts.lengths[index]).to(predicted.device)
-            seen = [kept[layer]["neurons"].reshape(*shape, -1)[real][:, rows[layer]] for layer in sorted(rows)]
-            yield torch.cat(seen, dim=1).float(), kept[last]["residual"][real].float(), predicted[real]
+            real = real_positions(texts.batches[index], texts.lengths[index]).to(read.device)
+            seen = torch.cat(
+                [kept[layer]["neurons"].reshape(*shape, -1)[real][:, rows[layer]] for layer in sorted(rows)], 1
+            )
+            parts = zip(
+                *(every.split(rows_at_once(size)) for every in (seen, kept[last]["residual"][real], read[real]))
+            )
+            for neurons, residual, given in parts:
+                found = logits(given).float().log_softmax(-1) if predict else None
+                yield neurons.float(), residual.float(), found
 
 
 def _moments(
-    read: Iterable[tuple[Tensor, Tensor, Tensor]],
+    read: Iterable[tuple[Tensor, Tensor, Tensor | None]],
     rows: Mapping[int, Tensor],
     groups: Sequence[Tensor],
     head: Tensor | None,
+    known: Tensor | None,
 ) -> KeyMoments:
     total = sum(len(wanted) for wanted in rows.values())
     second = torch.zeros(total, total, dtype=torch.float64)
@@ -109,8 +140,11 @@ def _moments(
     with torch.no_grad():
         for neurons, residual, predicted in read:
             size = residual.square().mean(1).sqrt()
-            chances = predicted.exp()
-            chance = torch.stack([chances[:, ids.to(chances.device)].sum(1) for ids in groups])
+            chances = predicted.exp() if predicted is not None else torch.zeros(0, 0)
+            if known is not None:
+                chance = known[:, positions : positions + len(neurons)].to(neurons.device)
+            else:
+                chance = torch.stack([chances[:, ids.to(chances.device)].sum(1) for ids in groups])
             second += (neurons.T @ neurons).cpu().double()
             means += (chance @ neurons).cpu().double()
             sizes += (chance @ size).cpu().double()
@@ -156,18 +190,11 @@ def even_reading(model: Any, texts: Passages, *, ridge: float = EVEN_RIDGE) -> T
     Returns:
         The vector, float32 [d_model].
     """
-    head = model.get_output_embeddings()
-    read: list[Tensor] = []
     second, mean, positions = torch.zeros(()), torch.zeros(()), 0
-    hook = head.register_forward_pre_hook(lambda _module, inputs: read.append(inputs[0].detach()))
-    with hook:
-        for index, _ in enumerate(log_probabilities(model, texts)):
-            batch = texts.batches[index]
-            real = real_positions(batch, texts.lengths[index]).to(read[0].device)
-            # Some implementations flatten rows and positions before the head.
-            seen = read.pop().reshape(*batch.shape, -1)[real].float()
-            second, mean = second + (seen.T @ seen).cpu().double(), mean + seen.sum(0).cpu().double()
-            positions += len(seen)
+    for read, batch, lengths in zip(head_inputs(model, texts), texts.batches, texts.lengths, strict=True):
+        seen = read[real_positions(batch, lengths).to(read.device)].float()
+        second, mean = second + (seen.T @ seen).cpu().double(), mean + seen.sum(0).cpu().double()
+        positions += len(seen)
     return (key_coefficients(second / positions, mean / positions, ridge=ridge) / logit_factor(model)).float()
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from rotate_edit.edits.strength import STRONGEST, cross
-from rotate_edit.models.output_head import AT_ONCE, OutputHead, Positions
+from rotate_edit.models.output_head import Function, OutputHead, Positions, Predicted, chances, rows_at_once
 
 STEPS = 120
 # Positions of one step.
@@ -24,6 +24,12 @@ SHARES = (0.4, 0.3, 0.3)
 # has half the rate of the one before; at small rates half the positions do as well.
 LEARNING_RATE = 0.04
 DRAWN_LATER = DRAWN // 2
+# Only positions that together hold so much of the concept's probability are looked at for related tokens.
+MASS_LOOKED_AT = 0.999
+# A step predicts the tokens that together are expected this often, and all others as one.
+TOKENS_SHARE = 0.99
+# No set of tokens is less likely than this, as a logarithm.
+LEAST = -30.0
 # How many related tokens there may be for each token of the concept.
 MOST_RELATED = 2
 
@@ -79,7 +85,7 @@ def whitened(seen: Positions, *, ridge: float) -> Whitened:
     return Whitened(Positions(seen.neurons @ whiten, seen.residual, seen.written), whiten, unwhiten)
 
 
-def related_tokens(seen: Positions, head: OutputHead, ids: Tensor, apart: Tensor) -> Tensor:
+def related_tokens(seen: Positions, head: OutputHead, known: Predicted, ids: Tensor, apart: Tensor) -> Tensor:
     """Find tokens that no word names but that are predicted where the concept is.
 
     A fit would take care to keep them there. A token's lift is a ratio of two means of its probability. The first
@@ -91,20 +97,23 @@ def related_tokens(seen: Positions, head: OutputHead, ids: Tensor, apart: Tensor
     Args:
         seen: What the last layer holds at positions of self-generated text.
         head: What follows the last MLP.
+        known: What is predicted at the positions.
         ids: The concept's tokens, int64.
         apart: Tokens that are not of it, int64.
 
     Returns:
         int64, ascending.
     """
-    parts = []
+    own, often = chances(seen, head, known, ids), known.often
+    # Positions without the concept add nothing, and most positions are without it.
+    order = own.sum(1).cpu().double().argsort(descending=True)
+    mass = own.sum(1).cpu().double()[order].cumsum(0)
+    places = order[: int((mass < MASS_LOOKED_AT * mass[-1]).sum()) + 1].to(own.device)
+    # The products of the concept's tokens with all tokens, [n, V].
+    together = torch.zeros(len(ids), len(often), dtype=torch.float64)
     with torch.no_grad():
-        for residual in seen.residual.split(AT_ONCE):
-            chances = head.log_probabilities(residual).exp()
-            own = chances[:, ids.to(chances.device)]
-            parts.append((own.T @ chances, chances.sum(0)))
-    # The products of the concept's tokens with all tokens, [n, V], and how often each token is expected, [V].
-    together, often = (torch.stack(column).sum(0).cpu().double() for column in zip(*parts))
+        for some in places.split(rows_at_once(len(often))):
+            together += (own[some].T @ head.log_probabilities(seen.residual[some]).exp_()).cpu().double()
     among = together[:, ids]
     of_others = often[ids].sum() - often[ids]
     own_lift = (among.sum(0) - among.diagonal()) / (often[ids] * of_others)
@@ -115,12 +124,45 @@ def related_tokens(seen: Positions, head: OutputHead, ids: Tensor, apart: Tensor
 
 
 @dataclass(frozen=True)
+class _Cut:
+    """The vocabulary as a fit sees it: some tokens, and all others as one, which has their mean row.
+
+    The others are expected less than once in a hundred tokens together, so what a step does among them counts little.
+    """
+
+    tokens: Tensor
+    logits: Function
+
+    def places(self, ids: Tensor) -> Tensor:
+        """Where tokens stand among those of the cut, int64."""
+        return torch.searchsorted(self.tokens, ids)
+
+    def log_probabilities(self, normed: Tensor, lift: Tensor) -> Tensor:
+        """Log-probabilities of the tokens and of all others, [n, k + 1]; `lift` [n] makes up for their number."""
+        return self.normalised(self.logits(normed), lift)
+
+    def normalised(self, logits: Tensor, lift: Tensor) -> Tensor:
+        """The same from the logits that `logits` gives."""
+        return torch.cat((logits[:, :-1], logits[:, -1:] + lift[:, None]), dim=1).log_softmax(-1)
+
+
+def _cut(head: OutputHead, often: Tensor, always: Tensor) -> _Cut:
+    order = often.argsort(descending=True)
+    share = often[order].cumsum(0) / often.sum()
+    tokens = torch.cat((order[: int((share < TOKENS_SHARE).sum()) + 1], always)).unique()
+    weights = often.clone()
+    weights[tokens] = 0
+    return _Cut(tokens, head.few(tokens, (weights / weights.sum().clamp_min(1e-30)).float()))
+
+
+@dataclass(frozen=True)
 class _Drawn:
-    """Positions of one step: the base's log-probabilities there and what each counts, for a mean over all positions
-    and for the concept's and the neighbours' mass."""
+    """Positions of one step: the base's log-probabilities there (see `_Cut`) and what each counts, for a mean over all
+    positions and for the concept's and the neighbours' mass."""
 
     positions: Positions
     base: Tensor
+    lift: Tensor
     everywhere: Tensor
     concept: Tensor
     near: Tensor
@@ -160,6 +202,7 @@ class LowRankFit:
 def fit_change(
     seen: Whitened,
     head: OutputHead,
+    known: Predicted,
     start: tuple[Tensor, Tensor],
     aim: FitAim,
     *,
@@ -186,6 +229,7 @@ def fit_change(
     Args:
         seen: The positions to fit on, in whitened coordinates.
         head: What follows the last MLP.
+        known: What is predicted at the positions.
         start: A rank-one change: coefficients [neurons] and direction [d_model].
         aim: What the fit is for.
         proximal_weight: What it costs to move as far from the start as the start is from nothing. Few positions tell of
@@ -198,10 +242,11 @@ def fit_change(
     Returns:
         The fit as it is after each round.
     """
-    draw = _draws(seen.positions, head, aim, torch.Generator().manual_seed(seed))
+    cut = _cut(head, known.often, torch.cat((aim.ids, aim.near)))
+    draw = _draws(seen.positions, head, known, cut, aim, torch.Generator().manual_seed(seed))
     coefficients, write = (part.float().to(seen.positions.residual.device) for part in start)
     begin = torch.outer(seen.unwhiten @ coefficients, write)
-    strength, price = _start(draw(DRAWN), head, begin, aim)
+    strength, price = _start(draw(DRAWN), head, cut, begin, aim)
     outside = _outside(aim.keep, write)
     entry = strength * float(begin.norm()) / begin.numel() ** 0.5
     moved = torch.zeros_like(begin).requires_grad_()
@@ -213,7 +258,7 @@ def fit_change(
             for _ in range(steps):
                 drawn = draw(DRAWN_LATER if number else DRAWN)
                 change = -strength * begin + moved @ outside
-                divergence, left, shifted = _effects(drawn, head, change, aim)
+                divergence, left, shifted = _effects(drawn, head, cut, change, aim)
                 held = moved.square().sum() / (strength * begin.norm()).square()
                 loss = divergence + price * (left + shifted + proximal_weight * held)
                 optimiser.zero_grad()
@@ -226,10 +271,12 @@ def fit_change(
     return found
 
 
-def _draws(positions: Positions, head: OutputHead, aim: FitAim, generator: torch.Generator) -> Callable[[int], _Drawn]:
+def _draws(
+    positions: Positions, head: OutputHead, known: Predicted, cut: _Cut, aim: FitAim, generator: torch.Generator
+) -> Callable[[int], _Drawn]:
     """What draws so many of the positions, each as often as what it tells of the concept and the neighbours asks."""
     groups = [aim.ids, aim.near] if len(aim.near) else [aim.ids]
-    weights = [mass.square() for mass in _masses(positions, head, groups)]
+    weights = [mass.square() for mass in _masses(positions, head, known, groups)]
     shares, device = _shares(weights), positions.residual.device
 
     def draw(number: int) -> _Drawn:
@@ -240,29 +287,35 @@ def _draws(positions: Positions, head: OutputHead, aim: FitAim, generator: torch
         factor = times * (len(places) / number) / (shares[places] * len(shares))
         chosen = positions.at(places.to(device))
         with torch.no_grad():
-            base = head.log_probabilities(chosen.residual)
+            logits = cut.logits(head.norm(chosen.residual))
+            normaliser = known.normaliser[places.to(device)][:, None]
+            named = (logits[:, :-1] - normaliser).exp().sum(1).double()
+            rest = torch.log1p(-named).nan_to_num(LEAST, LEAST, LEAST).clamp_min(LEAST).float()
+            lift = rest - logits[:, -1] + normaliser[:, 0]
+            base = cut.normalised(logits, lift)
         own, near = (factor * weight[places] / weight.mean() for weight in (weights[0], weights[-1]))
         # Where the concept is about to be said its loss is the aim: what counts is a text that goes on without it.
         without = factor * (1 - weights[0][places].sqrt())
-        return _Drawn(chosen, base, *(part.float().to(device) for part in (without, own, near)))
+        return _Drawn(chosen, base, lift, *(part.float().to(device) for part in (without, own, near)))
 
     return draw
 
 
-def _effects(drawn: _Drawn, head: OutputHead, change: Tensor, aim: FitAim) -> tuple[Tensor, Tensor, Tensor]:
+def _effects(drawn: _Drawn, head: OutputHead, cut: _Cut, change: Tensor, aim: FitAim) -> tuple[Tensor, Tensor, Tensor]:
     """Mean divergence in nats, the share of the concept's mass that is left, and how far neighbours moved (squared)."""
     residual = head.moved(drawn.positions, drawn.positions.neurons @ change)
-    after = head.log_probabilities(residual)
+    after = cut.log_probabilities(head.norm(residual), drawn.lift)
+    ids, near = cut.places(aim.ids), cut.places(aim.near)
     divergence = (drawn.everywhere * (drawn.base.exp() * (drawn.base - after)).sum(1)).mean()
-    ratio = after[:, aim.ids].logsumexp(1) - drawn.base[:, aim.ids].logsumexp(1)
+    ratio = after[:, ids].logsumexp(1) - drawn.base[:, ids].logsumexp(1)
     left = (drawn.concept * ratio.exp()).mean()
     if not len(aim.near):
         return divergence, left, torch.zeros_like(left)
-    shift = after[:, aim.near].logsumexp(1) - drawn.base[:, aim.near].logsumexp(1)
+    shift = after[:, near].logsumexp(1) - drawn.base[:, near].logsumexp(1)
     return divergence, left, (drawn.near * shift.square()).mean()
 
 
-def _start(drawn: _Drawn, head: OutputHead, begin: Tensor, aim: FitAim) -> tuple[float, float]:
+def _start(drawn: _Drawn, head: OutputHead, cut: _Cut, begin: Tensor, aim: FitAim) -> tuple[float, float]:
     """The strength at which the start leaves the target, and the price that makes this strength the cheapest.
 
     With damage `a s^2` and mass `exp(-b s)` the sum `a s^2 + price * exp(-b s)` is least at s where the price is
@@ -271,7 +324,7 @@ def _start(drawn: _Drawn, head: OutputHead, begin: Tensor, aim: FitAim) -> tuple
 
     def at(strength: float) -> tuple[float, float]:
         with torch.no_grad():
-            damage, left, _ = _effects(drawn, head, -strength * begin, aim)
+            damage, left, _ = _effects(drawn, head, cut, -strength * begin, aim)
         return float(damage), float(left)
 
     found = cross(lambda strength: at(strength)[1], aim.remaining)
@@ -279,15 +332,9 @@ def _start(drawn: _Drawn, head: OutputHead, begin: Tensor, aim: FitAim) -> tuple
     return strength, 2 * at(strength)[0] / (aim.remaining * math.log(1 / aim.remaining))
 
 
-def _masses(positions: Positions, head: OutputHead, groups: Sequence[Tensor]) -> list[Tensor]:
+def _masses(positions: Positions, head: OutputHead, known: Predicted, groups: Sequence[Tensor]) -> list[Tensor]:
     """The probability of each group of tokens at every position, float64 [n] each on the CPU."""
-    found: list[list[Tensor]] = [[] for _ in groups]
-    with torch.no_grad():
-        for residual in positions.residual.split(AT_ONCE):
-            chances = head.log_probabilities(residual).exp()
-            for parts, ids in zip(found, groups):
-                parts.append(chances[:, ids.to(chances.device)].sum(1).cpu().double())
-    return [torch.cat(parts) for parts in found]
+    return [chances(positions, head, known, ids).sum(1).cpu().double() for ids in groups]
 
 
 def _shares(weights: Sequence[Tensor]) -> Tensor:

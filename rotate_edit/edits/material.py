@@ -14,13 +14,21 @@ from torch import Tensor
 from rotate_edit.channels.locate import ConceptGroup, Site
 from rotate_edit.edits import directions
 from rotate_edit.edits.directions import Direction
-from rotate_edit.edits.key_moments import KeyMoments, even_reading, key_moments
+from rotate_edit.edits.key_moments import KeyMoments, even_reading, key_moments, last_moments
 from rotate_edit.errors import BadInput
 from rotate_edit.models.batches import Passages, first_texts
 from rotate_edit.models.checkpoint import Checkpoint, read_embedding, read_norm, read_unembedding
 from rotate_edit.models.gradients import likelihood_gradients
 from rotate_edit.models.hooks import LayerActivations, record
-from rotate_edit.models.output_head import OutputHead, Positions, output_head_of, positions
+from rotate_edit.models.output_head import (
+    OutputHead,
+    Positions,
+    Predicted,
+    chances,
+    output_head_of,
+    positions,
+    predicted,
+)
 from rotate_edit.models.self_text import self_text
 
 Value = TypeVar("Value")
@@ -150,6 +158,12 @@ class Material:
         return self.once(key, lambda: positions(self.model, self.self_text))
 
     @property
+    def predicted(self) -> Predicted:
+        """What the model predicts at these positions."""
+        key = ("predicted", self.settings.self_text_tokens, self.settings.seed)
+        return self.once(key, lambda: predicted(self.positions, self.output_head))
+
+    @property
     def even_reading(self) -> Tensor:
         """What raises a token's logit by 1 at every position alike when it is added to its row, float32 [d_model]."""
         key = ("even reading", self.settings.self_text_tokens, self.settings.seed)
@@ -180,8 +194,15 @@ class Material:
             table = read_unembedding(self.checkpoint) if head else None
             # With the rows of before, so that methods that take turns do not read the text again and again.
             every = joined_rows([known.rows, rows] if known else [rows])
-            self.kept[key] = known = key_moments(self.model, self.self_text, every, ids, table)
+            self.kept[key] = known = self._moments(every, ids, table)
         return known
+
+    def _moments(self, rows: Mapping[int, Tensor], groups: Sequence[Tensor], table: Tensor | None) -> KeyMoments:
+        seen, tail, last = self.positions, self.output_head, self.checkpoint.layers - 1
+        chance = torch.stack([chances(seen, tail, self.predicted, ids).sum(1) for ids in groups])
+        if set(rows) == {last} and len(rows[last]) == seen.neurons.shape[1]:
+            return last_moments(seen, tail, last, groups, table, chance=chance)
+        return key_moments(self.model, self.self_text, rows, groups, table, chance=chance)
 
     def group_place(self, concept: Concept, group: ConceptGroup) -> int:
         """Which of the groups of all concepts this is, as `moments` counts them."""

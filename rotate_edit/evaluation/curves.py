@@ -1,13 +1,11 @@
 """Removal against damage: one method over its strengths, and all methods side by side."""
 
 import math
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
-from functools import partial
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from rotate_edit.console import Report, silent
-from rotate_edit.edits.apply import applied
+from rotate_edit.edits.apply import applied, first_changed_layer
 from rotate_edit.edits.edit import Edit
 from rotate_edit.evaluation import measures
 from rotate_edit.evaluation.statistics import Measure
@@ -31,27 +29,38 @@ def draw(
         model: The loaded base, nothing switched on.
         known: Its answers (`measures.reference`).
         edits: By method, of one concept.
-        strengths: Positive strengths.
-        chosen: The strength of the edit itself. It gives the sign, and one more point.
+        strengths: Positive strengths. A method that suppresses is measured from the weakest on, up to the first that
+            leaves a tenth of the concept. What lies beyond tells nothing of the damage at equal removal.
+        chosen: The strength of the edit itself, which is the first of the edits. It gives the sign, and one more point.
+            The edit's own curve goes this far at least.
         report: Receives the progress.
 
     Returns:
-        The curves as plain JSON: by method, one point for each strength. Damage is in nats.
+        The curves as plain JSON: by method, one point for each strength that was measured. Damage is in nats.
     """
     wanted = [math.copysign(size, chosen) for size in sorted({abs(s) for s in strengths} | {abs(chosen)})]
     points: Points = {}
     for number, (method, edit) in enumerate(edits.items()):
         report("curves", number, len(edits))
-        curve = []
+        points[method] = []
         if edit.does_something:
-            curve = measures.removal_curve(model, known, wanted, partial(_switched_on, model, edit))
-        points[method] = [_plain(point) for point in curve]
+            furthest = abs(chosen) if number == 0 else 0.0
+            points[method] = [_plain(point) for point in _curve(model, known, edit, wanted, furthest)]
     report("curves", len(edits), len(edits))
     return points
 
 
-def _switched_on(model: Any, edit: Edit, strength: float) -> AbstractContextManager[None]:
-    return applied(model, edit.at(strength))
+def _curve(
+    model: Any, known: measures.Reference, edit: Edit, strengths: Sequence[float], furthest: float
+) -> Iterator[measures.CurvePoint]:
+    """One point a strength, up to the first at or past `furthest` that leaves a tenth of the concept."""
+    known = known.starting_at(first_changed_layer(model, edit))
+    for strength in strengths:
+        with applied(model, edit.at(strength)):
+            point = measures.curve_point(model, known, strength)
+        yield point
+        if strength >= max(furthest, 0) and point.mass.value <= MATCHED_TARGET:
+            return
 
 
 def matched_table(points: Points, chosen: str) -> dict[str, Any]:

@@ -27,7 +27,9 @@ from rotate_edit.console import Report, silent
 from rotate_edit.errors import BadInput, quoted
 from rotate_edit.evaluation.tasks import KINDS, Task
 from rotate_edit.files import write_atomically
+from rotate_edit.models.batches import TOKENS_IN_A_BATCH, batched
 from rotate_edit.models.fingerprint import tokenizer_hash
+from rotate_edit.models.output_head import predictions
 
 CACHE_VERSION = 1
 TASK_NAME = re.compile(r"\w[\w.+-]*(?<!\.yaml)(?<!\.yml)", flags=re.ASCII | re.IGNORECASE)
@@ -152,10 +154,81 @@ def score(
     if harness.settings.chat_template and not getattr(tokenizer, "chat_template", None):
         raise BadInput("the tokenizer has no chat template; leave the chat template off.")
     with _quiet():
-        from lm_eval.models.huggingface import HFLM
-
-        language_model = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=harness.settings.batch_size)
+        language_model = _language_model(model, tokenizer, harness.settings.batch_size)
     return _score(harness, language_model, report, step)
+
+
+def _language_model(model: Any, tokenizer: Any, batch_size: int | str) -> Any:
+    """lm-eval's own wrapper of a loaded model, which scores continuations by `continuation_scores`."""
+    from lm_eval.models.huggingface import HFLM
+
+    class Scorer(HFLM):  # type: ignore[misc]
+        def _loglikelihood_tokens(self, requests: Sequence[Any], *_: Any, **__: Any) -> list[tuple[float, bool]]:
+            asked = [(list(context), list(continuation)) for _, context, continuation in requests]
+            answers = continuation_scores(model, asked, longest=self.max_length, rows_at_once=batch_size)
+            for (text, *_), answer in zip(requests, answers, strict=True):
+                if text is not None:
+                    self.cache_hook.add_partial("loglikelihood", text, answer)
+            return answers
+
+    return Scorer(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+
+
+def continuation_scores(
+    model: Any, asked: Sequence[tuple[list[int], list[int]]], *, longest: int, rows_at_once: int | str
+) -> list[tuple[float, bool]]:
+    """Compute the log-likelihood of continuations.
+
+    Rows that are alike run once: the same question asked again, and all continuations of one token of a context. The
+    head reads the positions before the continuations' tokens alone.
+
+    Args:
+        model: The loaded transformers model.
+        asked: Pairs of a context's and a continuation's token ids. Neither is empty.
+        longest: Most tokens of a row; what stands before them is cut off.
+        rows_at_once: Most rows of a batch; "auto" for as many as fit.
+
+    Returns:
+        For each pair the log-likelihood in nats, and whether the continuation is what greedy decoding gives.
+    """
+    found: list[list[float]] = [[] for _ in asked]
+    greedy = [True] * len(asked)
+    readers: dict[tuple[int, ...], list[int]] = {}
+    for number, (context, continuation) in enumerate(asked):
+        readers.setdefault(tuple((context + continuation)[-(longest + 1) : -1]), []).append(number)
+    rows = list(readers)
+    if not rows:
+        return []
+    size = model.config.get_text_config().vocab_size
+    limit = TOKENS_IN_A_BATCH
+    if isinstance(rows_at_once, int):
+        limit = min(limit, rows_at_once * max(map(len, rows)))
+    texts = batched(rows, size, tokens_at_once=limit)
+    wanted, needed = [], [max(len(asked[number][1]) for number in readers[row]) for row in rows]
+    for batch, lengths, order in zip(texts.batches, texts.lengths, texts.order):
+        places = torch.arange(batch.shape[1])[None, :]
+        first = lengths - torch.tensor([needed[index] for index in order.tolist()])
+        wanted.append((places >= first[:, None]) & (places < lengths[:, None]))
+    for order, chosen, pieces in zip(texts.order, wanted, predictions(model, texts, wanted), strict=True):
+        targets = [
+            [(number, asked[number][1]) for number in readers[rows[order[row]]]] for row, _ in chosen.nonzero().tolist()
+        ]
+        # How far from its row's end each chosen position is: a continuation of n tokens begins at n.
+        left = (chosen.flip(1).cumsum(1).flip(1))[chosen].tolist()
+        for part, values in pieces:
+            best = values.argmax(-1).tolist()
+            cells = [
+                (number, row, continuation[-left[place]])
+                for row, place in enumerate(range(part.start, part.stop))
+                for number, continuation in targets[place]
+                if left[place] <= len(continuation)
+            ]
+            likelihoods = values[[row for _, row, _ in cells], [token for *_, token in cells]].tolist()
+            for (number, row, token), value in zip(cells, likelihoods, strict=True):
+                found[number].append(value)
+                greedy[number] = greedy[number] and best[row] == token
+    # In float32, as lm-eval adds them up.
+    return [(float(torch.tensor(values).sum()), alike) for values, alike in zip(found, greedy)]
 
 
 def score_checkpoint(

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from rotate_edit.edits.apply import applied
+from rotate_edit.edits.apply import applied, first_changed_layer
 from rotate_edit.edits.edit import Edit
 from rotate_edit.edits.strength import cross
 from rotate_edit.errors import BadInput
@@ -162,9 +162,12 @@ def trace(model: Any, proof: Proof, edit: Edit, *, target: float = MATCHED_TARGE
     if not edit.does_something:
         return {"reached": False, "strength": None, "points": [], "near": None}
 
+    first = first_changed_layer(model, edit)
+    concept, others = proof.concept.passages.starting_at(first), proof.others.passages.starting_at(first)
+
     def left(strength: float) -> float:
         with applied(model, edit.at(strength)):
-            sums, _ = measures.mass_by_text(model, proof.concept.passages, proof.concept_ids)
+            sums, _ = measures.mass_by_text(model, concept, proof.concept_ids)
         masses[strength] = by_document(sums, proof.concept, proof.size)
         return float(masses[strength].sum() / proof.base["mass"].sum())
 
@@ -182,7 +185,7 @@ def trace(model: Any, proof: Proof, edit: Edit, *, target: float = MATCHED_TARGE
         point: dict[str, Any] = {"strength": at, "fraction": fraction, "mass": masses[at]}
         if at == strength or (at in grid and (fraction <= MOST_MASS or at == found.low)):
             with applied(model, edit.at(at)):
-                sums, _, likelihood, _ = measures.damage_by_text(model, proof.others.passages, proof.others_base)
+                sums, _, likelihood, _ = measures.damage_by_text(model, others, proof.others_base)
             point["damage"] = by_document(sums, proof.others, proof.size)
             point["likelihood"] = by_document(likelihood, proof.others, proof.size)
         points.append(point)

@@ -6,7 +6,7 @@ Nothing here switches an edit on. The caller measures the base first (`reference
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -16,9 +16,9 @@ from torch import Tensor
 from rotate_edit.errors import BadInput
 from rotate_edit.evaluation import statistics
 from rotate_edit.evaluation.statistics import Measure
-from rotate_edit.models.batches import Passages, log_probabilities, next_logits, real_positions, tokenise
+from rotate_edit.models.batches import Passages, real_positions, tokenise
+from rotate_edit.models.output_head import predictions
 
-CELLS_IN_CACHE = 2**19
 # The base model's log-probabilities that are kept hold at most this many numbers (1 GiB of float32).
 CELLS_KEPT = 2**28
 CURVE_DRAWS = 1000
@@ -34,19 +34,21 @@ def _by_text(passages: Passages, pieces: Iterable[tuple[Tensor, Tensor]]) -> tup
     return sums, counts
 
 
-def _chances_by_text(passages: Passages, predicted: Iterable[Tensor], concept_ids: Tensor) -> Tensor:
-    """The probability of the concept's tokens summed over all positions of each text, float64 [texts].
+def _real(passages: Passages) -> list[Tensor]:
+    """Of each batch the positions that are no padding, bool [rows, length]."""
+    return [real_positions(batch, lengths) for batch, lengths in zip(passages.batches, passages.lengths)]
 
-    predicted: log-probabilities of each batch, [rows, length, V] or at its real positions [positions, V].
-    """
 
-    def pieces() -> Iterator[tuple[Tensor, Tensor]]:
-        for batch, lengths, values in zip(passages.batches, passages.lengths, predicted, strict=True):
-            real = real_positions(batch, lengths)
-            rows = values[real.to(values.device)] if values.dim() == 3 else values
-            yield real, rows[:, concept_ids.to(rows.device)].exp().sum(dim=-1)
+def _chances_by_text(passages: Passages, chances: Iterable[Tensor]) -> Tensor:
+    """One probability a real position, [positions] for each batch, summed over each text: float64 [texts]."""
+    return _by_text(passages, zip(_real(passages), chances, strict=True))[0]
 
-    return _by_text(passages, pieces())[0]
+
+def _concept_chances(model: Any, passages: Passages, wanted: Sequence[Tensor], concept_ids: Tensor) -> Iterator[Tensor]:
+    """The probability of the concept's tokens at the wanted positions of each batch, float32 [n]."""
+    for pieces in predictions(model, passages, wanted):
+        found = [values[:, concept_ids.to(values.device)].exp().sum(dim=-1) for _, values in pieces]
+        yield torch.cat(found) if found else torch.zeros(0)
 
 
 # KL divergence over all positions, and of the first generated token.
@@ -62,9 +64,14 @@ def every_position(model: Any, passages: Passages) -> tuple[Tensor, ...]:
     Returns:
         Log-probabilities in nats at all real positions, float32 [positions, V] for each batch.
     """
-    kept = []
-    for index, values in enumerate(log_probabilities(model, passages)):
-        kept.append(values[real_positions(passages.batches[index], passages.lengths[index]).to(values.device)])
+    kept, size = [], model.config.get_text_config().vocab_size
+    device = next(model.parameters()).device
+    for real, pieces in zip(_real(passages), predictions(model, passages, _real(passages)), strict=True):
+        # What is kept is made once at its whole size, since it is large.
+        values = torch.empty(int(real.sum()), size, device=device)
+        for part, found in pieces:
+            values[part] = found
+        kept.append(values)
     return tuple(kept)
 
 
@@ -95,22 +102,18 @@ def damage_by_text(model: Any, passages: Passages, base: Sequence[Tensor]) -> tu
         float64 [texts].
     """
     likelihoods: list[tuple[Tensor, Tensor]] = []
+    wanted = _real(passages)
 
     def pieces() -> Iterator[tuple[Tensor, Tensor]]:
-        for index, logits in enumerate(next_logits(model, passages)):
-            batch = passages.batches[index]
-            real = real_positions(batch, passages.lengths[index])
-            following = torch.nn.functional.pad(batch[:, 1:], (0, 1))[real].to(logits.device)
-            rows = logits[real.to(logits.device)]
+        for index, found in enumerate(predictions(model, passages, wanted)):
+            batch, real = passages.batches[index], wanted[index]
+            following = torch.nn.functional.pad(batch[:, 1:], (0, 1))[real].to(base[index].device)
             divergence, likelihood = [], []
-            # A few rows at a time: what fits in a processor's cache is read once and not five times.
-            for first in range(0, len(rows), step := max(1, CELLS_IN_CACHE // rows.shape[1])):
-                part = slice(first, first + step)
-                values = torch.log_softmax(rows[part].float(), dim=-1)
+            for part, values in found:
                 divergence.append(kl_divergence(base[index][part], values))
                 likelihood.append(values.gather(1, following[part, None])[:, 0])
             predicted = torch.nn.functional.pad(real[:, 1:], (0, 1))
-            likelihoods.append((predicted, torch.cat(likelihood)[predicted[real].to(logits.device)]))
+            likelihoods.append((predicted, torch.cat(likelihood)[predicted[real].to(following.device)]))
             yield real, torch.cat(divergence)
 
     divergence = _by_text(passages, pieces())
@@ -156,13 +159,14 @@ def last_position(model: Any, prompts: Passages) -> Tensor:
     Returns:
         Log-probabilities in nats, float32 [prompts, V], in the order given.
     """
-    result: Tensor | None = None
-    for index, values in enumerate(log_probabilities(model, prompts)):
-        last = values[torch.arange(len(values)), prompts.lengths[index].to(values.device) - 1]
-        if result is None:
-            result = torch.empty(prompts.texts, last.shape[1], device=last.device)
-        result[prompts.order[index].to(last.device)] = last
-    assert result is not None  # passages are never empty
+    wanted = []
+    for batch, lengths in zip(prompts.batches, prompts.lengths):
+        wanted.append(torch.arange(batch.shape[1])[None, :] == lengths[:, None] - 1)
+    size, device = model.config.get_text_config().vocab_size, next(model.parameters()).device
+    result = torch.empty(prompts.texts, size, device=device)
+    for order, pieces in zip(prompts.order, predictions(model, prompts, wanted), strict=True):
+        for part, values in pieces:
+            result[order[part].to(device)] = values
     return result
 
 
@@ -199,15 +203,13 @@ def mass_by_text(model: Any, passages: Passages, concept_ids: Tensor) -> tuple[T
         The sums over each text's such positions, and the numbers of these positions. Both are float64 [texts].
     """
 
-    def pieces() -> Iterator[tuple[Tensor, Tensor]]:
-        for index, logits in enumerate(next_logits(model, passages)):
-            batch = passages.batches[index]
-            # Padding is no token of the text, also where a concept's token has the padding's number.
-            wanted = torch.isin(batch, concept_ids.cpu())[:, 1:] & real_positions(batch, passages.lengths[index])[:, 1:]
-            chosen = torch.log_softmax(logits[:, :-1][wanted.to(logits.device)].float(), dim=-1)
-            yield wanted, chosen[:, concept_ids.to(logits.device)].exp().sum(dim=-1)
-
-    return _by_text(passages, pieces())
+    wanted = []
+    for batch, lengths in zip(passages.batches, passages.lengths):
+        # Padding is no token of the text, also where a concept's token has the padding's number.
+        goes_on = torch.isin(batch, concept_ids.cpu())[:, 1:] & real_positions(batch, lengths)[:, 1:]
+        wanted.append(torch.nn.functional.pad(goes_on, (0, 1)))
+    found = _concept_chances(model, passages, wanted, concept_ids)
+    return _by_text(passages, zip(wanted, found, strict=True))
 
 
 def concept_mass(model: Any, passages: Passages, concept_ids: Tensor, base: tuple[Tensor, Tensor]) -> Measure:
@@ -254,13 +256,17 @@ def log_likelihood_by_text(model: Any, passages: Passages) -> tuple[Tensor, Tens
         The sums in nats and the numbers of these tokens, both float64 [texts].
     """
 
-    def pieces() -> Iterator[tuple[Tensor, Tensor]]:
-        for index, values in enumerate(log_probabilities(model, passages)):
-            batch = passages.batches[index].to(values.device)
-            real = real_positions(passages.batches[index], passages.lengths[index])[:, 1:]
-            yield real, values[:, :-1].gather(2, batch[:, 1:, None])[:, :, 0][real.to(values.device)]
+    wanted = []
+    for batch, lengths in zip(passages.batches, passages.lengths):
+        wanted.append(torch.nn.functional.pad(real_positions(batch, lengths)[:, 1:], (0, 1)))
 
-    return _by_text(passages, pieces())
+    def found() -> Iterator[tuple[Tensor, Tensor]]:
+        for index, pieces in enumerate(predictions(model, passages, wanted)):
+            following = torch.nn.functional.pad(passages.batches[index][:, 1:], (0, 1))[wanted[index]]
+            rows = [values.gather(1, following[part, None].to(values.device))[:, 0] for part, values in pieces]
+            yield wanted[index], torch.cat(rows) if rows else torch.zeros(0)
+
+    return _by_text(passages, found())
 
 
 def perplexity(model: Any, passages: Passages) -> Measure:
@@ -323,6 +329,16 @@ class Reference:
     prompts: Passages | None = None
     prompts_base: Tensor | None = None
 
+    def starting_at(self, layer: int) -> "Reference":
+        """The same, for an edit that changes nothing below a layer: passes start there.
+
+        Args:
+            layer: The first layer that the edit changes (see `edits.apply.first_changed_layer`).
+        """
+        prompts = self.prompts.starting_at(layer) if self.prompts else None
+        concept, others = self.concept.starting_at(layer), self.others.starting_at(layer)
+        return replace(self, concept=concept, others=others, prompts=prompts)
+
 
 def reference(
     model: Any,
@@ -334,6 +350,7 @@ def reference(
     prompts: Sequence[str] = (),
     longest: int | None = None,
     token_limit: int = 4096,
+    damage: bool = True,
 ) -> Reference:
     """Measure the base model on fixed texts, once for all variants.
 
@@ -347,6 +364,8 @@ def reference(
         longest: At most this many tokens of each text. None for no limit of its own.
         token_limit: How many tokens of other_texts are used, and half as many of concept_texts. A large vocabulary
             lowers it, so that what is kept stays below 1 GiB.
+        damage: Whether damage will be measured. Without it the base's predictions on other texts and after prompts are
+            left out, which take most of the time.
 
     Returns:
         The base model's answers.
@@ -364,13 +383,13 @@ def reference(
             "the concept's texts hold none of its tokens, so its probability cannot be measured; give other texts."
         )
     others = tokenise(tokenizer, other_texts, token_limit=limit, **sizes)
-    asked = tokenise(tokenizer, prompts, **sizes) if prompts else None
+    asked = tokenise(tokenizer, prompts, **sizes) if prompts and damage else None
     return Reference(
         concept_ids=concept_ids,
         concept=concept,
         concept_mass=mass,
         others=others,
-        others_base=every_position(model, others),
+        others_base=every_position(model, others) if damage else (),
         prompts=asked,
         prompts_base=last_position(model, asked) if asked else None,
     )
@@ -408,8 +427,12 @@ def curve_point(model: Any, known: Reference, strength: float, *, draws: int = C
     """
     if strength < 0:
         # Where texts have the concept it is likely already and can hardly rise.
-        now = _chances_by_text(known.others, log_probabilities(model, known.others), known.concept_ids)
-        before = _chances_by_text(known.others, known.others_base, known.concept_ids)
+        ids = known.concept_ids
+        chances = _concept_chances(model, known.others, _real(known.others), ids)
+        now = _chances_by_text(known.others, chances)
+        before = _chances_by_text(
+            known.others, (rows[:, ids.to(rows.device)].exp().sum(-1) for rows in known.others_base)
+        )
     else:
         now, before = mass_by_text(model, known.concept, known.concept_ids)[0], known.concept_mass[0]
     mass = statistics.ratio_of_sums(now.numpy(), before.numpy(), draws=draws)

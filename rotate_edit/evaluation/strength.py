@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from rotate_edit.edits.apply import applied
+from rotate_edit.edits.apply import applied, first_changed_layer
 from rotate_edit.edits.edit import Edit
 from rotate_edit.edits.strength import BISECTIONS, STRONGEST, Goal, cross
 from rotate_edit.errors import Failure
@@ -56,6 +56,7 @@ def solve_strength(model: Any, known: Reference, edit: Edit, goal: Goal) -> Solv
     """
     if goal.kind == "strength":
         return Solved(goal.value)
+    known = known.starting_at(first_changed_layer(model, edit))
     measure, seen = _MEASURES[goal.kind](model, known, edit), {}
 
     def measured(strength: float) -> float:
@@ -143,4 +144,6 @@ def cost_of_removal(model: Any, known: Reference, edit: Edit, remaining: float) 
         solved = solve_strength(model, known, edit, Goal("remaining", remaining))
     except Failure:
         return math.inf
-    return math.inf if solved.missed else _damage(model, known, edit)(solved.strength)
+    if solved.missed:
+        return math.inf
+    return _damage(model, known.starting_at(first_changed_layer(model, edit)), edit)(solved.strength)

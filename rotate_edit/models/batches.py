@@ -1,19 +1,21 @@
 """Batches of token ids made from texts, and what a loaded model predicts on them."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from rotate_edit.errors import BadInput
+from rotate_edit.models.resume import Entered, entering, resumed
 
-# A batch's logits hold at most this many numbers (128 MiB of float32), or one text when that is longer.
-CELLS_IN_A_BATCH = 2**25
-
-
+# A batch's logits would hold at most this many numbers (1 GiB of float32), or one text when that is longer. Hardly any
+# measure makes them all.
+CELLS_IN_A_BATCH = 2**28
 TOKENS_IN_A_BATCH = 4096
+# What enters layers is kept for so many bytes of one set of passages.
+BYTES_KEPT = 2**29
 
 
 @dataclass(frozen=True)
@@ -26,12 +28,25 @@ class Passages:
         lengths: One int64 [rows] tensor for each batch: the number of real tokens in each row.
         order: One int64 [rows] tensor for each batch: which text each row is.
         texts: Number of texts.
+        start: The first layer that passes compute. What enters it is kept from the first pass on, so the model must not
+            change below it. 0 computes all and keeps nothing.
+        kept: What entered a layer in the pass over a batch, by layer and batch.
     """
 
     batches: tuple[Tensor, ...]
     lengths: tuple[Tensor, ...]
     order: tuple[Tensor, ...]
     texts: int
+    start: int = 0
+    kept: dict[tuple[int, int], Entered] = field(default_factory=dict, compare=False, repr=False)
+
+    def starting_at(self, layer: int) -> "Passages":
+        """The same texts, for a model that changes only from a layer on. What is kept is shared.
+
+        Args:
+            layer: The first layer that passes compute.
+        """
+        return self if layer == self.start else replace(self, start=layer)
 
     def tokens(self) -> int:
         """Count the tokens, without the padding."""
@@ -159,7 +174,7 @@ def pass_through(model: Any, passages: Passages) -> Iterator[Tensor]:
     Yields:
         Token ids of each batch after it has run, int64 [rows, length].
     """
-    for batch, _ in zip(passages.batches, next_logits(model, passages, logits_to_keep=1), strict=True):
+    for batch, _ in zip(passages.batches, head_inputs(model, passages), strict=True):
         yield batch
 
 
@@ -174,11 +189,58 @@ def next_logits(model: Any, passages: Passages, **options: Any) -> Iterator[Tens
     Yields:
         Logits of each batch, [rows, length, vocabulary] in the model's dtype and on its device, padding included.
     """
+    for number in range(len(passages.batches)):
+        yield _pass(model, passages, number, **options).logits
+
+
+def _pass(model: Any, passages: Passages, number: int, **options: Any) -> Any:
+    """Run one batch through the model, from the passages' first layer on; returns the model's output."""
     device = next(model.parameters()).device
-    for batch in passages.batches:
-        with torch.no_grad():
-            # No attention mask is needed: the padding is on the right, where a causal model does not look.
-            yield model(input_ids=batch.to(device), use_cache=False, **options).logits
+    # No attention mask is needed: the padding is on the right, where a causal model does not look.
+    options |= {"input_ids": passages.batches[number].to(device), "use_cache": False}
+    place = (passages.start, number)
+    with torch.no_grad():
+        if not passages.start:
+            return model(**options)
+        if place in passages.kept:
+            with resumed(model, passages.start, passages.kept[place]):
+                return model(**options)
+        with entering(model, passages.start) as found:
+            output = model(**options)
+        _keep(passages.kept, place, found[-1])
+        return output
+
+
+def _keep(kept: dict[tuple[int, int], Entered], place: tuple[int, int], entered: Entered) -> None:
+    """Keep what entered a layer. What was kept of other layers goes first when there is no room; or nothing is kept."""
+    room = BYTES_KEPT - entered.hidden.nbytes
+    for other in [other for other in kept if other[0] != place[0]]:
+        if sum(found.hidden.nbytes for found in kept.values()) > room:
+            del kept[other]
+    if sum(found.hidden.nbytes for found in kept.values()) <= room:
+        kept[place] = entered
+
+
+def head_inputs(model: Any, passages: Passages) -> Iterator[Tensor]:
+    """Compute what the head reads of every batch, and hardly any prediction.
+
+    Args:
+        model: A loaded transformers model.
+        passages: The texts.
+
+    Yields:
+        The input of the head's matrix, [rows, length, width] in the model's dtype, padding included.
+    """
+    read: list[Tensor] = []
+
+    def one_alone(_module: Any, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        read.append(inputs[0].detach())
+        return (inputs[0][:1, :1], *inputs[1:])
+
+    for number, batch in enumerate(passages.batches):
+        with model.get_output_embeddings().register_forward_pre_hook(one_alone):
+            _pass(model, passages, number)
+        yield read.pop().reshape(*batch.shape, -1)
 
 
 def real_positions(batch: Tensor, lengths: Tensor) -> Tensor:

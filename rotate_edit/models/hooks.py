@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from rotate_edit.errors import BadInput
-from rotate_edit.models.batches import Passages, log_probabilities, real_positions
+from rotate_edit.models.batches import Passages, pass_through, real_positions
 from rotate_edit.models.parameters import live_parameter
 
 
@@ -112,8 +112,7 @@ def record(
     """
     found: dict[int, list[tuple[Tensor, Tensor]]] = {layer: [] for layer in layers}
     with recorded(model, layers) as kept:
-        for index, _ in enumerate(log_probabilities(model, passages)):
-            batch = passages.batches[index]
+        for index, batch in enumerate(pass_through(model, passages)):
             wanted = real_positions(batch, passages.lengths[index])
             if next_ids is not None:
                 wanted = wanted[:, 1:] & torch.isin(batch, next_ids.cpu())[:, 1:]

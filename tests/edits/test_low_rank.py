@@ -9,6 +9,7 @@ from rotate_edit.edits.directions import key_coefficients
 from rotate_edit.edits.low_rank import (
     FitAim,
     LowRankFit,
+    _cut,
     _draws,
     _effects,
     _masses,
@@ -18,7 +19,7 @@ from rotate_edit.edits.low_rank import (
     related_tokens,
     whitened,
 )
-from rotate_edit.models.output_head import OutputHead, Positions
+from rotate_edit.models.output_head import OutputHead, Positions, predicted
 
 TARGET = 0.1
 CONCEPT, NEAR = torch.tensor([0, 1]), torch.tensor([2, 3])
@@ -56,7 +57,9 @@ def aim(near=NEAR[:0], keep=None):
 
 
 def fits(head, seen, start, aim, *, weight=0.0, seed=0, **length):
-    return fit_change(whitened(seen, ridge=0.03), head, start, aim, proximal_weight=weight, seed=seed, **length)
+    return fit_change(
+        whitened(seen, ridge=0.03), head, predicted(seen, head), start, aim, proximal_weight=weight, seed=seed, **length
+    )
 
 
 def fit(head, seen, start, aim, *, rank=16, **settings):
@@ -207,15 +210,17 @@ def test_the_price_makes_the_starts_strength_the_cheapest() -> None:
 def test_the_start_is_taken_at_the_strength_that_leaves_the_target_and_at_the_price_that_asks_for_it(known) -> None:
     head, seen, _, start = known
     begin = torch.outer(start[0].float(), start[1])
-    drawn = _draws(seen, head, aim(), torch.Generator().manual_seed(0))(2000)
-    strength, price = _start(drawn, head, begin, aim())
-    damage, left, shifted = _effects(drawn, head, -strength * begin, aim())
+    known = predicted(seen, head)
+    cut = _cut(head, known.often, torch.cat((CONCEPT, NEAR)))
+    drawn = _draws(seen, head, known, cut, aim(), torch.Generator().manual_seed(0))(2000)
+    strength, price = _start(drawn, head, cut, begin, aim())
+    damage, left, shifted = _effects(drawn, head, cut, -strength * begin, aim())
     # The solver narrows to within 1.6 %, so that hardly less is left than was asked for.
     assert 0.9 * TARGET < float(left) <= TARGET
     assert float(shifted) == 0
     assert price == pytest.approx(2 * float(damage) / (TARGET * math.log(1 / TARGET)), rel=1e-5)
     # Nothing changes at strength 0.
-    nothing = _effects(drawn, head, 0 * begin, aim(NEAR))
+    nothing = _effects(drawn, head, cut, 0 * begin, aim(NEAR))
     assert float(nothing[0]) == pytest.approx(0, abs=1e-6)
     assert float(nothing[2]) == 0
 
@@ -245,10 +250,12 @@ def test_positions_are_drawn_in_proportion_to_what_they_weigh() -> None:
 
 def test_a_position_drawn_several_times_counts_as_often(known) -> None:
     head, seen, *_ = known
-    (weight,) = (mass.square() for mass in _masses(seen, head, [CONCEPT]))
+    known = predicted(seen, head)
+    cut = _cut(head, known.often, CONCEPT)
+    (weight,) = (mass.square() for mass in _masses(seen, head, known, [CONCEPT]))
     shares = _shares([weight])
     places = torch.multinomial(shares, 2000, replacement=True, generator=torch.Generator().manual_seed(4))
-    drawn = _draws(seen, head, aim(), torch.Generator().manual_seed(4))(2000)
+    drawn = _draws(seen, head, known, cut, aim(), torch.Generator().manual_seed(4))(2000)
     assert len(drawn.positions.residual) == len(places.unique()) < 2000
     values, factor = seen.residual[:, 0], (1 / (shares * len(shares))).float()
     without = (factor * (1 - weight.sqrt().float()) * values)[places].mean()
@@ -265,17 +272,41 @@ def test_related_tokens_are_said_in_the_concepts_places() -> None:
     head = OutputHead(None, lambda values: values, lambda values: values @ table.T, 1.0)
     seen = Positions(torch.empty(2000, 0), 20 * table[torch.randint(40, (2000,), generator=generator)], None)
     nothing = torch.tensor([], dtype=torch.int64)
-    assert related_tokens(seen, head, torch.tensor([0, 1]), nothing).tolist() == [2, 3]
-    assert related_tokens(seen, head, torch.tensor([0, 1]), torch.tensor([3])).tolist() == [2]
-    assert related_tokens(seen, head, torch.tensor([0, 1, 2, 3]), nothing).tolist() == []
+    assert related_tokens(seen, head, predicted(seen, head), torch.tensor([0, 1]), nothing).tolist() == [2, 3]
+    assert related_tokens(seen, head, predicted(seen, head), torch.tensor([0, 1]), torch.tensor([3])).tolist() == [2]
+    assert related_tokens(seen, head, predicted(seen, head), torch.tensor([0, 1, 2, 3]), nothing).tolist() == []
     # One token has no others that would tell how often they come together.
-    assert related_tokens(seen, head, torch.tensor([0]), nothing).tolist() == []
+    assert related_tokens(seen, head, predicted(seen, head), torch.tensor([0]), nothing).tolist() == []
     # More than twice as many as are told: this model does not tell them apart.
     alike = table.clone()
     alike[:8] = table[0]
     crowded = OutputHead(None, head.norm, lambda values: values @ alike.T, 1.0)
-    assert related_tokens(seen, crowded, torch.tensor([0, 1]), nothing).tolist() == []
-    assert related_tokens(seen, crowded, torch.tensor([0, 1, 2]), nothing).tolist() == [3, 4, 5, 6, 7]
+    assert related_tokens(seen, crowded, predicted(seen, crowded), torch.tensor([0, 1]), nothing).tolist() == []
+    assert related_tokens(seen, crowded, predicted(seen, crowded), torch.tensor([0, 1, 2]), nothing).tolist() == [
+        3,
+        4,
+        5,
+        6,
+        7,
+    ]
     # Nor does one that says everything everywhere.
     unsure = Positions(seen.neurons, seen.residual / 100, None)
-    assert related_tokens(unsure, head, torch.tensor([0, 1]), nothing).tolist() == []
+    assert related_tokens(unsure, head, predicted(unsure, head), torch.tensor([0, 1]), nothing).tolist() == []
+
+
+def test_the_cut_vocabulary_counts_all_other_tokens_as_one(known) -> None:
+    """The named tokens' log-probabilities are exact before a change, and all sum to one before and after."""
+    head, seen, *_ = known
+    found = predicted(seen, head)
+    expected = head.log_probabilities(seen.residual)
+    torch.testing.assert_close(found.often, expected.double().exp().sum(0), rtol=1e-4, atol=1e-4)
+    cut = _cut(head, found.often, CONCEPT)
+    assert set(CONCEPT.tolist()) <= set(cut.tokens.tolist())
+    assert len(cut.tokens) < 40
+    drawn = _draws(seen, head, found, cut, aim(), torch.Generator().manual_seed(4))(2000)
+    base = head.log_probabilities(drawn.positions.residual)
+    torch.testing.assert_close(drawn.base[:, :-1], base[:, cut.tokens], rtol=1e-4, atol=1e-4)
+    after = cut.log_probabilities(drawn.positions.residual, drawn.lift)
+    torch.testing.assert_close(after.exp(), drawn.base.exp(), rtol=1e-3, atol=1e-5)
+    moved = cut.log_probabilities(drawn.positions.residual + 0.1, drawn.lift)
+    torch.testing.assert_close(moved.exp().sum(1), torch.ones(len(moved)))

@@ -29,7 +29,7 @@ def edits(model):
     return {"own": silencing(model, "dog"), "other": silencing(model, "dog", "cat"), "nothing": Edit("nothing", ())}
 
 
-def test_every_strength_and_the_chosen_one_are_points(model, known, edits):
+def test_the_strengths_up_to_a_tenth_and_the_chosen_one_are_points(model, known, edits):
     told = []
     drawn = curves.draw(model, known, edits, [4.0, 1.0, -2.0], 3.0, lambda *step: told.append(step))
     assert list(drawn) == ["own", "other", "nothing"]
@@ -43,6 +43,19 @@ def test_every_strength_and_the_chosen_one_are_points(model, known, edits):
         assert point["collateral_kl"] == found.collateral_kl.plain()
         assert point["first_token_kl"] == found.first_token_kl.plain()
     assert told[-1] == ("curves", 3, 3)
+
+
+def test_a_curve_ends_where_a_tenth_is_left_and_the_own_one_goes_to_its_strength(model, known, edits):
+    strengths = [1.0, 2.0, 4.0, 8.0, 16.0]
+    drawn = curves.draw(model, known, edits, strengths, 12.0)
+    whole = measures.removal_curve(
+        model, known, strengths, lambda strength: applied(model, edits["other"].at(strength))
+    )
+    reached = next(number for number, point in enumerate(whole) if point.mass.value <= 0.1)
+    assert [point["strength"] for point in drawn["other"]] == strengths[: reached + 1]
+    assert [point["strength"] for point in drawn["own"]] == [1.0, 2.0, 4.0, 8.0, 12.0]
+    crossing = measures.at_matched_removal(whole)
+    assert curves.matched_table(drawn, "own")["rows"][1]["collateral_kl"] == pytest.approx(crossing.damage, rel=1e-6)
 
 
 def test_a_chosen_strength_below_nothing_turns_the_curve_round(model, known, edits):

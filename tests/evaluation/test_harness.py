@@ -171,3 +171,28 @@ def test_a_task_is_a_name_and_never_a_path_whose_code_would_run(name, tmp_path, 
     with pytest.raises(BadInput):
         open_harness((Task(name),), Settings())
     assert not (tmp_path / "ran").exists()
+
+
+def test_continuations_score_as_lm_evals_own_code_scores_them():
+    from lm_eval.models.huggingface import HFLM
+
+    model, tokenizer = tiny_model(0), tiny_tokenizer()
+    asked = [([1, 2, 3], [4]), ([1, 2, 3], [5]), ([1, 2, 3], [4, 5]), ([6], [7, 8, 9]), ([1, 2, 3], [4]), ([2], [3])]
+    longer = [(list(range(1, 15)), [3, 4]), (list(range(2, 15)), [5])]
+    theirs = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=2)
+    expected = theirs._loglikelihood_tokens([(None, *pair) for pair in asked + longer], disable_tqdm=True)
+    for size in (1, 2, 64, "auto"):
+        found = scoring.continuation_scores(model, asked + longer, longest=theirs.max_length, rows_at_once=size)
+        assert [one[1] for one in found] == [other[1] for other in expected]
+        assert [one[0] for one in found] == pytest.approx([other[0] for other in expected], rel=1e-5)
+    cut = scoring.continuation_scores(model, longer, longest=5, rows_at_once=64)
+    alone = scoring.continuation_scores(model, [(longer[0][0][-4:], [3, 4])], longest=8, rows_at_once=64)
+    assert cut[0][0] == pytest.approx(alone[0][0], rel=1e-5)
+
+
+def test_rows_that_are_alike_run_once():
+    model, rows = tiny_model(0), []
+    asked = [([1, 2, 3], [4]), ([1, 2, 3], [5]), ([1, 2, 3], [4]), ([1, 2, 3], [4, 5])]
+    with model.model.register_forward_hook(lambda _m, _i, output: rows.append(len(output.last_hidden_state))):
+        scoring.continuation_scores(model, asked, longest=64, rows_at_once=64)
+    assert sum(rows) == 2

@@ -41,7 +41,6 @@ NEURONS = ("gate", "in", "out")
     unit=UNIT,
     writes=NEURONS,
     locator="channels",
-    control=True,
     style=("teal", "-", "p"),
 )
 class DirectionOut(EditMethod):

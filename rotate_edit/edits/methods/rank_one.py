@@ -42,7 +42,6 @@ READS = ("self_text", "activations")
     reads=READS,
     writes=("out",),
     locator="channels",
-    control=True,
     search_layers=2,
     style=("blue", (0, (5, 2)), "d"),
 )
@@ -54,7 +53,6 @@ READS = ("self_text", "activations")
     reads=READS,
     writes=("out",),
     locator="last-matrix",
-    control=True,
     search_layers=2,
     style=("blue", (0, (1, 2)), "s"),
 )

@@ -134,6 +134,7 @@ class SilenceWords(EditMethod):
         return fit_change(
             seen,
             material.output_head,
+            material.predicted,
             start,
             self._aim(material, concept),
             proximal_weight=self.proximal_weight,
@@ -146,7 +147,7 @@ class SilenceWords(EditMethod):
         """The concept's tokens and those that are predicted with them, and what must stay."""
         ids, near = concept.ids, concept.kept
         close = torch.cat(near).unique() if near else ids[:0]
-        found: Tensor = related_tokens(material.positions, material.output_head, ids, close)
+        found: Tensor = related_tokens(material.positions, material.output_head, material.predicted, ids, close)
         rows = None
         if near:
             projection, trained = read_unembedding(material.checkpoint), ~material.untrained

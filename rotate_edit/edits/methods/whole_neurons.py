@@ -13,7 +13,6 @@ from rotate_edit.edits.methods.base import EditMethod, Factors, Target, edit_met
     writes=("gate", "in", "out"),
     locator="channels",
     whole_vectors=True,
-    control=True,
     style=("purple", (0, (5, 2)), "P"),
 )
 class ProjectChannel(EditMethod):
@@ -38,7 +37,6 @@ class ProjectChannel(EditMethod):
     writes=("gate", "in", "out"),
     locator="channels",
     whole_vectors=True,
-    control=True,
     style=("grey", (0, (3, 2)), "X"),
 )
 class ZeroNeurons(EditMethod):

@@ -82,8 +82,7 @@ def test_what_the_methods_say_of_themselves() -> None:
         "rank-one-channels", "rank-one-random",
     }  # fmt: skip
     assert set(default_controls()) == those(control=True) == {
-        "channel-located", "direction-everywhere", "lm-head-located", "project-channel", "random-neurons", "rank-one",
-        "rank-one-channels", "zero-neurons",
+        "direction-everywhere", "lm-head-located", "random-neurons",
     }  # fmt: skip
 
 
