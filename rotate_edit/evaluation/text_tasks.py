@@ -17,6 +17,7 @@ from typing import Any
 import yaml
 
 from rotate_edit.errors import BadInput
+from rotate_edit.evaluation.statements import cloze_questions
 from rotate_edit.evaluation.tasks import Items, Row, Task, read_rows
 from rotate_edit.files import whole_folder
 from rotate_edit.vocabulary.concept import plural
@@ -29,6 +30,9 @@ CLOZE_ITEMS = 200
 NEUTRAL_TEXTS = 200
 PROMPTS = 200
 GENERATIONS = 5
+MOST_QUESTIONS = 48
+# The name of items that were made from text.
+TEXT_ITEMS = "text"
 SPLITS = ("validation", "test")
 SUFFIXES = (".txt", ".json", ".jsonl")
 SENTENCE_END = re.compile(r"(?<=[.!?])\s+|(?<=[.!?][\"'”’)])\s+")
@@ -48,7 +52,20 @@ PERPLEXITY = {
     "doc_to_target": "text",
     "metric_list": [{"metric": "word_perplexity", "aggregation": "weighted_perplexity", "higher_is_better": False}],
 }
-DEFINITIONS = {"text_cloze": (CLOZE, "cloze.jsonl"), "text_neutral": (PERPLEXITY, "neutral.jsonl")}
+QUESTIONS = {
+    "output_type": "multiple_choice",
+    "doc_to_text": "query",
+    "doc_to_choice": "choices",
+    "doc_to_target": "gold",
+    # Every choice holds the space before it, and the rest of its sentence.
+    "target_delimiter": "",
+    "metric_list": [{"metric": "acc_norm", "aggregation": "mean", "higher_is_better": True}],
+}
+DEFINITIONS = {
+    "text_cloze": (CLOZE, "cloze.jsonl"),
+    "text_questions": (QUESTIONS, "questions.jsonl"),
+    "text_neutral": (PERPLEXITY, "neutral.jsonl"),
+}
 
 
 @dataclass(frozen=True)
@@ -59,11 +76,13 @@ class Finder:
         concept: Name of the concept.
         own: Pattern of the concept's words.
         near: Pattern of the neighbours' words, or None where there are none to find.
+        listed: The concept's words.
     """
 
     concept: str
     own: re.Pattern[str]
     near: re.Pattern[str] | None
+    listed: tuple[str, ...]
 
 
 def items_from_text(
@@ -138,7 +157,12 @@ def _finders(
     words: Mapping[str, Sequence[str]], neighbour_words: Mapping[str, Sequence[str]], plurals: bool
 ) -> list[Finder]:
     return [
-        Finder(name, _pattern(own, plurals), _pattern(near, plurals) if (near := neighbour_words.get(name)) else None)
+        Finder(
+            name,
+            _pattern(own, plurals),
+            _pattern(near, plurals) if (near := neighbour_words.get(name)) else None,
+            tuple(own),
+        )
         for name, own in words.items()
     ]
 
@@ -153,6 +177,7 @@ def _items(
     """Items from the passages of each split: those in which a concept is looked for, and those without one."""
     texts: dict[str, list[Row]] = {split: [] for split in SPLITS}
     cloze: list[Row] = []
+    questions: list[Row] = []
     for finder in finders:
         own = about[finder.concept]
         for split in SPLITS:
@@ -163,6 +188,7 @@ def _items(
                 )
             texts[split] += [_text_row(text, finder.concept, finders) for text in found]
         cloze += _cloze_items(own["test"], finder.concept, finder.own, "concept", tokenizer)
+        questions += _questions(own["test"], finder.listed, finder.concept)
         if finder.near is not None:
             near = dict.fromkeys((*own["test"], *others["test"]))
             cloze += _cloze_items(list(near), finder.concept, finder.near, "neighbour", tokenizer)
@@ -176,11 +202,24 @@ def _items(
         texts[split] += [{"text": text, "concept": None, "contains": []} for text in neutral[split][:TEXTS_A_CONCEPT]]
     # The neutral texts of the perplexity task are others than those of the collateral KL, where there are enough.
     rest = neutral["test"][TEXTS_A_CONCEPT:] or neutral["test"]
-    return _as_items(texts, cloze, [{"text": text} for text in rest[:NEUTRAL_TEXTS]], neutral["test"])
+    questions += _questions(neutral["test"], (), "")
+    rows = {
+        "text_cloze": cloze,
+        "text_questions": questions,
+        "text_neutral": [{"text": text} for text in rest[:NEUTRAL_TEXTS]],
+    }
+    return _as_items(texts, rows, neutral["test"])
 
 
-def _as_items(texts: dict[str, list[Row]], cloze: list[Row], neutral: list[Row], prompts_from: list[str]) -> Items:
-    rows = {"text_cloze": cloze, "text_neutral": neutral}
+def _questions(passages: Sequence[str], listed: Sequence[str], concept: str) -> list[Row]:
+    """Statements with a blank and four words that may fill it; general ones have an empty concept."""
+    return [
+        {"query": one.prompt, "choices": list(one.choices), "gold": one.gold, "concept": concept, "type": "B"}
+        for one in cloze_questions(passages, listed, concept=concept)[:MOST_QUESTIONS]
+    ]
+
+
+def _as_items(texts: dict[str, list[Row]], rows: Mapping[str, list[Row]], prompts_from: list[str]) -> Items:
     tasks = tuple(
         Task(name, {"task": name, **settings, "test_split": "test", "metadata": {"version": 1}},
              {"test": tuple(rows[name])}, version="1")
@@ -191,13 +230,13 @@ def _as_items(texts: dict[str, list[Row]], cloze: list[Row], neutral: list[Row],
     unused = openings[PROMPTS:] or openings
     neutral_prompts = [{"prompt": prompt, "concept": None} for prompt in unused[:GENERATIONS]]
     by_concept: dict[str, list[Row]] = {}
-    for row in cloze:
+    for row in rows["text_cloze"]:
         if row["role"] == "concept":
             prompt = {"prompt": row["context"], "concept": row["concept"]}
             by_concept.setdefault(row["concept"], []).append(prompt)
     about = [row for rows in by_concept.values() for row in rows[:GENERATIONS]]
     return Items(
-        name="text",
+        name=TEXT_ITEMS,
         tasks=tasks,
         texts={split: tuple(found) for split, found in texts.items()},
         prompts=tuple(openings[:PROMPTS]),

@@ -10,6 +10,7 @@ from rotate_edit.evaluation.knowledge import Answers
 from rotate_edit.evaluation.metrics.base import HIGHER, LOWER, MeasuredModel, Metric, metric
 from rotate_edit.evaluation.questions import Question, questions_of
 from rotate_edit.evaluation.statistics import Measure
+from rotate_edit.evaluation.text_tasks import TEXT_ITEMS
 
 # Fewer questions that the base knows say nothing about an edit.
 FEWEST = 10
@@ -96,9 +97,13 @@ class KnowledgeDrop(_OfQuestions):
     unit="nats", better=HIGHER, tile=False,
 )  # fmt: skip
 class KnowledgeDropFiveShot(KnowledgeDrop):
-    """The same with five answered general questions before each."""
+    """The same with five answered general questions before each. Blanked statements are no questions to answer."""
 
     shots = knowledge.SHOTS
+
+    def prepare(self, base: MeasuredModel) -> NDArray[np.int64] | None:
+        """None for items that were made from text."""
+        return None if base.items is not None and base.items.name == TEXT_ITEMS else super().prepare(base)
 
 
 @metric(
