@@ -23,6 +23,7 @@ Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 GOALS = ("remaining", "budget", "odds", "strength")
 DEFAULT_REMAINING = 0.1
+DEFAULT_BUDGET = 0.02
 # What settings and methods of earlier versions are called now.
 RENAMED = {
     "edit.target": "concepts.remaining",
@@ -57,12 +58,13 @@ class ConceptRecipe(_Section):
     plurals: bool = Field(False, description="Also follow the plural of every word.")
     remaining: Annotated[float, Field(gt=0, lt=1)] | None = Field(
         None,
-        description="The smallest strength that leaves this share of the concept's probability mass. 0.1 when none of "
-        "`remaining`, `budget`, `odds` and `strength` is given.",
+        description="The smallest strength that leaves this share of the concept's probability mass. 0.1 for methods "
+        "that silence words, when none of `remaining`, `budget`, `odds` and `strength` is given.",
     )
     budget: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = Field(
         None,
-        description="The largest strength with at most so many nats of KL divergence on texts without the concept.",
+        description="The largest strength with at most so many nats of KL divergence on texts without the concept. "
+        "0.02 for methods that remove knowledge, when no other goal is given.",
     )
     odds: Annotated[float, Field(gt=1, allow_inf_nan=False)] | None = Field(
         None, description="Amplify: make the concept's odds so many times as large on texts without it."
@@ -118,8 +120,10 @@ class ConceptRecipe(_Section):
 class LocateRecipe(_Section):
     """Which neurons are looked at."""
 
-    matrices: list[Matrix] = Field(
-        ["out"], min_length=1, description="out: what neurons write; gate, in: what they read."
+    matrices: Annotated[list[Matrix], Field(min_length=1)] | None = Field(
+        None,
+        description="out: what neurons write; gate, in: what they read. When left out: out, or all that the model has "
+        "for methods that remove knowledge.",
     )
     layers: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] | None = Field(
         None, description="Layers to look at; all when left out."
@@ -184,9 +188,10 @@ class EditRecipe(_Section):
 
     method: str = Field(
         "auto",
-        description="An edit method by its name ([methods](methods.md)). auto takes `silence-words`; `rank-one` beside "
-        "`embeddings` or where `locate.layers` names layers; `channel-located` where no `out` matrix is looked at; "
-        "`token-logits` where every concept is amplified.",
+        description="An edit method by its name ([methods](methods.md)). auto takes `remove-concept` where knowledge is "
+        "removed, `silence-words` where words are; then `rank-one` beside `embeddings` or where `locate.layers` names "
+        "layers, and `channel-located` where no `out` matrix is looked at; `token-logits` where every concept is "
+        "amplified.",
     )
     settings: dict[str, Any] = Field(
         {}, description="The method's own settings. Controls take those that they have too."
@@ -296,6 +301,12 @@ class Recipe(_Section):
     model: str = Field(min_length=1, description="`demo`, a folder, a Hub id, or a GGUF file (`.gguf`).")
     revision: str | None = Field(None, description="The Hub revision.")
     concepts: list[ConceptRecipe] = Field(min_length=1, description="The concepts to edit.")
+    remove: Literal["knowledge", "words"] | None = Field(
+        None,
+        description="What `edit.method: auto` removes of a concept: what the model knows of it, or its words alone. "
+        "When left out: words where a concept gives `remaining` or `strength` or something is kept or protected, "
+        "knowledge elsewhere.",
+    )
     protect: list[str | list[str]] = Field(
         [],
         description="What no edit may move (first order): words, each by itself, or lists of words, each as a concept.",
@@ -331,7 +342,7 @@ class Recipe(_Section):
         if not about.keeps_words and (self.protect or any(concept.keep for concept in self.concepts)):
             return f"the method {about.name} takes one direction as it is and can keep or protect nothing"
         kinds = about.writes & {"gate", "in", "out"}
-        if kinds and not kinds & set(self.locate.matrices):
+        if kinds and self.locate.matrices is not None and not kinds & set(self.locate.matrices):
             return (
                 f"edit.method: {about.name} rewrites {' and '.join(sorted(kinds))} matrices only; add "
                 f"{sorted(kinds)[0]} to locate.matrices, or set edit.method to channel-located"
@@ -364,6 +375,17 @@ class Recipe(_Section):
         return None
 
     @property
+    def removed(self) -> str:
+        """What is removed where the recipe names no method: "knowledge" or "words"."""
+        from rotate_edit.edits.methods.defaults import KNOWLEDGE, WORDS
+
+        if self.remove is not None:
+            return self.remove
+        told = any(concept.remaining or concept.strength for concept in self.concepts)
+        keeps = bool(self.protect) or any(concept.keep for concept in self.concepts)
+        return WORDS if told or keeps or self.edit.settings else KNOWLEDGE
+
+    @property
     def method(self) -> str:
         """The name of the edit method, with `auto` settled."""
         from rotate_edit.edits.methods.defaults import default_method
@@ -371,7 +393,8 @@ class Recipe(_Section):
         if self.edit.method != "auto":
             return self.edit.method
         return default_method(
-            self.locate.matrices,
+            self.locate.matrices or (),
+            remove=self.removed,
             layers_named=self.locate.layers is not None,
             embeddings=self.edit.embeddings,
             amplified=[concept.goal.amplifies for concept in self.concepts],
@@ -466,7 +489,12 @@ def _settled(recipe: Recipe) -> Recipe:
         names = default_controls() if controls is None else method_names()
         controls = [name for name in names if name != recipe.method]
     evaluation = recipe.evaluate.model_copy(update={"controls": controls})
-    return recipe.model_copy(update={"edit": edit, "evaluate": evaluation})
+    goal = {"budget": DEFAULT_BUDGET} if declaration(recipe.method).removes_knowledge else {}
+    concepts = [
+        concept.model_copy(update=goal) if all(getattr(concept, kind) is None for kind in GOALS) else concept
+        for concept in recipe.concepts
+    ]
+    return recipe.model_copy(update={"edit": edit, "evaluate": evaluation, "concepts": concepts})
 
 
 def recipe_text(recipe: Recipe) -> str:

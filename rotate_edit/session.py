@@ -125,7 +125,7 @@ class Session:
     @property
     def sites(self) -> tuple[Site, ...]:
         """The neuron matrices that may be edited."""
-        return tuple(sites_of(self.checkpoint, self.recipe.locate.matrices, self.recipe.locate.layers))
+        return tuple(sites_of(self.checkpoint, matrices_of(self.recipe, self.checkpoint), self.recipe.locate.layers))
 
     @property
     def search_settings(self) -> SearchSettings:
@@ -648,7 +648,7 @@ class Session:
         space: dict[str, Distribution] = {f"edit.settings.{name}": values for name, values in own.items()}
         if about.last_layer_alone:
             return space
-        layers, matrices = self._layers, self.recipe.locate.matrices
+        layers, matrices = self._layers, matrices_of(self.recipe, self.checkpoint)
         last = layers[-about.search_layers :] if about.search_layers else layers[len(layers) // 2 :]
         space["last layer"] = Choice(tuple(last))
         if "activations" not in about.reads:
@@ -683,7 +683,7 @@ class Session:
         values |= {f"edit.settings.{name}": value for name, value in self.method.settings.items()}
         return values | {
             "edit.method": self.recipe.method,
-            "locate.matrices": "+".join(self.recipe.locate.matrices),
+            "locate.matrices": "+".join(matrices_of(self.recipe, self.checkpoint)),
             "first layer": self._layers[0],
             "last layer": self._layers[-1],
         }
@@ -736,7 +736,7 @@ def open_session(
     checkpoint = open_checkpoint(recipe.model, recipe.revision)
     if output is not None:
         check_output_outside(output, checkpoint.folder)
-    sites_of(checkpoint, recipe.locate.matrices, recipe.locate.layers)
+    sites_of(checkpoint, matrices_of(recipe, checkpoint), recipe.locate.layers)
     recipe, notes = _suited(recipe, checkpoint)
     device = pick_device(recipe.decompose.device)
     job = job_of(recipe, checkpoint)
@@ -839,6 +839,14 @@ def plan_of(recipe: Recipe) -> Plan:
     )
 
 
+def matrices_of(recipe: Recipe, checkpoint: Checkpoint) -> tuple[str, ...]:
+    """The kinds of matrices that a recipe's edit may change: those it names, or those that suit its method."""
+    if recipe.locate.matrices is not None:
+        return tuple(recipe.locate.matrices)
+    about = make_method(recipe.method, recipe.edit.settings).about
+    return tuple(kind for kind in checkpoint.matrices if kind in about.writes) if about.removes_knowledge else ("out",)
+
+
 def job_of(recipe: Recipe, checkpoint: Checkpoint) -> Job:
     """What a recipe's cost is counted from."""
     method = make_method(recipe.method, recipe.edit.settings)
@@ -848,7 +856,7 @@ def job_of(recipe: Recipe, checkpoint: Checkpoint) -> Job:
         plan=plan_of(recipe),
         method=method,
         controls=tuple(make_control(name, recipe.edit.settings) for name in names if name != recipe.method),
-        matrices=tuple(recipe.locate.matrices),
+        matrices=matrices_of(recipe, checkpoint),
         search=search_settings(recipe, checkpoint),
         words_only=recipe.decompose.words_only,
         tries_groups=recipe.locate.group_distance == "auto" and "self_text" not in method.about.reads,
@@ -891,7 +899,7 @@ def _suited(recipe: Recipe, checkpoint: Checkpoint) -> tuple[Recipe, tuple[str, 
 def _why_unsuited(method: EditMethod, recipe: Recipe, checkpoint: Checkpoint) -> str:
     """Why a method cannot work on this model and these matrices, as the end of a sentence. Empty where it can."""
     kinds = method.about.writes & {"gate", "in", "out"}
-    if kinds and not kinds & set(recipe.locate.matrices):
+    if kinds and not kinds & set(matrices_of(recipe, checkpoint)):
         return f"rewrite {' and '.join(sorted(kinds))} matrices, which locate.matrices leaves out"
     layers = recipe.locate.layers
     if method.about.last_layer_alone and layers is not None and checkpoint.layers - 1 not in layers:

@@ -82,6 +82,8 @@ class Declaration:
         keeps_words: Whether its direction leaves alone what a recipe keeps or protects.
         search_layers: How many of the last layers a search may end at. None for the upper half.
         search_beside: Methods that a search tries beside it, by name.
+        removes_knowledge: Whether it is to take what the model knows, and not only words. It then edits every kind of
+            matrix that it writes, and its strength is what a budget allows, unless a recipe says otherwise.
         style: How its line is drawn.
     """
 
@@ -100,6 +102,7 @@ class Declaration:
     keeps_words: bool
     search_layers: int | None
     search_beside: tuple[str, ...]
+    removes_knowledge: bool
     style: Style
 
 
@@ -225,6 +228,7 @@ def edit_method(
     keeps_words: bool = True,
     search_layers: int | None = None,
     search_beside: Sequence[str] = (),
+    removes_knowledge: bool = False,
     style: Style = OTHER_STYLE,
 ) -> Callable[[Kind], Kind]:
     """Register a class as an edit method. One class may be registered under several names with different locators.
@@ -245,6 +249,7 @@ def edit_method(
         keeps_words: Whether it leaves alone what a recipe keeps or protects.
         search_layers: How many of the last layers a search may end at. None for the upper half.
         search_beside: Methods that a search tries beside it.
+        removes_knowledge: Whether it is to take what the model knows, and not only words.
         style: Colour, dash pattern and marker of its line.
 
     Raises:
@@ -260,7 +265,7 @@ def edit_method(
     def register(kind: Kind) -> Kind:
         about = Declaration(
             name, title, reference, unit, needs, frozenset(writes), locator, control, live, whole_concept,
-            whole_vectors, last_layer_alone, keeps_words, search_layers, tuple(search_beside), style,
+            whole_vectors, last_layer_alone, keeps_words, search_layers, tuple(search_beside), removes_knowledge, style,
         )  # fmt: skip
         _METHODS[name] = _Registered(about, kind)
         _checker.cache_clear()

@@ -30,6 +30,7 @@ ROOTS = 25
     writes=("gate", "in", "out"),
     whole_concept=True,
     keeps_words=False,
+    removes_knowledge=True,
     style=("ochre", "-", "X"),
 )
 @dataclass(frozen=True)
@@ -129,6 +130,7 @@ class SelectiveGradient(EditMethod):
     writes=("gate", "in", "out", "embedding", "unembedding"),
     whole_concept=True,
     keeps_words=False,
+    removes_knowledge=True,
     style=("red", (0, (5, 2)), "X"),
 )
 @dataclass(frozen=True)
