@@ -480,8 +480,8 @@ def parse_recipe(content: dict[str, Any], name: str = "recipe") -> Recipe:
 
 
 def _settled(recipe: Recipe) -> Recipe:
-    """The recipe with what `auto` and the left-out controls stand for."""
-    from rotate_edit.edits.methods import default_controls, method_names
+    """The recipe with what `auto`, the left-out goals and the left-out controls stand for."""
+    from rotate_edit.edits.methods import declaration, default_controls, method_names
 
     edit = recipe.edit.model_copy(update={"method": recipe.method})
     controls = recipe.evaluate.controls
