@@ -10,7 +10,7 @@ from typing import Any
 
 from rotate_edit.channels.channel_set import Channel, save_channels
 from rotate_edit.channels.locate import ConceptGroup, by_concept
-from rotate_edit.console import Report, silent
+from rotate_edit.console import Report, silent, tell
 from rotate_edit.edits.edit import Edit
 from rotate_edit.edits.edit_file import save_edit
 from rotate_edit.edits.writing.adapter import write_adapter
@@ -191,6 +191,8 @@ def _locate(going: Run) -> None:
     _ = session.model
     with _timed(going, "locate"):
         going.groups = session.locate((session.method, *session.controls), going.report)
+    for group in going.groups:
+        tell(going.report, f"{group.name}: {len(group.chosen)} channels located")
     going.result |= _describe(session, going.groups) | {"warnings": list(session.notes)}
     _save_channels(session, going.groups, going.folder)
     if session.items is not None and session.recipe.evaluate.text is not None:
@@ -211,6 +213,7 @@ def _solve(going: Run) -> None:
         going.edit = session.described(unit.at(going.strengths), going.groups)
     for entry in going.result["concepts"]:
         entry["strength"] = going.strengths[entry["name"]]
+        tell(going.report, f"{entry['name']}: strength {entry['strength']:.4g}")
     going.result["neurons"] = [asdict(vector) for vector in going.edit.vectors]
 
 

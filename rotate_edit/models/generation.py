@@ -5,6 +5,8 @@ from typing import Any
 
 import torch
 
+from rotate_edit.errors import BadInput
+
 
 def generate(
     model: Any,
@@ -16,6 +18,7 @@ def generate(
     seed: int | None = None,
     temperature: float = 1.0,
     rows_at_once: int = 64,
+    special_tokens: bool = True,
 ) -> list[list[str]]:
     """Continue each prompt with generated texts.
 
@@ -31,12 +34,13 @@ def generate(
         seed: Seed of the draw from the whole vocabulary; None for greedy decoding.
         temperature: Temperature of the draw. Greedy decoding ignores it.
         rows_at_once: Most continuations generated in one batch.
+        special_tokens: Whether the tokenizer adds its own, such as one at the beginning. A chat template holds them.
 
     Returns:
         For each prompt, a list of `samples` texts.
     """
     device = next(model.parameters()).device
-    encoded = [list(ids) for ids in tokenizer(list(prompts), add_special_tokens=True)["input_ids"]]
+    encoded = [list(ids) for ids in tokenizer(list(prompts), add_special_tokens=special_tokens)["input_ids"]]
     encoded = [ids or [first_token(tokenizer)] for ids in encoded]
     rows = [index for index in range(len(encoded)) for _ in range(samples)]
     texts: list[list[str]] = [[] for _ in prompts]
@@ -69,6 +73,34 @@ def generate(
             for index, row_ids in zip(chosen, written[:, width:], strict=True):
                 texts[index].append(tokenizer.decode(row_ids, skip_special_tokens=True))
     return texts
+
+
+def as_user(tokenizer: Any, prompts: Sequence[str]) -> list[str]:
+    """Put each prompt in the tokenizer's chat template, as what a user says to the model.
+
+    Args:
+        tokenizer: A transformers tokenizer with a chat template.
+        prompts: The prompts.
+
+    Returns:
+        The texts up to where the model's answer begins, special tokens in them.
+
+    Raises:
+        BadInput: When the template cannot be filled in.
+    """
+    try:
+        return [
+            str(
+                tokenizer.apply_chat_template(
+                    [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
+                )
+            )
+            for prompt in prompts
+        ]
+    except Exception as error:
+        # A template is code of whoever made the model, and may end in any error.
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise BadInput(f"the tokenizer's chat template cannot be filled in ({reason}); use --plain.") from error
 
 
 def padding_token(tokenizer: Any) -> int:
