@@ -223,7 +223,7 @@ class _Step:
         gone = now - self.began
         if self.total and self.done >= self.total:
             return f"{self.name}: done; working on what comes next"
-        how_far = f"{self.done} of {self.total}, " if self.total else ""
+        how_far = f"{self.done} of {self.total}, " if self.done else ""
         left = f", about {_duration(gone / self.done * (self.total - self.done))} left" if self.done else ""
         return f"{self.name}: {how_far}{_duration(gone)} so far{left}"
 

@@ -136,8 +136,15 @@ def edit_only(
     session = open_session(recipe, output=output, measured=False)
     groups = session.locate(report=report)
     session.check_located(groups)
+    report("build edits", 0, 1)
     unit = session.build([session.method], groups)[recipe.method]
-    edit = session.described(unit.at(session.strengths(unit)), groups)
+    report("build edits", 1, 1)
+    report("strengths", 0, 1)
+    strengths = session.strengths(unit)
+    report("strengths", 1, 1)
+    for name, strength in strengths.items():
+        tell(report, f"{name}: strength {strength:.4g}")
+    edit = session.described(unit.at(strengths), groups)
     with whole_folder(output, overwrite=overwrite) as folder:
         write_atomically(folder / "recipe.yaml", recipe_text(recipe))
         _save_channels(session, groups, folder)
@@ -345,8 +352,10 @@ def _describe_concept(session: Session, groups: Sequence[ConceptGroup]) -> dict[
 @contextmanager
 def _timed(going: Run, step: str) -> Iterator[None]:
     started = time.monotonic()
+    going.report(step, 0, 1)
     try:
         yield
+        going.report(step, 1, 1)
     finally:
         going.seconds[step] = round(time.monotonic() - started, 2)
 
