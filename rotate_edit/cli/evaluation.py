@@ -128,7 +128,8 @@ def compare(
     """Continue the same prompts with BASE and each EDITED (a run, edit, adapter or checkpoint), side by side."""
     from rotate_edit.evaluation.commands import continue_prompts
 
-    found = continue_prompts(base, edited, prompts, new_tokens=new_tokens, seed=seed, plain=plain)
+    with progress_bars() as report:
+        found = continue_prompts(base, edited, prompts, new_tokens=new_tokens, seed=seed, plain=plain, report=report)
     if found.chat:
         print_line("Prompts stand in the tokenizer's chat template; --plain continues the bare text.", error=True)
     for prompt, texts in found.rows:

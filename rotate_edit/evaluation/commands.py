@@ -198,6 +198,7 @@ def continue_prompts(
     seed: int | None = None,
     plain: bool = False,
     check: Callable[[Cost, Path], None] = check_cost,
+    report: Report = silent,
 ) -> Continuations:
     """Continue prompts with the base and each edited model.
 
@@ -211,6 +212,7 @@ def continue_prompts(
         seed: Seed of sampling. None generates greedily.
         plain: Continue the bare text, whatever the tokenizer has.
         check: Refuses a cost that does not fit this machine.
+        report: Is told how many models have written.
 
     Returns:
         The continuations.
@@ -227,7 +229,8 @@ def continue_prompts(
     asked = as_user(tokenizer, prompts) if chat else prompts
     how: dict[str, Any] = {"new_tokens": new_tokens, "seed": seed, "special_tokens": not chat}
     texts = {"base": generate(model, tokenizer, asked, **how)}
-    for name in edited:
+    for number, name in enumerate(edited, start=1):
+        report("continue the prompts", number, len(edited) + 1)
         if Path(name).is_dir():
             with opened(model, read_variants([Path(name)])[0]) as changed:
                 texts[name] = generate(changed, tokenizer, asked, **how)
