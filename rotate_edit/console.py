@@ -125,8 +125,8 @@ def progress_bars(
 ) -> Iterator[Report]:
     """Show on standard error how far each step is, so that output can be piped.
 
-    In a terminal every step has a bar with an estimate of the time left, and one row shows that the job goes on. Without
-    a terminal a line says the same, one every `interval` seconds, also while a step reports nothing.
+    In a terminal every step has a bar with an estimate of the time left, and one row shows that the job goes on.
+    Without a terminal a line says the same, one every `interval` seconds, also while a step reports nothing.
 
     Args:
         quiet: Show nothing.
