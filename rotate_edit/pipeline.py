@@ -10,7 +10,7 @@ from typing import Any
 
 from rotate_edit.channels.channel_set import Channel, save_channels
 from rotate_edit.channels.locate import ConceptGroup, by_concept
-from rotate_edit.console import Report, silent
+from rotate_edit.console import Report, silent, tell_found
 from rotate_edit.edits.edit import Edit
 from rotate_edit.edits.edit_file import save_edit
 from rotate_edit.edits.writing.adapter import write_adapter
@@ -145,12 +145,21 @@ def edit_only(
     session = open_session(recipe, output=output, measured=False, tell=tell)
     if session.seeks_strengths:
         # What the model writes itself comes first, since it may not be enough.
+        report("write texts", 0, 1)
         _ = session.items
+        report("write texts", 1, 1)
     groups = session.locate(report=report)
     session.check_located(groups)
+    report("build edits", 0, 1)
     unit = session.build([session.method], groups)[recipe.method]
+    report("build edits", 1, 1)
+    report("strengths", 0, 1)
     solved = session.solve(unit)
-    edit = session.described(unit.at({name: found.strength for name, found in solved.items()}), groups)
+    strengths = {name: found.strength for name, found in solved.items()}
+    report("strengths", 1, 1)
+    for name, strength in strengths.items():
+        tell_found(report, f"{name}: strength {strength:.4g}")
+    edit = session.described(unit.at(strengths), groups)
     with whole_folder(output, overwrite=overwrite) as folder:
         write_atomically(folder / "recipe.yaml", recipe_text(recipe))
         _save_channels(session, groups, folder)
@@ -205,8 +214,13 @@ def _locate(going: Run) -> None:
     if session.writes_items:
         with _timed(going, "write texts"):
             _ = session.items
+        for sentence in session.remarks[len(session.notes) :]:
+            tell_found(going.report, sentence)
     with _timed(going, "locate"):
         going.groups = session.locate((session.method, *session.controls), going.report)
+    for group in going.groups:
+        if group.chosen:
+            tell_found(going.report, f"{group.name}: {len(group.chosen)} channels located")
     going.result |= _describe(session, going.groups) | {"warnings": session.remarks}
     _save_channels(session, going.groups, going.folder)
     if session.items is not None and session.recipe.evaluate.items is None:
@@ -226,10 +240,14 @@ def _solve(going: Run) -> None:
         solved = session.solve(unit)
         going.strengths = {name: found.strength for name, found in solved.items()}
         going.edit = session.described(unit.at(going.strengths), going.groups)
-    going.result["warnings"] += missed_goals(solved)
+    missed = missed_goals(solved)
+    going.result["warnings"] += missed
+    for sentence in missed:
+        tell_found(going.report, sentence)
     for entry in going.result["concepts"]:
         entry["missed"] = solved[entry["name"]].missed
         entry["strength"] = going.strengths[entry["name"]]
+        tell_found(going.report, f"{entry['name']}: strength {entry['strength']:.4g}")
     going.result["neurons"] = [asdict(vector) for vector in going.edit.vectors]
 
 
@@ -362,8 +380,10 @@ def _describe_concept(session: Session, groups: Sequence[ConceptGroup]) -> dict[
 @contextmanager
 def _timed(going: Run, step: str) -> Iterator[None]:
     started = time.monotonic()
+    going.report(step, 0, 1)
     try:
         yield
+        going.report(step, 1, 1)
     finally:
         going.seconds[step] = round(time.monotonic() - started, 2)
 

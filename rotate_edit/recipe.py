@@ -188,9 +188,9 @@ class EditRecipe(_Section):
 
     method: str = Field(
         "auto",
-        description="An edit method by its name ([methods](methods.md)). auto takes `remove-concept` where knowledge is "
-        "removed, `silence-words` where words are; then `rank-one` beside `embeddings` or where `locate.layers` names "
-        "layers, and `channel-located` where no `out` matrix is looked at; `token-logits` where every concept is "
+        description="An edit method by its name ([methods](methods.md)). auto takes `remove-concept` where knowledge "
+        "is removed, `silence-words` where words are; then `rank-one` beside `embeddings` or where `locate.layers` "
+        "names layers, and `channel-located` where no `out` matrix is looked at; `token-logits` where every concept is "
         "amplified.",
     )
     settings: dict[str, Any] = Field(

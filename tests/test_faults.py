@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 from tiny_items import write_items
 from tiny_words import ids, tiny_model, tiny_tokenizer
@@ -21,7 +22,7 @@ from rotate_edit.errors import BadInput, Failure
 from rotate_edit.evaluation.compare import Plan
 from rotate_edit.evaluation.evaluate import evaluate
 from rotate_edit.evaluation.tasks import open_items, read_task
-from rotate_edit.evaluation.variants import opened, read_variants
+from rotate_edit.evaluation.variants import Variant, opened, read_variants
 from rotate_edit.files import whole_file
 from rotate_edit.models.checkpoint import (
     identity,
@@ -160,6 +161,31 @@ def test_an_adapter_whose_head_peft_leaves_random_is_refused(tmp_path: Path) -> 
             opened(tiny_model(0, tied=True).to(dtype), variant),
         ):
             pass
+
+
+def test_own_items_without_a_concept_are_said_to_count_as_everything_else(tmp_path: Path) -> None:
+    folder = write_items(tmp_path / "items")
+    for file in folder.glob("*-all.jsonl"):
+        rows = [json.loads(line) for line in file.read_text().splitlines()]
+        file.write_text("".join(json.dumps(row | {"concept": ""}) + "\n" for row in rows))
+    model, plan = tiny_model(0), Plan(concepts=("cat",), items=8, new_tokens=2)
+
+    def words() -> str:
+        found = evaluate(model, tiny_tokenizer(), [Variant("same", Edit("test", ()))], plan, open_items(folder))
+        return " ".join(found.result["variants"]["same"]["words"])
+
+    said = words()
+    assert "No item is about cat" in said
+    assert "what names none counts as everything else" in said
+    assert "above chance" not in said.split("No item")[0]
+    # One line in the definition says it for a whole task.
+    for file in folder.glob("*-all.jsonl"):
+        rows = [json.loads(line) for line in file.read_text().splitlines()]
+        file.write_text("".join(json.dumps({k: v for k, v in row.items() if k != "concept"}) + "\n" for row in rows))
+    for file in folder.glob("*.yaml"):
+        content = yaml.safe_load(file.read_text())
+        file.write_text(yaml.safe_dump(content | {"metadata": {**content.get("metadata", {}), "concept": "cat"}}))
+    assert "No item is about cat" not in words()
 
 
 def test_two_runs_into_one_output_keep_both_results(tmp_path: Path) -> None:

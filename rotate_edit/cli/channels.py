@@ -9,7 +9,7 @@ import click
 
 from rotate_edit.cli import options
 from rotate_edit.cli.options import FOLDER
-from rotate_edit.console import plain, print_line, print_table, progress_bars
+from rotate_edit.console import plain, print_line, print_table
 from rotate_edit.errors import counted
 
 
@@ -45,7 +45,7 @@ def scan(
     rules = projection.VocabularyRules(words_only=False, ignore_undertrained=False, remove_frequency=False)
     vocabulary = projection.read_vocabulary(checkpoint, rules)
     tables = projection.read_projections(checkpoint, vocabulary)
-    with progress_bars() as report:
+    with options.progress_bars() as report:
         rows = scan_checkpoint(
             checkpoint,
             target,
@@ -124,7 +124,7 @@ def decompose(
     # Before the vocabulary is read, whose tables may be what does not fit.
     check_cost(cost, target)
     vocabulary = projection.read_vocabulary(checkpoint, projection.VocabularyRules(words_only=not all_tokens))
-    with progress_bars() as report:
+    with options.progress_bars() as report:
         found = room.decompose(
             checkpoint,
             target,

@@ -6,7 +6,7 @@ import click
 
 from rotate_edit.cli import options
 from rotate_edit.cli.options import FOLDER
-from rotate_edit.console import print_line, print_table, print_warnings, progress_bars
+from rotate_edit.console import print_line, print_table, print_warnings
 from rotate_edit.errors import BadInput, Failure, counted
 
 
@@ -56,7 +56,7 @@ def apply(
         rank = f"{ranks[0]}" if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
         print_line(f"Adapter of rank {rank} for {counted(len(adapted.ranks), 'module')}.")
     else:
-        with progress_bars() as report:
+        with options.progress_bars() as report:
             patch = write_checkpoint(
                 base, loaded, target, edit_folder=folder, undo=not no_undo, link=link, force_base=force_base,
                 overwrite=overwrite, progress=report,
@@ -145,7 +145,7 @@ def revert(folder: Path, output: Path | None, edit_folder: Path | None, overwrit
 
     target = output or Path(f"{folder.resolve().name}-reverted")
     where = edit_folder or options.edit_of(folder)
-    with progress_bars() as report:
+    with options.progress_bars() as report:
         tensors = revert_patch(
             open_checkpoint(options.inside(folder, "model")), where, target, overwrite=overwrite, progress=report
         )
@@ -179,7 +179,7 @@ def import_gguf(file: Path, folder: Path, dtype: str, overwrite: bool) -> None:
     """Write the GGUF file FILE out as the checkpoint FOLDER: config, tokenizer, chat template, unpacked weights."""
     from rotate_edit.models.gguf import import_gguf as import_file
 
-    with progress_bars() as report:
+    with options.progress_bars() as report:
         imported = import_file(file, folder, dtype=dtype, overwrite=overwrite, progress=report)
     print_warnings(imported.warnings)
     print_line(f"{counted(imported.tensors, 'tensor')}, {imported.bytes / 1e9:.2f} GB, written to {folder}")

@@ -6,8 +6,8 @@ from typing import Any
 import click
 
 from rotate_edit.cli import options
-from rotate_edit.cli.options import FOLDER
-from rotate_edit.console import print_line, print_table, progress_bars
+from rotate_edit.cli.options import FOLDER, progress_bars
+from rotate_edit.console import print_line, print_table
 from rotate_edit.errors import BadInput, Failure, counted
 
 
@@ -121,11 +121,18 @@ def _gate(text: str) -> tuple[str, float]:
 @click.option("--prompt", "prompts", multiple=True, required=True, help="What both continue; may be repeated.")
 @click.option("--new-tokens", default=40, show_default=True, help="How long a continuation is.")
 @click.option("--seed", type=int, help="Sample with this seed instead of taking the likeliest token.")
-def compare(base: str, edited: tuple[str, ...], prompts: tuple[str, ...], new_tokens: int, seed: int | None) -> None:
+@click.option("--plain", is_flag=True, help="Continue the bare text even where the tokenizer has a chat template.")
+def compare(
+    base: str, edited: tuple[str, ...], prompts: tuple[str, ...], new_tokens: int, seed: int | None, plain: bool
+) -> None:
     """Continue the same prompts with BASE and each EDITED (a run, edit, adapter or checkpoint), side by side."""
     from rotate_edit.evaluation.commands import continue_prompts
 
-    for prompt, texts in continue_prompts(base, edited, prompts, new_tokens=new_tokens, seed=seed):
+    with progress_bars() as report:
+        found = continue_prompts(base, edited, prompts, new_tokens=new_tokens, seed=seed, plain=plain, report=report)
+    if found.chat:
+        print_line("Prompts stand in the tokenizer's chat template; --plain continues the bare text.", error=True)
+    for prompt, texts in found.rows:
         print_table(prompt, ["model", "continuation"], [[name, text] for name, text in texts.items()])
 
 

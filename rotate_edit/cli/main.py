@@ -7,7 +7,7 @@ import click
 
 from rotate_edit import __version__
 from rotate_edit.cli import channels, edits, evaluation, publish, runs
-from rotate_edit.cli.options import FOLDER
+from rotate_edit.cli.options import FOLDER, Feedback
 from rotate_edit.console import print_line
 from rotate_edit.errors import BadInput, Failure
 
@@ -15,12 +15,18 @@ from rotate_edit.errors import BadInput, Failure
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(__version__, prog_name="rotate-edit")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+@click.option("--quiet", is_flag=True, help="No progress: nothing but results, warnings and errors.")
+@click.option("--verbose", is_flag=True, help="Say the settings of a command and how long each step took.")
 @click.option(
     "--plugin", "plugins", multiple=True, type=FOLDER,
     help="Dangerous: run this Python file first; it may register methods, metrics and model families.",
 )  # fmt: skip
-def cli(debug: bool, plugins: tuple[Path, ...]) -> None:
+@click.pass_context
+def cli(context: click.Context, debug: bool, quiet: bool, verbose: bool, plugins: tuple[Path, ...]) -> None:
     """Edit what a causal language model knows and says, neuron channel by neuron channel."""
+    if quiet and verbose:
+        raise BadInput("--quiet and --verbose exclude one another; give one of them.")
+    context.obj = Feedback(quiet, verbose)
     for plugin in plugins:
         _run_plugin(plugin)
 

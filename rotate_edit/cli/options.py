@@ -1,12 +1,15 @@
 """What several commands share: their options, each declared once, and the folders that they mean."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import click
 
-from rotate_edit.console import print_table
+from rotate_edit import console
+from rotate_edit.console import Report, print_line, print_table
 from rotate_edit.errors import BadInput
 
 FOLDER: Any = click.Path(path_type=Path)
@@ -84,6 +87,26 @@ def next_run(stem: str) -> Path:
     while (path := Path("runs") / f"{stem}-{number}").exists():
         number += 1
     return path
+
+
+@dataclass(frozen=True)
+class Feedback:
+    """How much a command says while it works: the root's --quiet and --verbose."""
+
+    quiet: bool = False
+    verbose: bool = False
+
+
+@contextmanager
+def progress_bars() -> Iterator[Report]:
+    """Progress as the command line asks for it. With --verbose the command's settings stand before it."""
+    context = click.get_current_context(silent=True)
+    asked = (context.find_object(Feedback) if context else None) or Feedback()
+    if asked.verbose and context is not None:
+        given = {name: value for name, value in context.params.items() if value not in (None, (), False)}
+        print_line(f"{context.info_name}: " + ", ".join(f"{key} {value}" for key, value in given.items()), error=True)
+    with console.progress_bars(quiet=asked.quiet, verbose=asked.verbose) as report:
+        yield report
 
 
 def inside(folder: Path, name: str) -> Path:

@@ -8,7 +8,7 @@ import click
 
 from rotate_edit.cli import options
 from rotate_edit.cli.options import FOLDER
-from rotate_edit.console import print_line, print_table, progress_bars
+from rotate_edit.console import print_line, print_table
 from rotate_edit.errors import Failure, counted
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ def reproduce(description: Path, output: Path | None, model: str | None, allow_c
     """Run a reproduce.json again and compare hashes and numbers; exit 1 when a difference is serious."""
     from rotate_edit.pipeline import repeat
 
-    with progress_bars() as report:
+    with options.progress_bars() as report:
         found, agreed = repeat(
             description,
             output or Path("runs/reproduced"),

@@ -8,7 +8,7 @@ import click
 from rotate_edit.cli import options
 from rotate_edit.cli.channels import print_channels
 from rotate_edit.cli.options import FOLDER
-from rotate_edit.console import print_line, print_table, print_warnings, progress_bars
+from rotate_edit.console import print_line, print_table, print_warnings
 from rotate_edit.errors import counted
 
 
@@ -46,7 +46,7 @@ def run(
     if estimate:
         options.print_estimate(f"a run of {Path(recipe).name}", *session.estimate(read), where)
         return
-    with progress_bars() as report:
+    with options.progress_bars() as report:
         result = pipeline.run(
             read, where, overwrite=overwrite, allow_code=allow_code, report=report, tell=print_warnings
         )
@@ -93,7 +93,7 @@ def locate(recipe: str, as_json: bool) -> None:
     """Show which neurons carry RECIPE's concepts; nothing is written."""
     from rotate_edit.pipeline import locate_channels
 
-    with progress_bars() as report:
+    with options.progress_bars() as report:
         found = locate_channels(recipe, report, tell=print_warnings)
     for name, (groups, chosen) in found.items():
         if not as_json:
@@ -138,7 +138,7 @@ def edit(
         read = pipeline.with_save(read, checkpoint=not no_checkpoint)
         options.print_estimate(f"the edit of {Path(recipe).name}", *session.estimate(read, measured=False), where)
         return
-    with progress_bars() as report:
+    with options.progress_bars() as report:
         made, warnings = pipeline.edit_only(
             read, where, checkpoint=not no_checkpoint, adapter=adapter, overwrite=overwrite, report=report,
             tell=print_warnings,
@@ -169,7 +169,7 @@ def tune(recipe: str, output: Path | None, **how: Any) -> None:
 
     where = output or Path("runs") / f"tune-{Path(recipe).stem}"
     read = read_recipe(recipe)
-    with progress_bars() as report:
+    with options.progress_bars() as report:
         record = search(read, where, report=report, tell=print_warnings, **how)
     _print_front(record)
     if record["interrupted"]:

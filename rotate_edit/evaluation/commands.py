@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from rotate_edit.files import cache_folder, check_output_free, check_output_outs
 from rotate_edit.machine import Cost, check_cost, pick_device
 from rotate_edit.models.checkpoint import Checkpoint, load_model, load_tokenizer, open_checkpoint
 from rotate_edit.models.cost import estimate_live
-from rotate_edit.models.generation import generate
+from rotate_edit.models.generation import as_user, generate
 from rotate_edit.vocabulary.concept import find_tokens, token_texts
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -176,6 +176,19 @@ def _on_backend(
     return plain(evaluation.result | {"provenance": made_with})
 
 
+@dataclass(frozen=True)
+class Continuations:
+    """What the models made of some prompts.
+
+    Attributes:
+        rows: For each prompt, the prompt and its continuations by model name.
+        chat: Whether the prompts stood in the tokenizer's chat template.
+    """
+
+    rows: tuple[tuple[str, dict[str, str]], ...]
+    chat: bool
+
+
 def continue_prompts(
     base: str,
     edited: Sequence[str],
@@ -183,9 +196,13 @@ def continue_prompts(
     *,
     new_tokens: int = 40,
     seed: int | None = None,
+    plain: bool = False,
     check: Callable[[Cost, Path], None] = check_cost,
-) -> list[tuple[str, dict[str, str]]]:
+    report: Report = silent,
+) -> Continuations:
     """Continue prompts with the base and each edited model.
+
+    Where the base's tokenizer has a chat template, every prompt is what a user says, and the models answer.
 
     Args:
         base: The base model.
@@ -193,10 +210,12 @@ def continue_prompts(
         prompts: The prompts.
         new_tokens: Number of tokens to generate for each prompt.
         seed: Seed of sampling. None generates greedily.
+        plain: Continue the bare text, whatever the tokenizer has.
         check: Refuses a cost that does not fit this machine.
+        report: Is told how many models have written.
 
     Returns:
-        For each prompt, the prompt and its continuations by model name.
+        The continuations.
 
     Raises:
         BadInput: For whatever cannot be opened.
@@ -206,16 +225,21 @@ def continue_prompts(
     whole = len(folders) < len(edited) or any(read_variants([folder])[0].checkpoint for folder in folders)
     check(estimate_live(checkpoint, 2 * 4 if whole else 4), Path())
     tokenizer, model = load_tokenizer(checkpoint), load_model(checkpoint)
-    texts = {"base": generate(model, tokenizer, prompts, new_tokens=new_tokens, seed=seed)}
-    for name in edited:
+    chat = bool(getattr(tokenizer, "chat_template", None)) and not plain
+    asked = as_user(tokenizer, prompts) if chat else prompts
+    how: dict[str, Any] = {"new_tokens": new_tokens, "seed": seed, "special_tokens": not chat}
+    texts = {"base": generate(model, tokenizer, asked, **how)}
+    for number, name in enumerate(edited, start=1):
+        report("continue the prompts", number, len(edited) + 1)
         if Path(name).is_dir():
             with opened(model, read_variants([Path(name)])[0]) as changed:
-                texts[name] = generate(changed, tokenizer, prompts, new_tokens=new_tokens, seed=seed)
+                texts[name] = generate(changed, tokenizer, asked, **how)
         else:
-            texts[name] = generate(load_model(name), tokenizer, prompts, new_tokens=new_tokens, seed=seed)
-    return [
+            texts[name] = generate(load_model(name), tokenizer, asked, **how)
+    rows = [
         (prompt, {name: written[place][0] for name, written in texts.items()}) for place, prompt in enumerate(prompts)
     ]
+    return Continuations(tuple(rows), chat)
 
 
 def relearn_models(

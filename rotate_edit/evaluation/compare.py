@@ -197,8 +197,15 @@ def conclusion(summary: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], pl
             for row in own
             if row["scale"] == "accuracy" and row["kind"] == "B" and words
         ]
-    elif plan.suppressed:
+    elif own:
         said.append(f"Removal of {names} was not measured: no task on it has a base accuracy above chance.")
+    asked_of = {row["concept"].casefold() for row in rows if row["group"] == "concept"}
+    missing = [name for name in plan.suppressed if name.casefold() not in asked_of]
+    if missing:
+        said.append(
+            f"No item is about {', '.join(missing)}, so that removal was not measured. An item names its concept in a "
+            "field concept, or its task in metadata.concept; what names none counts as everything else."
+        )
     if specificity["value"] is not None:
         said.append(
             f"Of everything else that was asked, {specificity['value']:.0%} is kept "

@@ -245,6 +245,11 @@ def read_task(
     test = str(content.get("test_split") or content.get("validation_split") or "test")
     read = partial(read_ember, split=test) if layout == "ember" else read_rows
     splits = {split: tuple(row for file in paths for row in read(file)) for split, paths in files.items()}
+    concept = metadata.get("concept")
+    if concept is not None:
+        if not isinstance(concept, str) or not concept.strip():
+            raise BadInput(f"{path.name}: metadata.concept must be the name of a concept.")
+        splits = {split: tuple({"concept": concept} | row for row in rows) for split, rows in splits.items()}
     if not splits.get(test):
         raise BadInput(f"{path.name}: its split {test!r} holds no item.")
     for number, row in enumerate(splits[test], start=1):

@@ -5,6 +5,8 @@ from typing import Any
 
 import torch
 
+from rotate_edit.errors import BadInput
+
 
 def generate(
     model: Any,
@@ -16,6 +18,7 @@ def generate(
     seed: int | None = None,
     temperature: float = 1.0,
     rows_at_once: int = 64,
+    special_tokens: bool = True,
 ) -> list[list[str]]:
     """Continue each prompt with generated texts.
 
@@ -31,12 +34,13 @@ def generate(
         seed: Seed of the draw from the whole vocabulary; None for greedy decoding.
         temperature: Temperature of the draw. Greedy decoding ignores it.
         rows_at_once: Most continuations generated in one batch.
+        special_tokens: Whether the tokenizer adds its own, such as one at the beginning. A chat template holds them.
 
     Returns:
         For each prompt, a list of `samples` texts.
     """
     device = next(model.parameters()).device
-    encoded = [_encoded(tokenizer, prompt) or [first_token(tokenizer)] for prompt in prompts]
+    encoded = [_encoded(tokenizer, prompt, special_tokens) or [first_token(tokenizer)] for prompt in prompts]
     rows = [index for index in range(len(encoded)) for _ in range(samples)]
     texts: list[list[str]] = [[] for _ in prompts]
     # Every setting is given, because a checkpoint's generation_config.json may hold other ones.
@@ -70,23 +74,38 @@ def generate(
     return texts
 
 
-def chat_prompt(tokenizer: Any, question: str) -> list[int]:
-    """Encode a question as a user's turn, up to where the model's answer begins.
+def as_user(tokenizer: Any, prompts: Sequence[str]) -> list[str]:
+    """Put each prompt in the tokenizer's chat template, as what a user says to the model.
 
     Args:
         tokenizer: A transformers tokenizer with a chat template.
-        question: The question.
+        prompts: The prompts.
 
     Returns:
-        Token ids, special tokens included.
+        The texts up to where the model's answer begins, special tokens in them.
+
+    Raises:
+        BadInput: When the template cannot be filled in.
     """
-    turn = [{"role": "user", "content": question}]
-    text = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    try:
+        return [
+            str(
+                tokenizer.apply_chat_template(
+                    [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
+                )
+            )
+            for prompt in prompts
+        ]
+    except Exception as error:
+        # A template is code of whoever made the model, and may end in any error.
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise BadInput(f"the tokenizer's chat template cannot be filled in ({reason}); use --plain.") from error
 
 
-def _encoded(tokenizer: Any, prompt: str | Sequence[int]) -> list[int]:
-    return list(tokenizer(prompt, add_special_tokens=True)["input_ids"] if isinstance(prompt, str) else prompt)
+def _encoded(tokenizer: Any, prompt: str | Sequence[int], special_tokens: bool) -> list[int]:
+    if not isinstance(prompt, str):
+        return list(prompt)
+    return list(tokenizer(prompt, add_special_tokens=special_tokens)["input_ids"])
 
 
 def padding_token(tokenizer: Any) -> int:

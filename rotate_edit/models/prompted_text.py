@@ -13,7 +13,7 @@ import torch
 
 from rotate_edit.files import cache_folder, write_atomically
 from rotate_edit.models.fingerprint import model_hash, tokenizer_hash
-from rotate_edit.models.generation import chat_prompt, generate
+from rotate_edit.models.generation import as_user, generate
 
 VERSION = 1
 NEW_TOKENS = 80
@@ -69,8 +69,8 @@ def prompts_about(tokenizer: Any, subjects: Sequence[str], count: int) -> list[l
     places = [divmod(number, len(subjects)) for number in range(count)]
     asked = [forms[(turn + place) % len(forms)].format(subject=subjects[place]) for turn, place in places]
     if chat:
-        return [chat_prompt(tokenizer, text) for text in asked]
-    return [list(ids) for ids in tokenizer(asked, add_special_tokens=True)["input_ids"]]
+        asked = as_user(tokenizer, asked)
+    return [list(ids) for ids in tokenizer(asked, add_special_tokens=not chat)["input_ids"]]
 
 
 def prompted_text(model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], *, seed: int) -> list[str]:

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -119,13 +120,30 @@ def test_another_backend_scores_whole_checkpoints_and_names_itself_when_absent(f
 
 def test_prompts_are_continued_by_edits_and_checkpoints(folder: Path) -> None:
     asked = ["the big cat saw the", "it was"]
-    found = continue_prompts(str(folder / "base"), [str(folder / "edited"), str(folder / "other")], asked, new_tokens=6)
+    found = continue_prompts(
+        str(folder / "base"), [str(folder / "edited"), str(folder / "other")], asked, new_tokens=6
+    ).rows
     assert [prompt for prompt, _ in found] == asked
     assert {len(texts) for _, texts in found} == {3}
     for _, texts in found:
         assert "cat" not in texts[str(folder / "edited")].split()
-    again = continue_prompts(str(folder / "base"), [], asked, new_tokens=6)
+    again = continue_prompts(str(folder / "base"), [], asked, new_tokens=6).rows
     assert [texts["base"] for _, texts in again] == [texts["base"] for _, texts in found]
+
+
+def test_prompts_stand_in_the_chat_template_where_there_is_one(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder / "base", tmp_path / "base")
+    (tmp_path / "base" / "chat_template.jinja").write_text("the {{ messages[0]['content'] }} saw the")
+    base = str(tmp_path / "base")
+    chat, plain = (continue_prompts(base, [], ["cat"], new_tokens=6, plain=plain) for plain in (False, True))
+    by_hand = continue_prompts(base, [], ["the cat saw the"], new_tokens=6, plain=True)
+    assert (chat.chat, plain.chat) == (True, False)
+    assert chat.rows[0][1] == by_hand.rows[0][1]
+    assert chat.rows[0][0] == "cat"
+    assert not continue_prompts(str(folder / "base"), [], ["cat"], new_tokens=1).chat
+    (tmp_path / "base" / "chat_template.jinja").write_text("{{ raise_exception('no') }}")
+    with pytest.raises(BadInput, match=r"chat template cannot be filled in .* use --plain"):
+        continue_prompts(base, [], ["cat"])
 
 
 def test_a_whole_checkpoint_beside_the_base_counts_as_memory(folder: Path) -> None:

@@ -85,7 +85,7 @@ def test_the_lines_of_both_cards_load_one_model(tmp_path: Path, tied: bool, dtyp
     checkpoint, adapter = loaded("model"), loaded("adapter")
     # What the dtype does to the numbers of the edited model, whose logits are larger than the base's.
     noise = (checkpoint - logits(load_model(edited, dtype=torch.float64))).abs().max()
-    assert (checkpoint - logits(load_model(base, dtype=dtype))).abs().max() > 50 * noise
+    assert (checkpoint - logits(load_model(base, dtype=dtype))).abs().max() > 20 * noise
     assert (adapter - checkpoint).abs().max() <= 4 * noise
 
 
