@@ -94,7 +94,8 @@ class Bench:
 
     def known(self) -> tuple[Question, ...]:
         """The questions that the base knows by the protocol's margin."""
-        base = self.once("asked", lambda: self.answers(self.data.asked))
+        read: Answers | None = self.kept.get("base knowledge", {}).get("asked")
+        base = read if read is not None else self.once("asked", lambda: self.answers(self.data.asked))
         places = knowledge.known_places(base, protocol()["least_margin"])
         return tuple(self.data.asked[place] for place in places)
 
@@ -267,19 +268,16 @@ def measure_part(bench: Bench, part: str) -> dict[str, Any]:
     return found
 
 
-def ready(bench: Bench, parts: Sequence[str]) -> None:
-    """Read everything of the base that the parts need, before an edit is switched on."""
-    for part in parts:
-        if part in ("knowledge", "reading", "wording", "general"):
-            bench.base(part)
-    bench.neutral(test=False)
-    bench.known()
-    if "general" in parts:
+def ready(bench: Bench, part: str) -> None:
+    """Read what a part needs of the base, before an edit is switched on."""
+    if part in ("knowledge", "reading", "wording", "general"):
+        bench.base(part)
+    if part == "general":
         bench.neutral(test=True)
         bench.openings()
-    if "hints" in parts:
+    if part == "hints" and "base attacked none" not in bench.kept:
         attacked(bench, "base")
-    if "relearning" in parts:
+    if part == "relearning" and not any(name.startswith("base attacked full") for name in bench.kept):
         relearned(bench, "base")
 
 
@@ -371,19 +369,21 @@ def unlisted(bench: Bench, folder: str, method: str, sections: dict[str, Any], b
 def measure(
     bench: Bench, folder: str, label: str, parts: Sequence[str], budget: float, cell: dict[str, Any]
 ) -> Iterator[None]:
-    """Fill a cell with the parts that it lacks; stops after each, so that it can be kept."""
+    """Fill a cell with its strength and the parts that it lacks; stops after each, so that it can be kept."""
     method, _, text = label.partition(" ")
     sections = json.loads(text) if text else {}
     missing = [part for part in parts if part not in cell]
     if not missing:
         return
-    ready(bench, missing)
+    bench.neutral(test=False)
     started = time.monotonic()
     edit = make_edit(session_of(bench, folder, bench.data.words, sections), method, sections)
     cell.setdefault("seconds to make", round(time.monotonic() - started, 1))
     if "strength" not in cell:
         cell["strength"], cell["KL"] = solve(bench, edit, budget)
+        yield
     for part in missing:
+        ready(bench, part)
         started = time.monotonic()
         if part == "unlisted":
             cell[part] = unlisted(bench, folder, method, sections, budget)
