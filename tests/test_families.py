@@ -1,6 +1,7 @@
 """Every family, as files, live and as an adapter: edited everywhere, written, loaded, reverted."""
 
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,16 +9,22 @@ import torch
 from safetensors.torch import load_file
 from tiny_models import FAMILIES, random_edit, save_tiny
 
+from rotate_edit.channels.locate import ConceptGroup, sites_of
 from rotate_edit.edits.apply import applied
+from rotate_edit.edits.build import build_edits
 from rotate_edit.edits.edit import Edit, MatrixChange
-from rotate_edit.edits.edit_file import save_edit
+from rotate_edit.edits.edit_file import load_edit, save_edit
+from rotate_edit.edits.material import BuildSettings, Concept, Material
+from rotate_edit.edits.methods import make_method
 from rotate_edit.edits.writing.adapter import write_adapter
 from rotate_edit.edits.writing.patch import revert, verify, write_checkpoint
 from rotate_edit.edits.writing.rewrite import plan_edit
 from rotate_edit.errors import BadInput
-from rotate_edit.models.checkpoint import Checkpoint, load_model, open_checkpoint, read_matrix
+from rotate_edit.models.batches import batched
+from rotate_edit.models.checkpoint import Checkpoint, identity, load_model, open_checkpoint, read_matrix
 from rotate_edit.models.layout import neuron_rows
 from rotate_edit.models.parameters import live_parameter
+from rotate_edit.vocabulary.concept import TokenSet
 
 CASES = [(family, tied) for family in FAMILIES for tied in (False, True)]
 TOKENS = torch.tensor([[3, 17, 40, 5, 95, 1, 60, 33]])
@@ -210,3 +217,59 @@ def test_in_is_the_factor_that_is_not_gated(family: str, tmp_path: Path) -> None
         with applied(live, Edit("test", tuple(changes))):
             logits(live)
         assert torch.allclose(seen.pop(), -seen[0], atol=1e-9) == same
+
+
+def material_of(checkpoint: Checkpoint) -> Material:
+    """Edit methods' material of a tiny model, whose concept is three tokens and whose texts are rows of tokens."""
+    ids = torch.tensor([5, 17, 40])
+    group = ConceptGroup(TokenSet("c", ids, {"c": (5, 17, 40)}, (), ()), 0, ids, {}, {}, (), ())
+    about = batched([TOKENS[0].tolist(), [8, 17, 40, 9]], 96)
+    return Material(
+        checkpoint=checkpoint,
+        tokenizer=None,
+        untrained=torch.zeros(96, dtype=torch.bool),
+        sites=tuple(sites_of(checkpoint, checkpoint.matrices)),
+        concepts=(Concept((group,)),),
+        settings=BuildSettings(),
+        load=lambda: load_model(checkpoint, dtype=torch.float32),
+        texts=lambda name: (about, batched([[3, 8, 60, 33, 9, 2], [7, 70, 71]], 96)),
+    )
+
+
+@pytest.mark.parametrize("method", ["remove-concept", "rank-one-read"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_edits_from_text_are_written_adapted_and_undone(family: str, method: str, tmp_path: Path) -> None:
+    """Methods that read gradients and activations of every family's own modules."""
+    from peft import PeftModel
+
+    folder = save_tiny(family, tmp_path / "base", tied=False, dtype=torch.float32, shard="1GB")
+    checkpoint = open_checkpoint(folder)
+    settings = {} if editable_tables(checkpoint) or method != "remove-concept" else {"rows": 0.0}
+    seen = material_of(checkpoint)
+    if method == "rank-one-read" and checkpoint.experts is not None:
+        with pytest.raises(BadInput, match="mixtures of experts"):
+            build_edits(seen, [make_method(method, settings)])
+        return
+    edit = build_edits(seen, [make_method(method, settings)])[method].at(20.0 if method == "remove-concept" else 1.0)
+    edit = replace(edit, base=identity(checkpoint))
+    assert edit.does_something
+    save_edit(edit, tmp_path / "edit")
+    assert load_edit(tmp_path / "edit").notes == edit.notes
+    write_checkpoint(checkpoint, edit, tmp_path / "out", edit_folder=tmp_path / "edit")
+    out = open_checkpoint(tmp_path / "out")
+    assert verify(out, edit, checkpoint).problems == ()
+    live = load_model(checkpoint, dtype=torch.float32)
+    before = logits(live)
+    with applied(live, edit):
+        edited = logits(live)
+    assert (edited - before).abs().max() > 1e-4 * before.abs().max()
+    assert torch.equal(logits(load_model(out, dtype=torch.float32)), edited)
+    if family != "qwen3_moe-dense-layer":
+        write_adapter(checkpoint, edit, tmp_path / "adapter")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            adapted = PeftModel.from_pretrained(load_model(checkpoint, dtype=torch.float32), tmp_path / "adapter")
+        assert (logits(adapted.eval()) - edited).abs().max() <= 1e-5 * edited.abs().max()
+    revert(out, tmp_path / "edit", tmp_path / "back")
+    for file in folder.iterdir():
+        assert (tmp_path / "back" / file.name).read_bytes() == file.read_bytes()

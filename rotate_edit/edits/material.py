@@ -19,7 +19,7 @@ from rotate_edit.errors import BadInput
 from rotate_edit.models.batches import Passages, first_texts
 from rotate_edit.models.checkpoint import Checkpoint, read_embedding, read_norm, read_unembedding
 from rotate_edit.models.gradients import likelihood_gradients
-from rotate_edit.models.hooks import LayerActivations, record
+from rotate_edit.models.hooks import InputMoments, LayerActivations, mlp_inputs, record
 from rotate_edit.models.output_head import (
     OutputHead,
     Positions,
@@ -250,6 +250,19 @@ class Material:
             return {names[name]: gradient for name, gradient in found.items()}
 
         return self.once(("gradients", concept.identity, self.sites, skip_words), read)
+
+    def mlp_inputs(self, concept: Concept, layers: Sequence[int]) -> dict[int, tuple[InputMoments, InputMoments]]:
+        """By layer what the MLP reads in texts about a concept and in texts without it.
+
+        Raises:
+            BadInput: There are no such texts, or the model is a mixture of experts.
+        """
+
+        def read() -> dict[int, tuple[InputMoments, InputMoments]]:
+            own, rest = (mlp_inputs(self.model, texts, layers) for texts in self.texts(concept.name))
+            return {layer: (own[layer], rest[layer]) for layer in layers}
+
+        return self.once(("MLP inputs", concept.name, tuple(layers)), read)
 
     def direction(self, concept: Concept, group: ConceptGroup, site: Site) -> Direction:
         """The direction of a group of tokens as the settings want it, for one matrix.

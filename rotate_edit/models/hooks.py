@@ -127,3 +127,63 @@ def record(
         layer: LayerActivations(torch.cat([one for one, _ in pieces]), torch.cat([other for _, other in pieces]))
         for layer, pieces in found.items()
     }
+
+
+@dataclass(frozen=True)
+class InputMoments:
+    """What an MLP reads over texts, in moments.
+
+    Attributes:
+        mean: float32 [d_model].
+        second: The mean of x x', not centred, float32 [d_model, d_model].
+    """
+
+    mean: Tensor
+    second: Tensor
+
+
+def mlp_inputs(model: Any, passages: Passages, layers: Sequence[int]) -> dict[int, InputMoments]:
+    """Average what the MLPs of layers read over all positions of texts.
+
+    That is the residual stream after the norm before the MLP. Sums are float64.
+
+    Args:
+        model: A loaded transformers model.
+        passages: The texts.
+        layers: Indices of the layers.
+
+    Returns:
+        For each layer the moments, on the CPU.
+
+    Raises:
+        BadInput: If a layer is a mixture of experts.
+    """
+    seen: dict[int, Tensor] = {}
+    sums: dict[int, tuple[Tensor, Tensor]] = {}
+    handles = []
+
+    def keep(layer: int) -> Any:
+        def hook(_module: Any, inputs: tuple[Tensor, ...]) -> None:
+            seen[layer] = inputs[0].detach()
+
+        return hook
+
+    try:
+        for layer in layers:
+            layer_modules(model, layer)
+            _, place = live_parameter(model, "in", layer)
+            module = model.get_submodule(place.name.rsplit(".", 1)[0])
+            handles.append(module.register_forward_pre_hook(keep(layer)))
+        for batch, lengths in zip(pass_through(model, passages), passages.lengths, strict=True):
+            real = real_positions(batch, lengths).flatten()
+            for layer in layers:
+                read = seen[layer].flatten(0, -2)[real.to(seen[layer].device)].cpu().double()
+                mean, second = sums.get(layer, (0.0, 0.0))
+                sums[layer] = (mean + read.sum(0), second + read.T @ read)
+    finally:
+        for handle in handles:
+            handle.remove()
+    count = passages.tokens()
+    return {
+        layer: InputMoments((mean / count).float(), (second / count).float()) for layer, (mean, second) in sums.items()
+    }

@@ -133,3 +133,26 @@ def test_coverage_is_the_smallest_set_that_holds_the_share(values: list[float], 
 def test_coverage_of_nothing_is_nothing() -> None:
     assert directions.coverage(torch.tensor([]), 0.5).tolist() == []
     assert directions.coverage(torch.tensor([1.0, 2.0]), 0.0).tolist() == []
+
+
+@given(seed=st.integers(0, 1000), count=st.integers(1, 12))
+@settings(max_examples=20, deadline=None)
+def test_the_nearest_tokens_have_the_largest_cosines_of_all_tables(seed: int, count: int) -> None:
+    tables = [projection(seed), projection(seed + 1)]
+    own, usable = torch.tensor(CONCEPT), torch.arange(200) % 7 != 0
+    total = torch.zeros(200)
+    for table in tables:
+        mean = table[usable].mean(0)
+        total += torch.nn.functional.cosine_similarity(table - mean, (table[own].mean(0) - mean)[None])
+    total[own] = total[~usable] = -1
+    found = directions.nearest_tokens(tables, own, usable, count)
+    assert len(found) == count
+    torch.testing.assert_close(total[found], total.topk(count).values, atol=1e-4, rtol=0)
+    assert not torch.isin(found, own).any()
+    assert bool(usable[found].all())
+
+
+def test_tokens_against_the_direction_are_no_neighbours() -> None:
+    table = torch.tensor([[1.0, 0.0], [0.9, 0.1], [-1.0, 0.0], [-0.9, -0.1]])
+    found = directions.nearest_tokens([table], torch.tensor([0]), torch.ones(4, dtype=torch.bool), 3)
+    assert found.tolist() == [1]

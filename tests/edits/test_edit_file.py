@@ -93,6 +93,20 @@ def test_a_change_that_goes_no_further_keeps_its_bound(tmp_path: Path) -> None:
     assert edit_identity(found.at(8)) == edit_identity(edit.at(8))
 
 
+def test_notes_come_back_and_must_be_sentences(tmp_path: Path) -> None:
+    edit = replace(example(), notes=("one word was added.", "and another."))
+    save_edit(edit, tmp_path / "e")
+    assert load_edit(tmp_path / "e").notes == edit.notes
+    content = json.loads((tmp_path / "e" / EDIT_JSON).read_text())
+    (tmp_path / "e" / EDIT_JSON).write_text(json.dumps(content | {"notes": [1]}))
+    with pytest.raises(BadInput, match="notes that are not sentences"):
+        load_edit(tmp_path / "e")
+    # Edits of before have none.
+    del content["notes"]
+    (tmp_path / "e" / EDIT_JSON).write_text(json.dumps(content))
+    assert load_edit(tmp_path / "e").notes == ()
+
+
 def test_identity_depends_on_what_is_changed_alone() -> None:
     edit = example()
     assert edit_identity(edit) == edit_identity(replace(edit, method="other", vectors=(), base={}))

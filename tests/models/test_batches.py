@@ -11,6 +11,7 @@ from rotate_edit.models.batches import (
     CELLS_IN_A_BATCH,
     TOKENS_IN_A_BATCH,
     batched,
+    first_texts,
     log_probabilities,
     next_logits,
     pass_through,
@@ -62,6 +63,21 @@ def test_a_large_vocabulary_makes_batches_smaller() -> None:
     assert max(batch.numel() for batch in widest.batches) == 16
     assert len(batched(rows, CELLS_IN_A_BATCH * 2).batches) == 64
     assert len(batched([[1] * 8] * (TOKENS_IN_A_BATCH // 8 + 1), 22).batches) == 2
+
+
+def test_the_first_texts_are_taken_in_their_order() -> None:
+    rows = [[3], [4, 5, 6], [7, 8], [9, 1, 2, 3]]
+    for tokens, wanted in ((1, 1), (2, 2), (4, 2), (5, 3), (7, 4)):
+        found = first_texts(batched(rows, 96), tokens, 96)
+        assert found.texts == wanted
+        read = {
+            int(index): row[:length].tolist()
+            for batch, lengths, order in zip(found.batches, found.lengths, found.order, strict=True)
+            for row, length, index in zip(batch, lengths.tolist(), order, strict=True)
+        }
+        assert [read[index] for index in range(wanted)] == rows[:wanted]
+    whole = batched(rows, 96)
+    assert first_texts(whole, 10, 96) is whole
 
 
 def test_token_limit_and_longest_text() -> None:

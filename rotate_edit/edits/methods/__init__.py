@@ -3,6 +3,7 @@
 from rotate_edit.edits.methods import (
     located,
     rank_one,
+    rank_one_read,
     selective_gradient,
     silence_words,
     text_driven,
@@ -45,6 +46,7 @@ __all__ = [
     "make_method",
     "method_names",
     "rank_one",
+    "rank_one_read",
     "selective_gradient",
     "setting_names",
     "silence_words",

@@ -36,7 +36,8 @@ def test_every_method_changes_matrices_or_builds_concepts() -> None:
         kind = type(make_method(name))
         assert (kind.change is not base.EditMethod.change) or (kind.build is not base.EditMethod.build), name
     assert set(method_names()) - set(MATRIX_METHODS) == {
-        "silence-words", "token-embeddings", "token-logits", "clamp-neurons",
+        "silence-words", "token-embeddings", "token-logits", "clamp-neurons", "rank-one-read", "selective-gradient",
+        "remove-concept",
     }  # fmt: skip
 
 
@@ -71,7 +72,10 @@ def test_what_the_methods_say_of_themselves() -> None:
     assert {name for name in method_names() if "activations" in declaration(name).reads} == {
         "rank-one", "rank-one-channels", "rank-one-lm-head", "rank-one-random", "silence-words",
     }  # fmt: skip
-    texts = {"difference-of-means", "snmf-features", "clamp-neurons"}
+    texts = {
+        "difference-of-means", "snmf-features", "clamp-neurons", "rank-one-read", "selective-gradient",
+        "remove-concept",
+    }  # fmt: skip
     assert {name for name in method_names() if "text" in declaration(name).reads} == texts
     assert those(whole_concept=True) == texts | {"direction-everywhere", "layer-kernel"}
     assert those(whole_vectors=True) == {"random-neurons", "project-channel", "zero-neurons"}
