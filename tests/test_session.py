@@ -99,7 +99,7 @@ def test_the_read_side_goes_without_controls_that_write(matrices: list[str]) -> 
             evaluate={"controls": list(CONTROLS)},
         )
     )
-    left = [name for name in CONTROLS if name not in (*WRITES_OUT_ALONE, "lm-head-located")]
+    left = [name for name in CONTROLS if name not in WRITES_OUT_ALONE]
     assert session.recipe.evaluate.controls == left
     assert WRITES_OUT_ALONE
     assert "out matrices" in session.notes[0]
