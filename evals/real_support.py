@@ -141,12 +141,12 @@ def page(entries: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-TEXT = """`python evals/real_support.py --models FOLDER --output evals/results/real-support`. The words of each concept
-stand in the script; they were written before anything was searched. Candidates are the neurons of all layers with the
-strongest LM-head score. *Carry it*: candidates whose channel, searched from the concept's direction, has at least half of its
-strongest tokens in the concept. *The same by chance*: candidates that would count by the rule of earlier versions
-(support of 2 and more) among as many neurons drawn at random, the mean of two draws. *Neurons at 5 %* and *at 20 %*:
-those that pass a false-discovery rate of so much. Seconds are processor time on a shared machine."""
+TEXT = """`python evals/real_support.py --models FOLDER --output evals/results/real-support`. The words of each
+concept stand in the script; they were written before anything was searched. Candidates are the neurons of all layers
+with the strongest LM-head score. *Carry it*: candidates whose channel, searched from the concept's direction, has at
+least half of its strongest tokens in the concept. *The same by chance*: candidates that would count by the rule of
+earlier versions (support of 2 and more) among as many neurons drawn at random, the mean of two draws. *Neurons at 5
+%* and *at 20 %*: those that pass a false-discovery rate of so much. Seconds are processor time on a shared machine."""
 
 
 if __name__ == "__main__":

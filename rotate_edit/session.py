@@ -198,12 +198,13 @@ class Session:
         found: Projections = self.kept["projections"]
         return found
 
-    def reference(self, concept: str, split: str) -> Reference | None:
+    def reference(self, concept: str, split: str, *, damage: bool = True) -> Reference | None:
         """The base's answers on one split of the items' texts. None when they hold nothing about the concept.
 
         Args:
             concept: The concept's name.
             split: "validation" (for choosing) or "test" (for reporting).
+            damage: Whether damage will be measured; without it most of the work is spared.
         """
         items = self.items
         if items is None:
@@ -220,6 +221,7 @@ class Session:
             prompts=items.prompts,
             longest=self._longest,
             token_limit=self.recipe.evaluate.tokens,
+            damage=damage,
         )
 
     @property
@@ -508,7 +510,7 @@ class Session:
         goal = self._recipe_of(concept).goal
         if goal.kind == "strength":
             return Solved(goal.value)
-        known = self.reference(concept, "validation")
+        known = self.reference(concept, "validation", damage=goal.kind != "remaining")
         if known is None:
             raise BadInput(
                 f"concepts.{concept}.{goal.kind}: the items hold no validation text about it; give other items, or a "

@@ -219,6 +219,8 @@ def test_a_methods_own_settings_are_kept() -> None:
 
 def test_controls_are_those_made_for_it_without_the_method_itself() -> None:
     assert parse_recipe(GOOD).evaluate.controls == list(default_controls())
+    every = parse_recipe(GOOD | {"evaluate": GOOD.get("evaluate", {}) | {"controls": "all"}})
+    assert every.evaluate.controls == [name for name in method_names() if name != every.method]
     own = parse_recipe(GOOD | {"edit": {"method": "rank-one"}})
     assert own.evaluate.controls == [name for name in default_controls() if name != "rank-one"]
     assert parse_recipe(GOOD | {"evaluate": {"controls": []}}).evaluate.controls == []

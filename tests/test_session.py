@@ -23,8 +23,9 @@ from rotate_edit.models.checkpoint import load_tokenizer, open_checkpoint
 from rotate_edit.recipe import Recipe, parse_recipe
 from rotate_edit.session import Session, open_session
 
-READS_ACTIVATIONS = [name for name in default_controls() if declaration(name).reads & {"activations", "text"}]
-WRITES_OUT_ALONE = [name for name in default_controls() if not declaration(name).writes & {"gate", "in"}]
+CONTROLS = (*default_controls(), "rank-one", "rank-one-channels", "channel-located", "zero-neurons")
+READS_ACTIVATIONS = [name for name in CONTROLS if declaration(name).reads & {"activations", "text"}]
+WRITES_OUT_ALONE = [name for name in CONTROLS if not declaration(name).writes & {"gate", "in"}]
 
 
 def recipe(model: str, **changes: Any) -> Recipe:
@@ -67,7 +68,9 @@ def built(session: Session) -> dict[str, Edit]:
 
 
 def test_a_mixture_of_experts_is_edited_with_the_controls_that_work_there(mixture: str) -> None:
-    session = open_session(recipe(mixture, edit={"method": "direction-everywhere"}))
+    session = open_session(
+        recipe(mixture, edit={"method": "direction-everywhere"}, evaluate={"controls": list(CONTROLS)})
+    )
     assert READS_ACTIVATIONS
     assert not {*READS_ACTIVATIONS} & {*session.recipe.evaluate.controls}
     (note,) = session.notes
@@ -88,8 +91,15 @@ def test_a_method_that_reads_activations_is_refused_at_once_for_a_mixture(mixtur
 
 @pytest.mark.parametrize("matrices", [["gate"], ["gate", "in"]])
 def test_the_read_side_goes_without_controls_that_write(matrices: list[str]) -> None:
-    session = session_of(recipe("demo", locate={"matrices": matrices}, edit={"method": "lm-head-located"}))
-    left = [name for name in default_controls() if name not in (*WRITES_OUT_ALONE, "lm-head-located")]
+    session = session_of(
+        recipe(
+            "demo",
+            locate={"matrices": matrices},
+            edit={"method": "lm-head-located"},
+            evaluate={"controls": list(CONTROLS)},
+        )
+    )
+    left = [name for name in CONTROLS if name not in WRITES_OUT_ALONE]
     assert session.recipe.evaluate.controls == left
     assert WRITES_OUT_ALONE
     assert "out matrices" in session.notes[0]
