@@ -18,7 +18,7 @@ from rotate_edit.edits.key_moments import KeyMoments, even_reading, key_moments,
 from rotate_edit.errors import BadInput
 from rotate_edit.models.batches import Passages, first_texts
 from rotate_edit.models.checkpoint import Checkpoint, read_embedding, read_norm, read_unembedding
-from rotate_edit.models.gradients import likelihood_gradients
+from rotate_edit.models.gradients import MatrixName, likelihood_gradients
 from rotate_edit.models.hooks import InputMoments, LayerActivations, mlp_inputs, record
 from rotate_edit.models.output_head import (
     OutputHead,
@@ -245,7 +245,9 @@ class Material:
         def read() -> dict[Site, Tensor]:
             about, _ = self.texts(concept.name)
             about = first_texts(about, GRADIENT_TOKENS, self.checkpoint.vocabulary_size)
-            names = {(site.matrix, site.layer, site.expert_or_none): site for site in self.sites}
+            names: dict[MatrixName, Site] = {
+                (site.matrix, site.layer, site.expert_or_none): site for site in self.sites
+            }
             found = likelihood_gradients(self.model, about, names, skip=concept.ids if skip_words else None)
             return {names[name]: gradient for name, gradient in found.items()}
 
