@@ -254,9 +254,9 @@ class EvaluateRecipe(_Section):
         "`name:configuration:split`), for concept mass and collateral KL.",
     )
     written_texts: Annotated[int, Field(ge=0)] = Field(
-        48,
+        40,
         description="Where neither `items` nor `text` is given, the model writes so many texts about each concept "
-        "itself, and twice as many about other things. 0 writes none, so that nothing is measured.",
+        "itself, and as many about other things. 0 writes none, so that nothing is measured.",
     )
     limit: Positive | None = Field(None, description="At most this many items of each task.")
     tokens: Positive = Field(4000, description="At most this many tokens of text for each point of a curve.")

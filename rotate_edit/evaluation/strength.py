@@ -20,6 +20,8 @@ MORE_TO_WORK_WITH = (
 
 # An edit that cannot reach its goal takes the weakest strength that gets so near to the most that any reached.
 NEARLY_ALL = 0.9
+# A budget is used up to the square of this factor.
+BUDGET_SLACK = 1.02
 # What counts as no effect at all, in nats.
 NO_EFFECT = 0.01
 
@@ -63,12 +65,15 @@ def solve_strength(model: Any, known: Reference, edit: Edit, goal: Goal) -> Solv
         seen[strength] = value = measure(strength)
         return value
 
-    found = cross(measured, goal.value, falling=goal.kind == "remaining")
     if goal.kind == "budget":
+        # Aimed a little below the budget, so that what comes near enough from above does not exceed it.
+        found = cross(measured, goal.value / BUDGET_SLACK, falling=False, near=BUDGET_SLACK)
+        if found.reached and found.at <= goal.value:
+            return Solved(round(found.high, 3))
         if not found.low:
             raise Failure(_why(goal))
-        # The strongest that stays within the budget; the strongest of all where nothing exceeds it.
         return Solved(round(found.low, 3))
+    found = cross(measured, goal.value, falling=goal.kind == "remaining")
     sign = -1 if goal.amplifies else 1
     if found.reached:
         return Solved(round(sign * found.high, 3))

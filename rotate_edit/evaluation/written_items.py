@@ -8,8 +8,6 @@ from rotate_edit.evaluation.tasks import Items
 from rotate_edit.evaluation.text_tasks import items_from_documents
 from rotate_edit.models.prompted_text import OTHER_SUBJECTS, prompted_text, prompts_about
 
-# Texts about other things are read for damage, perplexity and prompts, and texts about a concept for its words alone.
-OTHERS_FOR_ONE = 2
 SOURCE = "the text that the model wrote itself"
 
 
@@ -30,7 +28,7 @@ def written_items(
         tokenizer: Its tokenizer.
         words: Each concept's words, by concept.
         neighbour_words: The words of each concept's neighbours, by concept.
-        texts: How many texts are written about each concept, and twice as many about other things.
+        texts: How many texts are written about each concept, and as many about other things.
         seed: Seed of the draw.
         plurals: Look for the plurals of the words too.
 
@@ -44,7 +42,7 @@ def written_items(
     taken = {word.casefold() for own in (*subjects.values(), *neighbour_words.values()) for word in own}
     others = [subject for subject in OTHER_SUBJECTS if not taken & {subject, *subject.split()}]
     asked = {name: prompts_about(tokenizer, own, texts) for name, own in subjects.items()}
-    asked_others = prompts_about(tokenizer, others, OTHERS_FOR_ONE * texts)
+    asked_others = prompts_about(tokenizer, others, texts)
     every = [prompt for prompts in (*asked.values(), asked_others) for prompt in prompts]
     written = iter(prompted_text(model, tokenizer, every, seed=seed))
     about = {name: [next(written) for _ in prompts] for name, prompts in asked.items()}

@@ -200,7 +200,8 @@ def output_head_of(model: Any) -> OutputHead:
     head, project = _float32(model.get_output_embeddings()), _module(model, architecture.head_projection)
     logits = _capped(head, logit_factor(model), getattr(config, "final_logit_softcapping", None))
     project = _float32(project) if project is not None else torch.nn.Identity()
-    matrix, bias = head.weight, getattr(head, "bias", None)
+    matrix: Any = head.weight
+    bias: Any = getattr(head, "bias", None)
 
     def predict(normed: Tensor) -> Tensor:
         return logits(project(normed))

@@ -16,7 +16,7 @@ from rotate_edit.models.fingerprint import model_hash, tokenizer_hash
 from rotate_edit.models.generation import as_user, generate
 
 VERSION = 1
-NEW_TOKENS = 80
+NEW_TOKENS = 64
 # Cooler than the model's own distribution, so that a small model keeps to the subject.
 TEMPERATURE = 0.7
 ROWS_AT_ONCE = 128
@@ -85,7 +85,7 @@ def prompted_text(model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], 
         seed: Seed of the draw.
 
     Returns:
-        One text for each prompt, of at most 80 tokens, drawn at temperature 0.7.
+        One text for each prompt, of at most 64 tokens, drawn at temperature 0.7.
     """
     file = cache_folder() / f"prompted-{_key(model, tokenizer, prompts, seed)}.json"
     known = _read(file, len(prompts))
