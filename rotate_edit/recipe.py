@@ -485,11 +485,15 @@ def _settled(recipe: Recipe) -> Recipe:
 
     edit = recipe.edit.model_copy(update={"method": recipe.method})
     controls = recipe.evaluate.controls
+    about = declaration(recipe.method)
     if controls is None or controls == "all":
         names = default_controls() if controls is None else method_names()
-        controls = [name for name in names if name != recipe.method]
+        # An edit that reads no channels does not have them searched for a control's sake.
+        spared = about.removes_knowledge and controls is None
+        wanted = [name for name in names if not (spared and "channels" in declaration(name).reads)]
+        controls = [name for name in wanted if name != recipe.method]
     evaluation = recipe.evaluate.model_copy(update={"controls": controls})
-    goal = {"budget": DEFAULT_BUDGET} if declaration(recipe.method).removes_knowledge else {}
+    goal = {"budget": DEFAULT_BUDGET} if about.removes_knowledge else {}
     concepts = [
         concept.model_copy(update=goal) if all(getattr(concept, kind) is None for kind in GOALS) else concept
         for concept in recipe.concepts

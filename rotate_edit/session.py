@@ -57,7 +57,7 @@ from rotate_edit.files import cache_folder, check_output_outside
 from rotate_edit.machine import Cost, check_cost, pick_device
 from rotate_edit.models.batches import Passages, tokenise
 from rotate_edit.models.checkpoint import Checkpoint, identity, load_model, load_tokenizer, open_checkpoint
-from rotate_edit.models.cost import size_of
+from rotate_edit.models.cost import parameters, size_of
 from rotate_edit.recipe import ConceptRecipe, Recipe, parse_recipe, read_recipe
 from rotate_edit.vocabulary.concept import TokenSet, find_tokens
 from rotate_edit.vocabulary.projection import (
@@ -73,6 +73,8 @@ Tell = Callable[[Sequence[str]], None]
 
 # Divisions of a concept into groups that `group_distance: auto` tries; the first keeps it whole.
 GROUP_DISTANCES = (2.0, 0.7, 0.5)
+# Parameters of a model that is sampled in full, and the samples of each prompt that a larger one gets.
+SMALL_MODEL, FEWER_SAMPLES = 20_000_000, 4
 
 
 def untold(sentences: Sequence[str]) -> None:
@@ -576,7 +578,7 @@ class Session:
     @property
     def plan(self) -> Plan:
         """What is asked of the edited model."""
-        return plan_of(self.recipe)
+        return plan_of(self.recipe, self.checkpoint)
 
     def evaluate(self, edit: Edit, report: Report = silent) -> Evaluation:
         """Measure an edit against the base: lm-eval's tasks, the metrics, and what both models write.
@@ -825,8 +827,8 @@ def search_settings(recipe: Recipe, checkpoint: Checkpoint) -> SearchSettings:
     return SearchSettings(solver, recipe.locate.candidates, wanted.tilted_start, select.top, select.share, select.fdr)
 
 
-def plan_of(recipe: Recipe) -> Plan:
-    """What is asked of a recipe's edited model."""
+def plan_of(recipe: Recipe, checkpoint: Checkpoint) -> Plan:
+    """What is asked of a recipe's edited model. A large one is sampled less, since that takes most of the time."""
     amplified = tuple(concept.name for concept in recipe.concepts if concept.goal.amplifies)
     suppressed = [concept for concept in recipe.concepts if concept.name not in amplified] or recipe.concepts
     return Plan(
@@ -837,6 +839,7 @@ def plan_of(recipe: Recipe) -> Plan:
         settings=Settings(batch_size=recipe.evaluate.batch_size, limit=recipe.evaluate.limit),
         amplified=amplified,
         words=tuple(word for concept in suppressed for word in concept.words),
+        samples=Plan.samples if parameters(checkpoint) <= SMALL_MODEL else FEWER_SAMPLES,
         seed=recipe.seed,
     )
 
@@ -855,7 +858,7 @@ def job_of(recipe: Recipe, checkpoint: Checkpoint) -> Job:
     names = dict.fromkeys(recipe.evaluate.controls or ())
     return Job(
         goals={concept.name: concept.goal for concept in recipe.concepts},
-        plan=plan_of(recipe),
+        plan=plan_of(recipe, checkpoint),
         method=method,
         controls=tuple(make_control(name, recipe.edit.settings) for name in names if name != recipe.method),
         matrices=matrices_of(recipe, checkpoint),

@@ -3,8 +3,9 @@
 import errno
 import hashlib
 import json
+import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -34,6 +35,8 @@ from rotate_edit.models.companions import EDIT_RECORD
 from rotate_edit.models.safetensors_file import read_bytes
 
 PATCH_JSON = "patch.json"
+# More tensors than this that lose most of their changes are told in one sentence.
+MOST_NAMED = 3
 RECORD_FORMAT = "rotate-edit record"
 MODEL_CARD, BASE_CARD = "README.md", "README.base.md"
 Progress = Callable[[str, int, int], None]
@@ -199,7 +202,7 @@ def write_checkpoint(
     with whole_folder(output, overwrite=overwrite) as folder:
         linked, tensors = _write_shards(checkpoint, touched, folder, links, progress)
         copied, left_out = copy_companions(checkpoint, folder)
-        warnings += [warning for tensor in tensors if (warning := _lost_in_rounding(tensor))]
+        warnings += _lost_in_rounding(tensors)
         if not tensors:
             warnings.append("the edit changes nothing, so what is written is a copy of its base.")
         if link:
@@ -357,10 +360,22 @@ def _write_at(descriptor: int, content: memoryview, start: int) -> None:
         done += os.pwrite(descriptor, content[done:], start + done)
 
 
-def _lost_in_rounding(tensor: PatchedTensor) -> str | None:
+def _lost_in_rounding(tensors: Sequence[PatchedTensor]) -> list[str]:
+    """One sentence for each tensor that loses most of its changes, or one for all where they are many."""
+    poor = [tensor for tensor in tensors if 0 < tensor.rounding.elements <= 2 * tensor.rounding.unchanged]
+    if len(poor) <= MOST_NAMED:
+        return [_vanishing(tensor) for tensor in poor]
+    whole = sum((tensor.rounding for tensor in tensors), Rounding())
+    error = math.sqrt(whole.error_squares / whole.change_squares)
+    return [
+        f"the edit largely vanishes in {len(poor)} of {len(tensors)} tensors, such as {poor[0].name}: most of their "
+        f"changes are too small for {poor[0].dtype}. Over all tensors the error of rounding is {error:.0%} of the "
+        "edit's size; the adapter keeps the edit as it is."
+    ]
+
+
+def _vanishing(tensor: PatchedTensor) -> str:
     rounding = tensor.rounding
-    if rounding.elements == 0 or 2 * rounding.unchanged < rounding.elements:
-        return None
     share = 100 * rounding.unchanged / rounding.elements
     what = "vanishes" if rounding.unchanged == rounding.elements else "largely vanishes"
     return f"the edit {what} in {tensor.name}: {share:.0f} % of its changes are too small for {tensor.dtype}."
