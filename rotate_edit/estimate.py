@@ -18,9 +18,9 @@ from rotate_edit.evaluation.evaluate import divide, texts_about
 from rotate_edit.evaluation.measures import CELLS_KEPT
 from rotate_edit.evaluation.tasks import Items
 from rotate_edit.machine import PROCESS_WITH_TRANSFORMERS, START_WITH_TRANSFORMERS, Cost
-from rotate_edit.models.batches import CELLS_IN_A_BATCH
 from rotate_edit.models.checkpoint import Checkpoint
 from rotate_edit.models.cost import estimate_live, parameters, size_of, table_memory, to_download
+from rotate_edit.models.output_head import CELLS_AT_ONCE
 
 # Products with the vocabulary matrix of a search that asks for one concept: 20 to 26 measured.
 PRODUCTS_ASKING = 26
@@ -211,9 +211,9 @@ def _forward(checkpoint: Checkpoint) -> float:
 
 
 def _reference_memory(job: Job, checkpoint: Checkpoint) -> int:
-    """The base model's log-probabilities that are kept, and the logits of one batch with two copies."""
+    """The base model's log-probabilities that are kept, and the logits that are computed at once with copies."""
     cells = min(CELLS_KEPT, job.tokens * checkpoint.vocabulary_size)
-    return 4 * (cells + 3 * CELLS_IN_A_BATCH)
+    return 4 * (cells + 6 * CELLS_AT_ONCE)
 
 
 def _length(texts: Sequence[str]) -> int:

@@ -25,7 +25,7 @@ ITEMS = open_items("demo")
 
 def recipe(**changes: Any) -> Recipe:
     goal = {key: changes.pop(key) for key in ("strength", "budget", "odds") if key in changes}
-    concept = {"name": "dogs", "words": ["dog"], **goal}
+    concept = {"name": "dogs", "words": ["dog"], **(goal or {"remaining": 0.1})}
     return parse_recipe({"model": "demo", "concepts": [concept], "evaluate": {"items": "demo"}} | changes)
 
 
@@ -51,8 +51,8 @@ def test_steps_are_counted_from_the_settings() -> None:
     assert tokens_read(recipe(**located, locate={"group_distance": 2.0}), ITEMS) == grouped | {"groups": 0}
     assert tokens_read(recipe(**located), ITEMS, measured=False)["self-generated text"] == 0
     alone = tokens_read(recipe(evaluate={"items": "demo", "controls": []}), ITEMS)
-    # Nine methods at six strengths and the base, against one method.
-    assert steps["curves"] / alone["curves"] == pytest.approx(55 / 7)
+    # Four methods at six strengths and the base, against one method.
+    assert steps["curves"] / alone["curves"] == pytest.approx(25 / 7)
     assert alone | {"curves": steps["curves"]} == steps
     unmeasured = tokens_read(recipe(), ITEMS, measured=False)
     assert unmeasured == steps | dict.fromkeys(("curves", "items", "generations"), 0)
@@ -77,7 +77,9 @@ def test_costs_follow_the_recipe() -> None:
     more = recipe_cost(recipe(edit=rank_one, locate={"candidates": 600}), demo, ITEMS)
     assert more.operations > few.operations
     assert more.memory > few.memory
-    two = parse_recipe(recipe().model_dump() | {"concepts": [{"name": n, "words": [n]} for n in ("dog", "cat")]})
+    two = parse_recipe(
+        recipe().model_dump() | {"concepts": [{"name": n, "words": [n], "remaining": 0.1} for n in ("dog", "cat")]}
+    )
     twice = recipe_cost(two, demo, ITEMS)
     assert few.operations < whole.operations < twice.operations
     assert few.memory < whole.memory

@@ -19,7 +19,7 @@ RECIPE = {
     "concepts": [{"name": "dogs", "words": ["dog", "puppy", "terrier", "kennel"], "plurals": True, "strength": 2}],
     "locate": {"candidates": 60, "layers": [3, 4]},
     "decompose": {"channels": 1},
-    "select": {"share": 0.2},
+    "select": {"share": 0.2, "fdr": 0.9},
     "edit": {"method": "strongest-half", "self_text": 1000},
     "save": {"adapter": False},
     "evaluate": {"items": "items", "tokens": 300, "strengths": [1, 2]},

@@ -80,8 +80,14 @@ def test_all_errors_are_reported_together_with_their_keys() -> None:
         ({"concepts": [{"name": "a", "words": [" "], "strength": 1}]}, "words"),
         ({"concepts": [GOOD["concepts"][0], GOOD["concepts"][0]]}, "same name"),
         ({"concepts": [{"name": "a", "words": ["b"], "strength": "auto"}]}, "auto is written as `remaining: 0.1` now"),
-        ({"concepts": [{"name": "a", "words": ["b"]}]}, "remaining needs evaluate.items or evaluate.text"),
-        ({"concepts": [{"name": "a", "words": ["b"], "odds": 5}]}, "odds needs evaluate.items or evaluate.text"),
+        (
+            {"concepts": [{"name": "a", "words": ["b"]}], "evaluate": {"written_texts": 0}},
+            "remaining needs evaluate.items, evaluate.text or evaluate.written_texts",
+        ),
+        (
+            {"concepts": [{"name": "a", "words": ["b"], "odds": 5}], "evaluate": {"written_texts": 0}},
+            "odds needs evaluate.items, evaluate.text or evaluate.written_texts",
+        ),
         ({"concepts": [{"name": "a", "words": ["b"], "remaining": 1}]}, "concepts.0.remaining"),
         ({"concepts": [{"name": "a", "words": ["b"], "budget": 0}]}, "concepts.0.budget"),
         ({"concepts": [{"name": "a", "words": ["b"], "odds": 1}]}, "concepts.0.odds"),
@@ -130,6 +136,21 @@ def test_a_filled_recipe_does_not_tell_the_home_folder_and_reads_back(monkeypatc
     )
 
 
+def test_knowledge_is_removed_unless_the_recipe_speaks_of_words() -> None:
+    plain: dict[str, Any] = {"model": "demo", "concepts": [{"name": "dogs", "words": ["dog"]}]}
+    found = parse_recipe(plain)
+    assert found.edit.method == "remove-concept"
+    assert found.locate.matrices is None
+    assert "random-neurons" not in (found.evaluate.controls or [])
+    assert parse_recipe(plain | {"remove": "words"}).edit.method == "silence-words"
+    assert parse_recipe(plain | {"protect": ["cat"]}).edit.method == "silence-words"
+    for goal, method in (("remaining", "silence-words"), ("strength", "silence-words"), ("budget", "remove-concept")):
+        told = {"name": "dogs", "words": ["dog"], goal: 0.5}
+        assert parse_recipe(plain | {"concepts": [told]}).edit.method == method
+    again = parse_recipe(yaml.safe_load(recipe_text(found)))
+    assert again == found
+
+
 def test_auto_is_silence_words_unless_that_is_not_what_the_recipe_needs() -> None:
     dogs = {"name": "dogs", "words": ["dog"], "strength": 1.0}
     plain = {"model": "demo", "concepts": [dogs]}
@@ -175,7 +196,9 @@ def test_a_renamed_method_is_told_by_its_new_name(method: str) -> None:
 
 
 def test_a_concept_has_one_goal() -> None:
-    assert parse_recipe(with_concept()).concepts[0].goal == Goal("remaining", 0.1)
+    # What is removed decides the method, and the method the goal that nobody gives.
+    assert parse_recipe(with_concept()).concepts[0].goal == Goal("budget", 0.02)
+    assert parse_recipe(with_concept() | {"remove": "words"}).concepts[0].goal == Goal("remaining", 0.1)
     values = {"remaining": 0.2, "budget": 0.02, "odds": 5.0, "strength": -2.0}
     for kind, value in values.items():
         recipe = parse_recipe(with_concept(**{kind: value}))

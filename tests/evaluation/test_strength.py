@@ -68,7 +68,8 @@ def test_a_budget_is_used_up_and_not_exceeded(model, known, edit, nats):
     strength = solve_strength(model, known, edit, Goal("budget", nats)).strength
     assert strength > 0
     assert damage(model, known, edit.at(strength)) <= nats * 1.001
-    assert damage(model, known, edit.at(strength * WIDTH + 0.001)) > nats
+    # Aimed 2 % below the budget, and met within 2 %.
+    assert damage(model, known, edit.at(strength + 0.001)) > nats / 1.02**2
 
 
 def test_a_budget_that_nothing_exceeds_gives_the_strongest(model, known, edit):

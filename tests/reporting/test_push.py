@@ -14,7 +14,9 @@ from rotate_edit.errors import BadInput, Failure
 from rotate_edit.reporting.card import card_metadata
 from rotate_edit.reporting.push import files_to_push, push
 
-CHECKPOINT = {"README.md", "README.base.md", "config.json", "generation_config.json", "rotate_edit.json"}
+CHECKPOINT = {"README.md", "README.base.md", "config.json", "generation_config.json", "rotate_edit.json"} | {
+    "tokenizer.json", "tokenizer_config.json",
+}  # fmt: skip
 EDIT = {"edit/edit.json", "edit/edit.safetensors"}
 RUN = {"recipe.yaml", "reproduce.json", "evaluation.json", "report.md"}
 

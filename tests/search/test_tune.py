@@ -153,7 +153,10 @@ def test_nothing_found_is_a_failure_and_no_texts_bad_input(tmp_path: Path, conte
     with pytest.raises(BadInput, match="nothing to search but the strength"):
         tune.search(recipe(edit={"method": "token-logits"}), tmp_path / "none", trials=1)
     with pytest.raises(BadInput, match="tune needs texts"):
-        tune.search(recipe(concepts=[{"name": "dogs", "words": ["dog"], "strength": 2}], evaluate={}), tmp_path / "t")
+        tune.search(
+            recipe(concepts=[{"name": "dogs", "words": ["dog"], "strength": 2}], evaluate={"written_texts": 0}),
+            tmp_path / "t",
+        )
 
 
 def test_the_model_is_left_as_it_was_and_a_trial_writes_nothing(context: trials.SearchContext, tmp_path: Path) -> None:

@@ -29,12 +29,10 @@ def default_method(
         embeddings: Whether the concept's embedding rows are edited too.
         amplified: For each concept whether it is amplified.
     """
-    if all(amplified):
-        return "token-logits"
     if remove == KNOWLEDGE and not any(amplified) and not embeddings:
         return "remove-concept"
     if matrices and "out" not in matrices:
         return "channel-located"
     if layers_named or (embeddings and not any(amplified)):
         return "rank-one"
-    return "silence-words"
+    return "token-logits" if all(amplified) else "silence-words"

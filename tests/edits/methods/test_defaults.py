@@ -3,7 +3,7 @@
 import pytest
 
 from rotate_edit.edits.methods import declaration, method_names
-from rotate_edit.edits.methods.defaults import ROWS_METHOD, default_method
+from rotate_edit.edits.methods.defaults import KNOWLEDGE, ROWS_METHOD, WORDS, default_method
 
 
 @pytest.mark.parametrize(
@@ -27,8 +27,16 @@ def test_the_method_follows_what_may_be_edited(
     matrices: tuple[str, ...], layers_named: bool, embeddings: bool, amplified: list[bool], method: str
 ) -> None:
     assert method in method_names()
-    found = default_method(matrices, layers_named=layers_named, embeddings=embeddings, amplified=amplified)
+    found = default_method(
+        matrices, remove=WORDS, layers_named=layers_named, embeddings=embeddings, amplified=amplified
+    )
     assert found == method
+    # Knowledge is taken where something is only suppressed, whatever may be edited. Rows beside it are its own.
+    knows = default_method(
+        matrices, remove=KNOWLEDGE, layers_named=layers_named, embeddings=embeddings, amplified=amplified
+    )
+    assert knows == (method if any(amplified) or embeddings else "remove-concept")
+    assert declaration("remove-concept").removes_knowledge
     # Every method that may be chosen can write one of the matrices, or the tokens' own rows.
     assert declaration(found).writes & {*matrices, "embedding"}
 
