@@ -77,7 +77,7 @@ def test_the_method_edits_the_half_that_holds_most(folder: Path, result: dict) -
 
 def test_the_control_is_drawn_beside_those_of_the_package(result: dict) -> None:
     curves = result["curves"]["dogs"]
-    assert {"strongest-half", "weakest-half", "direction-everywhere", "rank-one"} <= set(curves)
+    assert {"strongest-half", "weakest-half", "direction-everywhere", "random-neurons"} <= set(curves)
     damage = {name: points[-1]["collateral_kl"]["value"] for name, points in curves.items()}
     assert 0 < damage["weakest-half"] < damage["strongest-half"]
 

@@ -206,7 +206,7 @@ def test_methods_that_need_text_remove_the_concept_or_say_what_they_need() -> No
         "clamp-neurons": kept("dogs", made["clamp-neurons"].at(2.0)),
     }
     assert max(left.values()) < 0.9
-    without = session_of(recipe(("dogs", 1.0), items=None))
+    without = session_of(recipe(("dogs", 1.0), evaluate={"written_texts": 0}))
     with pytest.raises(BadInput, match=r"some methods need text about the concept; give evaluate\.items"):
         without.build([make_method("channel-located"), make_method("snmf-features")], located(), {})
 
