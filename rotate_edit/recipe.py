@@ -383,7 +383,7 @@ class Recipe(_Section):
             return self.remove
         told = any(concept.remaining or concept.strength for concept in self.concepts)
         keeps = bool(self.protect) or any(concept.keep for concept in self.concepts)
-        return WORDS if told or keeps or self.edit.settings else KNOWLEDGE
+        return WORDS if told or keeps else KNOWLEDGE
 
     @property
     def method(self) -> str:

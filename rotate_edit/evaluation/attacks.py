@@ -95,18 +95,9 @@ def relearn_steps(
 
 @contextmanager
 def _trainable(model: Any) -> Iterator[list[Tensor]]:
-    saved = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    kept = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-    try:
+    with put_back(model):
         model.requires_grad_(True)
         yield list(model.parameters())
-    finally:
-        model.eval()
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                parameter.copy_(saved[name])
-                parameter.requires_grad_(kept[name])
-                parameter.grad = None
 
 
 @contextmanager

@@ -75,14 +75,25 @@ def relearned(
     Raises:
         BadInput: When there is no text to train on.
     """
-    saved = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    kept = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     device = next(model.parameters()).device
-    try:
+    with put_back(model):
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed(training.seed)
             losses = _train(model, tokenizer, paragraphs, training, report, step, after_epoch)
         yield losses
+
+
+@contextmanager
+def put_back(model: Any) -> Iterator[None]:
+    """Put a model's weights back bit for bit when the block ends, whatever was trained in it.
+
+    Args:
+        model: The loaded model.
+    """
+    saved = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    kept = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    try:
+        yield
     finally:
         model.eval()
         with torch.no_grad():

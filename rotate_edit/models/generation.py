@@ -99,7 +99,10 @@ def as_user(tokenizer: Any, prompts: Sequence[str]) -> list[str]:
     except Exception as error:
         # A template is code of whoever made the model, and may end in any error.
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        raise BadInput(f"the tokenizer's chat template cannot be filled in ({reason}); use --plain.") from error
+        raise BadInput(
+            f"the tokenizer's chat template cannot be filled in ({reason}); compare goes without it with --plain, and "
+            "evaluate.text replaces text that the model writes."
+        ) from error
 
 
 def _encoded(tokenizer: Any, prompt: str | Sequence[int], special_tokens: bool) -> list[int]:

@@ -1,19 +1,12 @@
 """Text that a model writes about given subjects, kept between runs."""
 
-import hashlib
-import importlib.metadata
-import json
-import logging
 import math
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-import torch
-
-from rotate_edit.files import cache_folder, write_atomically
-from rotate_edit.models.fingerprint import model_hash, tokenizer_hash
+from rotate_edit.models.fingerprint import tokenizer_hash
 from rotate_edit.models.generation import as_user, generate
+from rotate_edit.models.text_cache import kept_text
 
 VERSION = 1
 NEW_TOKENS = 64
@@ -87,50 +80,28 @@ def prompted_text(model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], 
     Returns:
         One text for each prompt, of at most 64 tokens, drawn at temperature 0.7.
     """
-    file = cache_folder() / f"prompted-{_key(model, tokenizer, prompts, seed)}.json"
-    known = _read(file, len(prompts))
-    if known is not None:
-        return known
-    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
-    room = longest - max(len(prompt) for prompt in prompts)
-    written = generate(
-        model,
-        tokenizer,
-        prompts,
-        new_tokens=int(max(1, min(NEW_TOKENS, room))),
-        seed=seed,
-        temperature=TEMPERATURE,
-        rows_at_once=ROWS_AT_ONCE,
-    )
-    texts = [texts[0] for texts in written]
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(file, json.dumps(texts))
-    except OSError:
-        logging.getLogger(__name__).warning("the text that the model wrote cannot be kept in the cache")
-    return texts
-
-
-def _key(model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], seed: int) -> str:
     parts = {
         "version": VERSION,
-        "weights": model_hash(model),
         "tokenizer": tokenizer_hash(tokenizer),
         "prompts": [list(prompt) for prompt in prompts],
         "draw": [NEW_TOKENS, TEMPERATURE, ROWS_AT_ONCE, seed],
-        "device": next(model.parameters()).device.type,
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "transformers": importlib.metadata.version("transformers"),
     }
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
+    def write() -> list[str]:
+        longest = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
+        room = longest - max(len(prompt) for prompt in prompts)
+        written = generate(
+            model,
+            tokenizer,
+            prompts,
+            new_tokens=int(max(1, min(NEW_TOKENS, room))),
+            seed=seed,
+            temperature=TEMPERATURE,
+            rows_at_once=ROWS_AT_ONCE,
+        )
+        return [texts[0] for texts in written]
 
-def _read(file: Path, count: int) -> list[str] | None:
-    """Read the texts; None when there are none or the file is damaged, as a cache may always be."""
-    try:
-        texts = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return None
-    sound = isinstance(texts, list) and len(texts) == count and all(isinstance(text, str) for text in texts)
-    return texts if sound else None
+    def is_sound(texts: Any) -> bool:
+        return isinstance(texts, list) and len(texts) == len(prompts) and all(isinstance(text, str) for text in texts)
+
+    return kept_text("prompted", model, parts, write, is_sound)

@@ -3,19 +3,13 @@
 Writing it takes longer than most of the work that then reads it.
 """
 
-import hashlib
-import importlib.metadata
-import json
-import logging
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from rotate_edit.files import cache_folder, write_atomically
 from rotate_edit.models.batches import Passages, batched
-from rotate_edit.models.fingerprint import model_hash
 from rotate_edit.models.generation import first_token, padding_token
+from rotate_edit.models.text_cache import kept_text
 
 VERSION = 1
 
@@ -36,46 +30,18 @@ def self_text(model: Any, tokenizer: Any, *, tokens: int, seed: int) -> Passages
         The samples in batches, as `write_samples` returns them.
     """
     vocabulary_size = model.config.get_text_config().vocab_size
-    key = _key(model, tokenizer, tokens, seed)
-    file = cache_folder() / f"text-{key}.json"
-    rows = _read(file, vocabulary_size)
-    if rows is not None:
-        return batched(rows, vocabulary_size)
-    written = write_samples(model, tokenizer, tokens=tokens, seed=seed)
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(file, json.dumps(torch.cat(written.batches)[torch.cat(written.order).argsort()].tolist()))
-    except OSError:
-        logging.getLogger(__name__).warning("the text that the model wrote cannot be kept in the cache")
-    return written
+    parts = {"version": VERSION, "first token": first_token(tokenizer), "tokens": tokens, "seed": seed}
 
+    def write() -> list[list[int]]:
+        written = write_samples(model, tokenizer, tokens=tokens, seed=seed)
+        rows: list[list[int]] = torch.cat(written.batches)[torch.cat(written.order).argsort()].tolist()
+        return rows
 
-def _key(model: Any, tokenizer: Any, tokens: int, seed: int) -> str:
-    parameter = next(model.parameters())
-    parts = {
-        "version": VERSION,
-        "weights": model_hash(model),
-        "first token": first_token(tokenizer),
-        "tokens": tokens,
-        "seed": seed,
-        "device": parameter.device.type,
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "transformers": importlib.metadata.version("transformers"),
-    }
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+    def is_sound(rows: Any) -> bool:
+        lists = isinstance(rows, list) and bool(rows) and all(isinstance(row, list) and row for row in rows)
+        return lists and all(type(token) is int and 0 <= token < vocabulary_size for row in rows for token in row)
 
-
-def _read(file: Path, vocabulary_size: int) -> list[list[int]] | None:
-    """Read rows of token ids; None when there are none or the file is damaged, as a cache may always be."""
-    try:
-        rows = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    sound = isinstance(rows, list) and rows and all(isinstance(row, list) and row for row in rows)
-    if not sound or not all(type(token) is int and 0 <= token < vocabulary_size for row in rows for token in row):
-        return None
-    return rows
+    return batched(kept_text("text", model, parts, write, is_sound), vocabulary_size)
 
 
 SAMPLE_LENGTH = 100
