@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from rotate_edit.errors import BadInput
+from rotate_edit.evaluation.relearn import put_back
 from rotate_edit.models.batches import Passages, pass_through, real_positions
 from rotate_edit.models.hooks import layer_modules, recorded
 
