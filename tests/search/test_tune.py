@@ -21,8 +21,8 @@ from rotate_edit.recipe import Recipe, parse_recipe, read_recipe
 from rotate_edit.search import trials, tune
 
 TOKENS = 192
-# Everything that the fits share but their number: what they write themselves, their rank, and few steps.
-FITTED = {"self_text": 2000, "settings": {"rank": 8, "steps": 3}}
+# A fit of words, small: what the model writes itself, their rank, and few steps.
+FITTED = {"method": "silence-words", "self_text": 2000, "settings": {"rank": 8, "steps": 3}}
 
 
 def recipe(**changes: Any) -> Recipe:
@@ -57,7 +57,7 @@ def context() -> trials.SearchContext:
 
 @pytest.fixture(scope="module")
 def fitted() -> trials.SearchContext:
-    """A recipe of the default method, whose one fit all trials share."""
+    """A recipe of silence-words, whose one fit all trials share."""
     return trials.prepare(session_of(recipe(edit=FITTED)), tokens=TOKENS)
 
 
@@ -256,7 +256,7 @@ def test_the_shared_moments_give_the_recipes_own_edit(rank_one: trials.SearchCon
     torch.testing.assert_close(mine.changes[0].delta(), own.changes[0].delta())
 
 
-def test_the_default_recipe_is_tuned_at_several_ranks_beside_rank_one_edits(tmp_path: Path) -> None:
+def test_a_fit_is_tuned_at_several_ranks_beside_rank_one_edits(tmp_path: Path) -> None:
     fits: list[int] = []
 
     def report(step: str, done: int, total: int) -> None:
