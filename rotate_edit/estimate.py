@@ -77,7 +77,9 @@ class Job:
     undo: bool
 
     def methods(self, measured: bool) -> tuple[EditMethod, ...]:
-        """The methods that are built: the edit's own, and its controls when they are measured."""
+        """The methods that are built: the edit's own, and its controls when measured. None without concepts."""
+        if not self.goals:
+            return ()
         return (self.method, *self.controls) if measured else (self.method,)
 
     @property

@@ -8,14 +8,17 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from rotate_edit import channel_job
 from rotate_edit.channels.channel_set import Channel, save_channels
+from rotate_edit.channels.chosen import Chosen
 from rotate_edit.channels.locate import ConceptGroup, by_concept
 from rotate_edit.console import Report, silent, tell_found
+from rotate_edit.edits.channel_edit import METHOD, told
 from rotate_edit.edits.edit import Edit
 from rotate_edit.edits.edit_file import save_edit
 from rotate_edit.edits.writing.adapter import write_adapter
 from rotate_edit.edits.writing.patch import write_checkpoint
-from rotate_edit.errors import Failure
+from rotate_edit.errors import BadInput, Failure
 from rotate_edit.evaluation import curves
 from rotate_edit.evaluation.provenance import provenance
 from rotate_edit.evaluation.text_tasks import save_items
@@ -36,6 +39,7 @@ from rotate_edit.reporting.reproduce import (
 from rotate_edit.session import Session, Tell, missed_goals, open_session, untold
 
 FORMAT = 1
+CHANNELS = "channels.json"
 
 
 @dataclass
@@ -52,6 +56,7 @@ class Run:
         edits: The edit and its controls at strength 1, by method.
         edit: The edit at its strengths.
         strengths: By concept.
+        chosen: The channels that the recipe chooses.
     """
 
     session: Session
@@ -63,6 +68,25 @@ class Run:
     edits: dict[str, Edit] = field(default_factory=dict)
     edit: Edit | None = None
     strengths: dict[str, float] = field(default_factory=dict)
+    chosen: tuple[Chosen, ...] = ()
+
+
+@dataclass(frozen=True)
+class Written:
+    """What `edit_only` wrote.
+
+    Attributes:
+        edit: The edit.
+        warnings: What the user should know about what was written.
+        neurons: What became of the neurons of chosen channels, as plain JSON (`edits.channel_edit.TurnedNeuron`).
+        channels: What the chosen channels do to the running model, as plain JSON (`channel_job.measured`). Empty where
+            none was chosen or nothing was measured.
+    """
+
+    edit: Edit
+    warnings: list[str]
+    neurons: list[dict[str, Any]] = field(default_factory=list)
+    channels: dict[str, Any] = field(default_factory=dict)
 
 
 def run(
@@ -92,6 +116,11 @@ def run(
         Failure: Nothing was located. The run folder then holds the recipe, the channels and a report that says why, and
             no checkpoint.
     """
+    if not recipe.concepts:
+        raise BadInput(
+            "concepts: a run measures concepts, and this recipe has channels alone; use `rotate-edit edit`, which "
+            "measures channels."
+        )
     check_output_free(output, overwrite=overwrite)
     session = open_session(recipe, output=output, allow_code=allow_code, tell=tell)
     with whole_folder(output, overwrite=overwrite) as folder:
@@ -119,23 +148,28 @@ def edit_only(
     *,
     checkpoint: bool = True,
     adapter: bool = False,
+    measured: bool = True,
     overwrite: bool = False,
     report: Report = silent,
     tell: Tell = untold,
-) -> tuple[Edit, list[str]]:
+) -> Written:
     """Locate and edit without evaluating. It leaves recipe.yaml, channels/, edit/ and what was asked for.
+
+    Chosen channels are measured: what becomes of them stands in channels.json.
 
     Args:
         recipe: What is done.
         output: The folder, which must not exist unless `overwrite`.
         checkpoint: Whether the patched checkpoint is written.
         adapter: Whether the LoRA adapter is written.
+        measured: Whether chosen channels are measured on the running model.
         overwrite: Replace a folder that exists.
         report: Is told how far it is.
-        tell: Is told what the user should know of the words, before anything long begins.
+        tell: Is told what the user should know of the words, before anything long begins, and which channels were
+            chosen.
 
     Returns:
-        The edit, and what the user should know about what was written.
+        The edit, what the user should know about what was written, and what the chosen channels do.
 
     Raises:
         BadInput: Something cannot work. Nothing was written.
@@ -143,6 +177,37 @@ def edit_only(
     """
     check_output_free(output, overwrite=overwrite)
     session = open_session(recipe, output=output, measured=False, tell=tell)
+    chosen = _chosen(session, report)
+    edit, groups, missed = _concepts_edit(session, report) if recipe.concepts else (Edit(METHOD, ()), (), [])
+    edit = channel_job.with_channels(session, edit, chosen)
+    neurons = channel_job.described(session, chosen)
+    effects: dict[str, Any] = {}
+    if chosen and measured:
+        report("measure channels", 0, 1)
+        effects = channel_job.measured(session, chosen, edit)
+        report("measure channels", 1, 1)
+    with whole_folder(output, overwrite=overwrite) as folder:
+        write_atomically(folder / "recipe.yaml", recipe_text(recipe))
+        _save_channels(session, groups, chosen, folder)
+        if chosen:
+            content = plain({"neurons": neurons, **effects})
+            write_atomically(folder / CHANNELS, json.dumps(content, indent=1, allow_nan=False))
+        saved = _save_edit(session, edit, folder, checkpoint=checkpoint, adapter=adapter)
+        write_cards(folder)
+    return Written(edit, missed + saved["warnings"], neurons, effects)
+
+
+def _chosen(session: Session, report: Report) -> tuple[Chosen, ...]:
+    """The channels that the recipe chooses, told one by one before anything is made of them."""
+    chosen = channel_job.choose_channels(session, report)
+    for wish in chosen:
+        for sentence in told(wish):
+            tell_found(report, sentence)
+    return chosen
+
+
+def _concepts_edit(session: Session, report: Report) -> tuple[Edit, tuple[ConceptGroup, ...], list[str]]:
+    """The edit of a recipe's concepts at its strengths, what was located, and which goals were missed."""
     if session.seeks_strengths:
         # What the model writes itself comes first, since it may not be enough.
         report("write texts", 0, 1)
@@ -151,7 +216,7 @@ def edit_only(
     groups = session.locate(report=report)
     session.check_located(groups)
     report("build edits", 0, 1)
-    unit = session.build([session.method], groups)[recipe.method]
+    unit = session.build([session.method], groups)[session.recipe.method]
     report("build edits", 1, 1)
     report("strengths", 0, 1)
     solved = session.solve(unit)
@@ -159,13 +224,7 @@ def edit_only(
     report("strengths", 1, 1)
     for name, strength in strengths.items():
         tell_found(report, f"{name}: strength {strength:.4g}")
-    edit = session.described(unit.at(strengths), groups)
-    with whole_folder(output, overwrite=overwrite) as folder:
-        write_atomically(folder / "recipe.yaml", recipe_text(recipe))
-        _save_channels(session, groups, folder)
-        saved = _save_edit(session, edit, folder, checkpoint=checkpoint, adapter=adapter)
-        write_cards(folder)
-    return edit, missed_goals(solved) + saved["warnings"]
+    return session.described(unit.at(strengths), groups), groups, missed_goals(solved)
 
 
 def repeat(
@@ -218,11 +277,12 @@ def _locate(going: Run) -> None:
             tell_found(going.report, sentence)
     with _timed(going, "locate"):
         going.groups = session.locate((session.method, *session.controls), going.report)
+    going.chosen = _chosen(session, going.report)
     for group in going.groups:
         if group.chosen:
             tell_found(going.report, f"{group.name}: {len(group.chosen)} channels located")
     going.result |= _describe(session, going.groups) | {"warnings": session.remarks}
-    _save_channels(session, going.groups, going.folder)
+    _save_channels(session, going.groups, going.chosen, going.folder)
     if session.items is not None and session.recipe.evaluate.items is None:
         save_items(session.items, going.folder / "items")
 
@@ -239,7 +299,8 @@ def _solve(going: Run) -> None:
         unit = going.edits[session.recipe.method]
         solved = session.solve(unit)
         going.strengths = {name: found.strength for name, found in solved.items()}
-        going.edit = session.described(unit.at(going.strengths), going.groups)
+        described = session.described(unit.at(going.strengths), going.groups)
+        going.edit = channel_job.with_channels(session, described, going.chosen)
     missed = missed_goals(solved)
     going.result["warnings"] += missed
     for sentence in missed:
@@ -279,6 +340,10 @@ def _evaluate(going: Run) -> None:
     assert going.edit is not None  # solved before
     with _timed(going, "evaluate"):
         going.result.update(going.session.evaluate(going.edit, going.report).result)
+        if going.chosen:
+            neurons = channel_job.described(going.session, going.chosen)
+            effects = channel_job.measured(going.session, going.chosen, going.edit)
+            going.result["channels"] = {"neurons": neurons, **effects}
 
 
 def _write_result(going: Run, recipe: Recipe) -> dict[str, Any]:
@@ -310,8 +375,9 @@ def _save_edit(session: Session, edit: Edit, folder: Path, *, checkpoint: bool, 
     return saved
 
 
-def _save_channels(session: Session, groups: Sequence[ConceptGroup], folder: Path) -> None:
+def _save_channels(session: Session, groups: Sequence[ConceptGroup], chosen: Sequence[Chosen], folder: Path) -> None:
     unique = {channel.name: channel for group in groups for channel in group.channels}
+    unique |= {channel.name: channel for wish in chosen for channel in (*wish.channels, *wish.beside)}
     if not unique:
         return
     save_channels(

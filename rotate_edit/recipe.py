@@ -117,6 +117,52 @@ class ConceptRecipe(_Section):
         return self
 
 
+class ChannelRecipe(_Section):
+    """One chosen channel, or the channels that say some words, and how far they are turned."""
+
+    channel: str | None = Field(None, description="A channel by its name, such as `L9.N12.gate#0`.")
+    tokens: list[str] = Field(
+        [], description="In place of a name: words that the channels' strongest tokens are. They are searched for."
+    )
+    matrix: Matrix = Field("out", description="Where channels of `tokens` are looked for.")
+    layers: tuple[Annotated[int, Field(ge=0)], Annotated[int, Field(ge=0)]] | None = Field(
+        None, description="The first and the last layer where they are looked for; all when left out."
+    )
+    strength: Finite = Field(
+        1.0, description="1 takes the channel out of its neuron, more turns it round, -1 doubles it."
+    )
+
+    @property
+    def name(self) -> str:
+        """What it is called: the channel's name, or `token:` and the words."""
+        return self.channel if self.channel is not None else f"token:{','.join(self.tokens)}"
+
+    @field_validator("channel")
+    @classmethod
+    def _possible(cls, channel: str | None) -> str | None:
+        from rotate_edit.channels.channel_set import parse_channel
+
+        if channel is not None:
+            try:
+                parse_channel(channel)
+            except BadInput as error:
+                raise ValueError(str(error).rstrip(".")) from error
+            return channel.strip()
+        return None
+
+    @model_validator(mode="after")
+    def _one_way(self) -> "ChannelRecipe":
+        if (self.channel is None) == (not self.tokens):
+            raise ValueError("give `channel` or `tokens`, and not both")
+        if self.strength == 0:
+            raise ValueError(
+                "strength 0 changes nothing; use a positive number to suppress or a negative one to amplify"
+            )
+        if self.layers is not None and self.layers[0] > self.layers[1]:
+            raise ValueError("layers names the first and the last layer, and the first is above the last")
+        return self
+
+
 class LocateRecipe(_Section):
     """Which neurons are looked at."""
 
@@ -300,7 +346,13 @@ class Recipe(_Section):
 
     model: str = Field(min_length=1, description="`demo`, a folder, a Hub id, or a GGUF file (`.gguf`).")
     revision: str | None = Field(None, description="The Hub revision.")
-    concepts: list[ConceptRecipe] = Field(min_length=1, description="The concepts to edit.")
+    concepts: list[ConceptRecipe] = Field([], description="The concepts to edit.")
+    channels: list[ChannelRecipe] = Field([], description="Chosen channels to turn, beside the concepts or alone.")
+    channel_set: str | None = Field(
+        None,
+        description="A channel set, an atlas or a run folder that `channels` are taken from. Without, they are "
+        "decomposed on the spot.",
+    )
     remove: Literal["knowledge", "words"] | None = Field(
         None,
         description="What `edit.method: auto` removes of a concept: what the model knows of it, or its words alone. "
@@ -319,16 +371,21 @@ class Recipe(_Section):
     evaluate: EvaluateRecipe = EvaluateRecipe()
     seed: int = Field(0, description="Seed of everything random.")
 
-    @field_validator("model")
+    @field_validator("model", "channel_set")
     @classmethod
-    def _home(cls, path: str) -> str:
-        return _without_tilde(path) or path
+    def _home(cls, path: str | None) -> str | None:
+        return _without_tilde(path)
 
     @model_validator(mode="after")
     def _consistent(self) -> "Recipe":
         names = [concept.name for concept in self.concepts]
+        if not names and not self.channels:
+            raise ValueError("there is nothing to edit; give `concepts`, `channels` or both")
         if len(set(names)) != len(names):
             raise ValueError("two concepts have the same name")
+        chosen = [entry.name for entry in self.channels]
+        if len({*names, *chosen}) != len(names) + len(chosen):
+            raise ValueError("two of the channels are the same; name each of them once")
         for problem in (self._method_problem(), self._goal_problem()):
             if problem:
                 raise ValueError(problem)
@@ -361,7 +418,7 @@ class Recipe(_Section):
     def _goal_problem(self) -> str | None:
         """Why no strength can be found."""
         goals = [concept.goal for concept in self.concepts]
-        if self.edit.embeddings and all(goal.amplifies for goal in goals):
+        if self.edit.embeddings and goals and all(goal.amplifies for goal in goals):
             return (
                 "edit.embeddings takes a concept out of its tokens' rows, and every concept here is amplified; leave "
                 "it out, or suppress a concept"
@@ -513,7 +570,13 @@ def recipe_text(recipe: Recipe) -> str:
         The YAML.
     """
     content = recipe.model_dump(mode="json", by_alias=True)
-    for section, key in ((content, "model"), (content["evaluate"], "items"), (content["evaluate"], "text")):
+    paths = (
+        (content, "model"),
+        (content, "channel_set"),
+        (content["evaluate"], "items"),
+        (content["evaluate"], "text"),
+    )
+    for section, key in paths:
         home = str(Path.home())
         if section[key] and (section[key] == home or section[key].startswith(f"{home}/")):
             section[key] = "~" + section[key].removeprefix(home)
@@ -530,7 +593,7 @@ def reference() -> str:
     Returns:
         Markdown. docs/recipes.md is this text.
     """
-    sections: dict[str, type[BaseModel]] = {"": Recipe, "concepts": ConceptRecipe}
+    sections: dict[str, type[BaseModel]] = {"": Recipe, "concepts": ConceptRecipe, "channels": ChannelRecipe}
     for name, field in Recipe.model_fields.items():
         if isinstance(field.default, BaseModel):
             sections[name] = field.default.__class__
@@ -581,8 +644,8 @@ def _explain(error: Any) -> tuple[str, str]:
 def _closest_key(location: tuple[Any, ...]) -> str | None:
     sections = {name: field.annotation for name, field in Recipe.model_fields.items()}
     section = sections.get(str(location[0])) if len(location) > 1 else Recipe
-    if location[0] == "concepts":
-        section = ConceptRecipe
+    if location[0] in ("concepts", "channels"):
+        section = ConceptRecipe if location[0] == "concepts" else ChannelRecipe
     fields = getattr(section, "model_fields", {})
     found = difflib.get_close_matches(str(location[-1]), list(fields), n=1)
     return found[0] if found else None

@@ -233,9 +233,9 @@ def test_groups_are_edited_together_and_the_whole_concept_is_covered() -> None:
 def test_without_channels_nothing_is_searched_and_no_channels_are_written(tmp_path: Path) -> None:
     reported: list[str] = []
     wanted = recipe(edit={"method": "rank-one", "self_text": 2000})
-    edit, _ = pipeline.edit_only(
+    edit = pipeline.edit_only(
         wanted, tmp_path / "out", checkpoint=False, report=lambda step, done, total: reported.append(step)
-    )
+    ).edit
     assert [(change.matrix, change.strength) for change in edit.changes] == [("out", 6.5)]
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"recipe.yaml", "edit"}
     assert "scan" not in {step.split()[0] for step in reported}

@@ -7,6 +7,7 @@ row for each channel, and `datasets` opens it. `vectors.safetensors` is optional
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from rotate_edit.errors import BadInput
+from rotate_edit.errors import BadInput, quoted
 from rotate_edit.files import whole_folder
 from rotate_edit.models.architectures import Neuron, parse_neuron
 from rotate_edit.models.safetensors_file import read_header, read_stored_rows
@@ -87,6 +88,24 @@ class Channel:
         """The channel's address, for instance "L3.N12.out#0", or "L10.E3.N123.gate#1" in a mixture of experts."""
         expert = "" if self.expert is None else f"E{self.expert}."
         return f"L{self.layer}.{expert}N{self.neuron}.{self.matrix}#{self.index}"
+
+
+def parse_channel(text: str) -> tuple[Neuron, str, int]:
+    """Read a channel's name from text.
+
+    Args:
+        text: A name such as "L3.N12.out#0" or "L10.E3.N123.gate#1". Spaces around it are ignored.
+
+    Returns:
+        The neuron, the matrix and the number of the channel.
+
+    Raises:
+        BadInput: If the text is not such a name.
+    """
+    found = re.fullmatch(r"(.+)\.(gate|in|out)#(\d{1,9})", text.strip(), flags=re.ASCII)
+    if found is None:
+        raise BadInput(f"{quoted(text)} is not the name of a channel; write it as L3.N12.out#0.")
+    return parse_neuron(found[1]), found[2], int(found[3])
 
 
 @dataclass(frozen=True)

@@ -108,13 +108,16 @@ class ConceptGroup:
         return self.tokens.name
 
 
-def sites_of(checkpoint: Checkpoint, matrices: Sequence[str], layers: Sequence[int] | None = None) -> list[Site]:
+def sites_of(
+    checkpoint: Checkpoint, matrices: Sequence[str], layers: Sequence[int] | None = None, *, asked: str = "locate"
+) -> list[Site]:
     """The neuron matrices of some kinds in some layers, in order.
 
     Args:
         checkpoint: Of the model.
         matrices: Kinds of matrices, of "gate", "in" and "out".
         layers: The layers. All when left out.
+        asked: What asks for them, for messages: a section of the recipe.
 
     Raises:
         BadInput: The model has no such layer or matrix.
@@ -122,14 +125,14 @@ def sites_of(checkpoint: Checkpoint, matrices: Sequence[str], layers: Sequence[i
     missing = [matrix for matrix in matrices if matrix not in checkpoint.matrices]
     if missing:
         raise BadInput(
-            f"locate.matrices: the model {checkpoint.source} has no {missing[0]!r} matrix, "
+            f"{asked}.matrices: the model {checkpoint.source} has no {missing[0]!r} matrix, "
             f"only {', '.join(checkpoint.matrices)}."
         )
     chosen = layers if layers is not None else list(range(checkpoint.layers))
     beyond = [layer for layer in chosen if layer >= checkpoint.layers]
     if beyond:
         raise BadInput(
-            f"locate.layers: layer {beyond[0]} is out of range, the model {checkpoint.source} has layers 0 to "
+            f"{asked}.layers: layer {beyond[0]} is out of range, the model {checkpoint.source} has layers 0 to "
             f"{checkpoint.layers - 1}."
         )
     return sorted(

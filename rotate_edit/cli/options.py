@@ -1,6 +1,6 @@
 """What several commands share: their options, each declared once, and the folders that they mean."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +16,8 @@ FOLDER: Any = click.Path(path_type=Path)
 MATRIX_KINDS = ("gate", "in", "out")
 # Times by which the option --amplify raises a concept's odds.
 DEFAULT_ODDS = 5.0
+# What a name begins with that means the channels of some words.
+TOKEN = "token:"
 DEVICES = "auto, cpu, cuda or mps."
 
 output = click.option("--output", type=FOLDER, help="Where to write; it must not exist yet.")
@@ -36,8 +38,20 @@ all_matrices = click.option(
 layers = click.option("--layer", "layers", multiple=True, type=int, help="May be repeated (default: all).")
 as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 edited_models = click.argument("edited", nargs=-1, required=True, type=FOLDER)
-suppress = click.option("--suppress", multiple=True, metavar="NAME", help="A concept to suppress; RECIPE is a model.")
-amplify = click.option("--amplify", multiple=True, metavar="NAME", help="A concept to amplify; RECIPE is a model.")
+suppress = click.option(
+    "--suppress", multiple=True, metavar="NAME",
+    help="A concept, a channel (L9.N12.out#0) or the channels of a word (token:beach) to suppress; RECIPE is a model.",
+)  # fmt: skip
+amplify = click.option("--amplify", multiple=True, metavar="NAME", help="The same, to amplify it; RECIPE is a model.")
+channel_set = click.option(
+    "--from", "channel_set", metavar="FOLDER", help="A channel set, atlas or run folder that named channels are in."
+)
+channel_strength = click.option(
+    "--strength", type=float, help="Of named channels: 1, the default, takes a channel out or doubles it."
+)
+channel_matrix = click.option(
+    "--matrix", type=click.Choice(MATRIX_KINDS), help="Where the channels of a word are looked for (default: out)."
+)
 words = click.option(
     "--words", multiple=True, metavar="A,B,C", help="The words of each concept named, in order (default: its name)."
 )
@@ -45,16 +59,27 @@ concepts = click.option("--concept", "concepts", multiple=True, help="Edited con
 
 
 def recipe_of(
-    path: str, suppress: Sequence[str], amplify: Sequence[str], words: Sequence[str], **save: bool
+    path: str,
+    suppress: Sequence[str],
+    amplify: Sequence[str],
+    words: Sequence[str],
+    *,
+    channel_set: str | None = None,
+    strength: float | None = None,
+    matrix: str | None = None,
+    save: Mapping[str, bool] = {},
 ) -> tuple[Any, str]:
     """The recipe that a command is given, and a name for its output.
 
     Args:
-        path: A recipe; or a model, where concepts are named by options.
-        suppress: Names of concepts to suppress.
-        amplify: Names of concepts to amplify.
-        words: The words of each of them, separated by commas.
-        **save: What the recipe's `save` is set to.
+        path: A recipe; or a model, where concepts or channels are named by options.
+        suppress: Names of concepts and channels to suppress.
+        amplify: Names of concepts and channels to amplify.
+        words: The words of each concept among them, separated by commas.
+        channel_set: Where named channels are. None leaves it to the recipe.
+        strength: How far named channels are turned.
+        matrix: Where channels of words are looked for.
+        save: What the recipe's `save` is set to.
 
     Raises:
         BadInput: The recipe or the options are not possible.
@@ -66,19 +91,48 @@ def recipe_of(
     if not names:
         if words:
             raise BadInput("--words needs the name of a concept: add --suppress NAME or --amplify NAME.")
-        return with_save(read_recipe(path), **save), Path(path).stem
-    if words and len(words) != len(names):
-        raise BadInput(f"--words is given {len(words)} times for {len(names)} concepts; give it once for each of them.")
+        if strength is not None or matrix is not None:
+            raise BadInput("--strength and --matrix are of channels that --suppress or --amplify names; add one.")
+        read = read_recipe(path)
+        if channel_set is not None:
+            read = read.model_copy(update={"channel_set": channel_set})
+        return with_save(read, **save), Path(path).stem
+    concepts = [name for name in names if not _is_channel(name)]
+    if words and len(words) != len(concepts):
+        counts = f"{len(words)} times for {len(concepts)} concepts"
+        raise BadInput(f"--words is given {counts}; give it once for each of them.")
     if path.endswith((".yaml", ".yml")):
         raise BadInput(f"--suppress and --amplify take a model, and {path} is a recipe; leave one of them out.")
-    concepts: list[dict[str, Any]] = []
-    for name, own in zip(names, words or names, strict=True):
-        listed = [word.strip() for word in own.split(",") if word.strip()]
-        concepts.append({"name": name, "words": listed, "plurals": not words})
-    for concept in concepts[len(suppress) :]:
-        concept["odds"] = DEFAULT_ODDS
-    read = parse_recipe({"model": path, "concepts": concepts}, "what the options say")
-    return with_save(read, **save), f"{Path(path).stem}-{names[0].replace(' ', '-')}"
+    listed = dict(zip(concepts, words or concepts, strict=True))
+    content: dict[str, Any] = {"model": path, "channel_set": channel_set, "concepts": [], "channels": []}
+    for names_of, turned in ((suppress, 1.0), (amplify, -1.0)):
+        for name in names_of:
+            if _is_channel(name):
+                content["channels"].append(
+                    _channel_entry(name, turned * (1.0 if strength is None else strength), matrix)
+                )
+                continue
+            own = [word.strip() for word in listed[name].split(",") if word.strip()]
+            concept = {"name": name, "words": own, "plurals": not words}
+            content["concepts"].append(concept | ({"odds": DEFAULT_ODDS} if turned < 0 else {}))
+    read = parse_recipe(content, "what the options say")
+    return with_save(read, **save), f"{Path(path).stem}-{_as_file_name(names[0])}"
+
+
+def _is_channel(name: str) -> bool:
+    return "#" in name or name.startswith(TOKEN)
+
+
+def _channel_entry(name: str, strength: float, matrix: str | None) -> dict[str, Any]:
+    """The entry of a recipe for a channel that an option names."""
+    if not name.startswith(TOKEN):
+        return {"channel": name, "strength": strength}
+    tokens = [word.strip() for word in name.removeprefix(TOKEN).split(",") if word.strip()]
+    return {"tokens": tokens, "strength": strength, "matrix": matrix or "out"}
+
+
+def _as_file_name(name: str) -> str:
+    return "".join(letter if letter.isalnum() or letter in "-_." else "-" for letter in name)
 
 
 def next_run(stem: str) -> Path:

@@ -1,5 +1,6 @@
 """The commands that take a recipe: run, locate, edit, tune. And report, which writes a run's report again."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import click
 from rotate_edit.cli import options
 from rotate_edit.cli.channels import print_channels
 from rotate_edit.cli.options import FOLDER
-from rotate_edit.console import print_line, print_table, print_warnings
+from rotate_edit.console import plain, print_line, print_table, print_warnings
 from rotate_edit.errors import counted
 
 
@@ -41,7 +42,7 @@ def run(
     """
     from rotate_edit import pipeline, session
 
-    read, name = options.recipe_of(recipe, suppress, amplify, words, **_save(full_hash, no_undo))
+    read, name = options.recipe_of(recipe, suppress, amplify, words, save=_save(full_hash, no_undo))
     where = output or options.next_run(name)
     if estimate:
         options.print_estimate(f"a run of {Path(recipe).name}", *session.estimate(read), where)
@@ -106,9 +107,13 @@ def locate(recipe: str, as_json: bool) -> None:
 @options.suppress
 @options.amplify
 @options.words
+@options.channel_set
+@options.channel_strength
+@options.channel_matrix
 @options.output
 @click.option("--no-checkpoint", is_flag=True, help="Write the edit alone.")
 @click.option("--adapter", is_flag=True, help="Also write the LoRA adapter.")
+@click.option("--no-measure", is_flag=True, help="Do not measure named channels on text.")
 @options.estimate
 @options.full_hash
 @options.no_undo
@@ -118,36 +123,88 @@ def edit(
     suppress: tuple[str, ...],
     amplify: tuple[str, ...],
     words: tuple[str, ...],
+    channel_set: str | None,
+    strength: float | None,
+    matrix: str | None,
     output: Path | None,
     no_checkpoint: bool,
     adapter: bool,
+    no_measure: bool,
     estimate: bool,
     full_hash: bool,
     no_undo: bool,
     overwrite: bool,
 ) -> None:
-    """Build RECIPE's edit and write it (edit/, model/, adapter/), without evaluating it.
+    """Build RECIPE's edit and write it (edit/, model/, adapter/), without evaluating its concepts.
 
-    Without a recipe: rotate-edit edit MODEL --suppress golf --words golf,golfer,putter
+    Without a recipe: rotate-edit edit MODEL --suppress golf --words golf,golfer,putter, or with chosen channels:
+    rotate-edit edit MODEL --suppress L29.N808.out#0 --amplify token:beach
     """
     from rotate_edit import pipeline, session
 
-    read, name = options.recipe_of(recipe, suppress, amplify, words, **_save(full_hash, no_undo))
+    read, name = options.recipe_of(
+        recipe, suppress, amplify, words, channel_set=channel_set, strength=strength, matrix=matrix,
+        save=_save(full_hash, no_undo),
+    )  # fmt: skip
     where = output or options.next_run(f"{name}-edit")
     if estimate:
         read = pipeline.with_save(read, checkpoint=not no_checkpoint)
         options.print_estimate(f"the edit of {Path(recipe).name}", *session.estimate(read, measured=False), where)
         return
     with options.progress_bars() as report:
-        made, warnings = pipeline.edit_only(
-            read, where, checkpoint=not no_checkpoint, adapter=adapter, overwrite=overwrite, report=report,
-            tell=print_warnings,
+        written = pipeline.edit_only(
+            read, where, checkpoint=not no_checkpoint, adapter=adapter, measured=not no_measure, overwrite=overwrite,
+            report=report, tell=print_warnings,
         )  # fmt: skip
-    print_warnings(warnings)
+    print_warnings(written.warnings)
+    _print_neurons(written.neurons)
+    _print_effects(written.channels)
+    made = written.edit
     rows = sum(len(change.rows) for change in made.changes if change.layer is None)
     vectors = counted(len(made.vectors), "neuron vector") if made.vectors or not rows else counted(rows, "token row")
     matrices = counted(len(made.changes), "matrix", "matrices")
     print_line(f"{vectors} changed in {matrices}; written to {where}")
+
+
+def _print_neurons(neurons: Sequence[dict[str, Any]]) -> None:
+    """What became of every channel of the neurons that chosen channels are in."""
+    rows = []
+    for neuron in neurons:
+        for channel in neuron["channels"]:
+            sign = "+" if channel["sign"] > 0 else "-"
+            tokens = " ".join(plain(token.strip()) for token in channel["tokens"][:6])
+            strength = f"{channel['strength']:g}" if channel["strength"] else ""
+            # Without the sign that rounding leaves of a zero.
+            shares = [f"{round(channel[key], 3) + 0.0:.3f}" for key in ("before", "after")]
+            rows.append([channel["name"], sign, tokens, strength, *shares, f"{neuron['cosine']:.3f}"])
+    if rows:
+        columns = ["channel", "sign", "strongest tokens", "strength", "share before", "after", "neuron's cosine"]
+        print_table("share of its neuron's vector that lies along a channel", columns, rows)
+
+
+def _print_effects(measured: dict[str, Any]) -> None:
+    """What the chosen channels do to the running model."""
+    rows = []
+    for effect in measured.get("effects", ()):
+        there = "the neuron fires" if effect["measure"] == "probability" else "its tokens stand"
+        figures = [f"{effect[key]:.3g}" for key in ("before", "after", "before_elsewhere", "after_elsewhere")]
+        nats = [f"{effect[key]:.2g}" for key in ("divergence", "divergence_elsewhere")]
+        rows.append([effect["name"], effect["measure"], f"{there} ({effect['places']})", *figures, *nats])
+    if rows:
+        columns = ["channel", "mean", "where", "before", "after", "elsewhere", "after", "KL there", "KL elsewhere"]
+        print_table(f"in the model, on {measured['tokens']} tokens", columns, rows)
+    rows = []
+    for trial in measured.get("trials", ()):
+        figures = [f"{trial['own'][name]:.2f} ({trial['others'][name]:.2f})" for name in trial["own"]]
+        rows.append([trial["name"], f"{trial['before']:.2f}", *figures])
+    if rows:
+        columns = ["channel", "whole neuron", *measured["trials"][0]["own"]]
+        print_table(
+            "taken out alone: what its tokens lose, and in brackets those of the neuron's other channels "
+            "(standard deviations)",
+            columns,
+            rows,
+        )
 
 
 @click.command()

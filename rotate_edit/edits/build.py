@@ -197,7 +197,7 @@ def describe_vectors(material: Material, edit: Edit, projections: Projections) -
     found: list[EditedVector] = []
     concepts = {concept.name: concept for concept in material.concepts}
     for change in edit.changes:
-        if change.layer is None or change.matrix not in NEURON_MATRICES:
+        if change.layer is None or change.matrix not in NEURON_MATRICES or change.concept not in concepts:
             continue
         site = Site(change.layer, -1 if change.expert is None else change.expert, change.matrix)
         groups, rows = concepts[change.concept].groups, change.rows.tolist()

@@ -1,0 +1,176 @@
+"""The chosen channels of a recipe: found, edited beside its concepts or alone, and measured."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from rotate_edit.channels.chosen import Chosen, Source, Wish, choose
+from rotate_edit.console import Report, silent
+from rotate_edit.edits.channel_edit import channel_edit, turned_neurons
+from rotate_edit.edits.edit import Edit
+from rotate_edit.errors import BadInput, Failure
+from rotate_edit.evaluation.channel_effects import channel_effects
+from rotate_edit.evaluation.faithfulness import faithfulness, plain_trials
+from rotate_edit.evaluation.text_tasks import read_documents
+from rotate_edit.files import plain
+from rotate_edit.models.batches import Passages, tokenise
+from rotate_edit.models.checkpoint import identity, read_matrix
+from rotate_edit.models.self_text import self_text
+from rotate_edit.recipe import ChannelRecipe
+from rotate_edit.session import Session
+from rotate_edit.vocabulary.concept import find_tokens
+
+# How many tokens of text channels are measured on, whoever wrote it.
+TOKENS = 2048
+
+
+def wishes_of(session: Session) -> tuple[Wish, ...]:
+    """What a recipe asks of single channels.
+
+    Args:
+        session: The opened recipe.
+
+    Raises:
+        BadInput: None of an entry's words is one token.
+    """
+    return tuple(_wish(session, entry) for entry in session.recipe.channels)
+
+
+def _wish(session: Session, entry: ChannelRecipe) -> Wish:
+    if entry.channel is not None:
+        return Wish(entry.name, entry.strength, entry.channel)
+    texts = list(session.vocabulary.texts)
+    tokens = find_tokens(entry.name, list(entry.tokens), session.tokenizer, texts)
+    layers = None if entry.layers is None else tuple(range(entry.layers[0], entry.layers[1] + 1))
+    return Wish(entry.name, entry.strength, None, tokens, entry.matrix, layers)
+
+
+def choose_channels(session: Session, report: Report = silent) -> tuple[Chosen, ...]:
+    """Find the channels that a recipe chooses. None are looked for where it chooses none.
+
+    Args:
+        session: The opened recipe.
+        report: Is told how far the search is.
+
+    Raises:
+        BadInput: As `channels.chosen.choose`.
+        Failure: No channel says some words.
+    """
+    return choose(wishes_of(session), source_of(session), report) if session.recipe.channels else ()
+
+
+def source_of(session: Session) -> Source:
+    """Where a recipe's channels are looked for.
+
+    Args:
+        session: The opened recipe.
+    """
+    named = session.recipe.channel_set
+    folder = None if named is None else Path(named)
+    if folder is not None and (folder / "channels").is_dir():
+        folder = folder / "channels"
+    settings = session.search_settings
+    return Source(session.checkpoint, session.projections, session.vocabulary, settings, folder)
+
+
+def with_channels(session: Session, edit: Edit, chosen: Sequence[Chosen]) -> Edit:
+    """An edit with that of chosen channels beside it.
+
+    Args:
+        session: The opened recipe.
+        edit: The edit of the recipe's concepts, which may be empty.
+        chosen: The channels.
+    """
+    if not chosen:
+        return edit
+    own = channel_edit(chosen, reader(session))
+    record = {
+        "channels": [entry.model_dump() for entry in session.recipe.channels],
+        "found in": source_of(session).record,
+    }
+    places = {session.checkpoint.place(made.matrix, made.layer, made.expert).name for made in own.changes}
+    known = edit.base.get("tensors", {})
+    base = identity(session.checkpoint, {*places, *known}, full=session.recipe.save.full_hash or None)
+    return replace(
+        edit if edit.does_something else own,
+        changes=(*edit.changes, *own.changes),
+        vectors=(*edit.vectors, *own.vectors),
+        notes=(*edit.notes, *own.notes),
+        settings=edit.settings | record,
+        base=base,
+    )
+
+
+def reader(session: Session) -> Any:
+    """What reads neurons' vectors of a recipe's model.
+
+    Args:
+        session: The opened recipe.
+    """
+    return lambda site, rows: read_matrix(session.checkpoint, site.layer, site.matrix, site.expert_or_none, rows)
+
+
+def described(session: Session, chosen: Sequence[Chosen]) -> list[dict[str, Any]]:
+    """What becomes of every neuron and of its other channels, as plain JSON.
+
+    Args:
+        session: The opened recipe.
+        chosen: The channels.
+    """
+    neurons: list[dict[str, Any]] = plain([asdict(neuron) for neuron in turned_neurons(chosen, reader(session))])
+    return neurons
+
+
+def measured(session: Session, chosen: Sequence[Chosen], edit: Edit) -> dict[str, Any]:
+    """What the edit does to the running model on some text, and whether the channels do what they claim.
+
+    The text is the recipe's own, or what the model writes from nothing.
+
+    Args:
+        session: The opened recipe.
+        chosen: The channels.
+        edit: The edit that turns them.
+
+    Returns:
+        Plain JSON: "effects" in the edited model, "divergence" over all positions, and "trials" that take each channel
+        out beside three controls (`evaluation.faithfulness`).
+    """
+    texts, passages = _text(session)
+    effects, divergence = channel_effects(session.model, passages, chosen, edit)
+    every = {channel.name: channel for wish in chosen for channel in (*wish.channels, *wish.beside)}
+    names = {channel.name for wish in chosen for channel in wish.channels}
+    try:
+        trials = faithfulness(
+            session.model, session.tokenizer, list(every.values()), texts, tokens=TOKENS, seed=session.recipe.seed
+        )
+    except (BadInput, Failure):
+        # Of experts, or of neurons with one channel: there is nothing to compare with.
+        trials = []
+    found: dict[str, Any] = plain(
+        {
+            "effects": [asdict(effect) for effect in effects],
+            "divergence": divergence,
+            "tokens": passages.tokens(),
+            "trials": [trial for trial in plain_trials(trials) if trial["name"] in names],
+        }
+    )
+    return found
+
+
+def _text(session: Session) -> tuple[list[str], Passages]:
+    config = session.model.config.get_text_config()
+    if session.recipe.evaluate.text is not None:
+        texts = read_documents(session.recipe.evaluate.text)
+        longest = getattr(config, "max_position_embeddings", None)
+        passages = tokenise(
+            session.tokenizer, texts, vocabulary_size=config.vocab_size, longest=longest, token_limit=TOKENS
+        )
+        return texts, passages
+    passages = self_text(session.model, session.tokenizer, tokens=TOKENS, seed=session.recipe.seed)
+    rows = [
+        row[:length]
+        for batch, lengths in zip(passages.batches, passages.lengths)
+        for row, length in zip(batch, lengths)
+    ]
+    return [session.tokenizer.decode(row, skip_special_tokens=True) for row in rows], passages
