@@ -196,14 +196,10 @@ def describe_vectors(material: Material, edit: Edit, projections: Projections) -
     """
     found: list[EditedVector] = []
     concepts = {concept.name: concept for concept in material.concepts}
-    for change in edit.changes:
-        if change.layer is None or change.matrix not in NEURON_MATRICES or change.concept not in concepts:
-            continue
-        site = Site(change.layer, -1 if change.expert is None else change.expert, change.matrix)
+    changed = [(_site_of(change), change) for change in edit.changes if _describable(change, concepts)]
+    scores = _scores(material, changed, concepts, projections)
+    for site, change in changed:
         groups, rows = concepts[change.concept].groups, change.rows.tolist()
-        scores = groups[0].scores.get(site)
-        if scores is None:
-            scores = scan_sites(material.checkpoint, [site], projections, material.untrained, groups[0].ids)[site]
         names: dict[int, tuple[str, ...]] = {}
         for channel in (channel for group in groups for channel in group.chosen if site_of(channel) == site):
             if channel.name not in names.get(channel.neuron, ()):
@@ -213,9 +209,35 @@ def describe_vectors(material: Material, edit: Edit, projections: Projections) -
             read_matrix(material.checkpoint, site.layer, site.matrix, site.expert_or_none, neurons=change.rows),
             [str(site.neuron(row)) for row in rows],
             [names.get(row, ()) for row in rows],
-            scores[change.rows].tolist(),
+            scores[change.concept][site][change.rows].tolist(),
         )
     return tuple(found)
+
+
+def _describable(change: MatrixChange, concepts: Mapping[str, Concept]) -> bool:
+    return change.layer is not None and change.matrix in NEURON_MATRICES and change.concept in concepts
+
+
+def _site_of(change: MatrixChange) -> Site:
+    layer = -1 if change.layer is None else change.layer
+    return Site(layer, -1 if change.expert is None else change.expert, change.matrix)
+
+
+def _scores(
+    material: Material,
+    changed: Sequence[tuple[Site, MatrixChange]],
+    concepts: Mapping[str, Concept],
+    projections: Projections,
+) -> dict[str, dict[Site, Tensor]]:
+    """By concept and matrix the scores of all neurons. Matrices that were not scanned are, all together."""
+    scores: dict[str, dict[Site, Tensor]] = {}
+    for name in dict.fromkeys(change.concept for _, change in changed):
+        first = concepts[name].groups[0]
+        sites = dict.fromkeys(site for site, change in changed if change.concept == name)
+        missing = [site for site in sites if site not in first.scores]
+        more = scan_sites(material.checkpoint, missing, projections, material.untrained, first.ids) if missing else {}
+        scores[name] = {**first.scores, **more}
+    return scores
 
 
 def edited_vectors(

@@ -13,6 +13,9 @@ from rotate_edit.models.batches import Passages, real_positions
 from rotate_edit.models.layout import neuron_rows
 from rotate_edit.models.parameters import live_parameter
 
+# The logits of a pass hold at most so many numbers (128 MiB of float32), or those of one text. The pass back keeps
+# several copies of them.
+CELLS_AT_ONCE = 2**25
 # A matrix, its layer and its expert, as `MatrixChange` names them.
 MatrixName = tuple[str, int | None, int | None]
 
@@ -40,7 +43,7 @@ def likelihood_gradients(
     counted = 0
     with _summed({place.name: parameter for parameter, place in places.values()}, model) as sums, torch.enable_grad():
         device = next(model.parameters()).device
-        for batch, lengths in zip(passages.batches, passages.lengths, strict=True):
+        for batch, lengths in _pieces(passages, model.config.get_text_config().vocab_size):
             wanted = real_positions(batch, lengths)[:, 1:]
             if skip is not None:
                 wanted = wanted & ~torch.isin(batch[:, 1:], skip.cpu())
@@ -57,6 +60,13 @@ def likelihood_gradients(
         name: neuron_rows(sums[place.name], place, name[2]).float().cpu() / counted
         for name, (_, place) in places.items()
     }
+
+
+def _pieces(passages: Passages, vocabulary_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Some rows of a batch at a time, with their lengths."""
+    for batch, lengths in zip(passages.batches, passages.lengths, strict=True):
+        rows = max(1, CELLS_AT_ONCE // (vocabulary_size * batch.shape[1]))
+        yield from zip(batch.split(rows), lengths.split(rows), strict=True)
 
 
 @contextmanager
