@@ -5,7 +5,9 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from rotate_edit.channels.chosen import Chosen, Source, Wish, choose
+from rotate_edit.channels.channel_set import Channel
+from rotate_edit.channels.chosen import Chosen, Source, Wish, choose, neuron_channels, search_model
+from rotate_edit.channels.locate import carries
 from rotate_edit.console import Report, silent
 from rotate_edit.edits.channel_edit import channel_edit, turned_neurons
 from rotate_edit.edits.edit import Edit
@@ -14,11 +16,12 @@ from rotate_edit.evaluation.channel_effects import channel_effects
 from rotate_edit.evaluation.faithfulness import faithfulness, plain_trials
 from rotate_edit.evaluation.text_tasks import read_documents
 from rotate_edit.files import plain
+from rotate_edit.models.architectures import parse_neuron
 from rotate_edit.models.batches import Passages, tokenise
 from rotate_edit.models.checkpoint import identity, read_matrix
 from rotate_edit.models.self_text import self_text
-from rotate_edit.recipe import ChannelRecipe
-from rotate_edit.session import Session
+from rotate_edit.recipe import ChannelRecipe, parse_recipe
+from rotate_edit.session import Session, open_session
 from rotate_edit.vocabulary.concept import find_tokens
 
 # How many tokens of text channels are measured on, whoever wrote it.
@@ -72,6 +75,48 @@ def source_of(session: Session) -> Source:
         folder = folder / "channels"
     settings = session.search_settings
     return Source(session.checkpoint, session.projections, session.vocabulary, settings, folder)
+
+
+def look_up(
+    model: str,
+    *,
+    words: Sequence[str] = (),
+    neuron: str | None = None,
+    matrices: Sequence[str] = (),
+    layers: Sequence[int] = (),
+    report: Report = silent,
+) -> tuple[list[Channel], set[str]]:
+    """The channels of a model that say some words, or those of one neuron.
+
+    Args:
+        model: `demo`, a folder, a Hub id or a GGUF file.
+        words: The words.
+        neuron: A neuron such as "L3.N12", in place of words.
+        matrices: Kinds of matrices. All that the model has when empty.
+        layers: The layers that are searched for words. All when empty.
+        report: Is told how far the search is.
+
+    Returns:
+        The channels that say the words, the least probable in a neuron drawn at random first, and the names of those
+        with more support than chance gives. Or the neuron's channels and no names.
+
+    Raises:
+        BadInput: None of the words is one token, or there is no such neuron.
+    """
+    entry: dict[str, Any] = {"tokens": list(words)} if words else {"channel": f"{neuron}.out#0"}
+    session = open_session(parse_recipe({"model": model, "channels": [entry]}, "what the options say"))
+    source, kinds = source_of(session), list(matrices or session.checkpoint.matrices)
+    if not words:
+        return neuron_channels(parse_neuron(str(neuron)), kinds, source), set()
+    tokens = find_tokens(",".join(words), list(words), session.tokenizer, list(session.vocabulary.texts))
+    found: list[Channel] = []
+    passed: set[str] = set()
+    # One kind at a time, as an edit that names words does.
+    for kind in kinds:
+        every, own = search_model(tokens, kind, list(layers) or None, source, report)
+        found += [channel for channel in every if carries(channel, tokens, tokens.ids, source.settings)]
+        passed |= {channel.name for channel in own}
+    return sorted(found, key=lambda channel: 1.0 if channel.p_value is None else channel.p_value), passed
 
 
 def with_channels(session: Session, edit: Edit, chosen: Sequence[Chosen]) -> Edit:

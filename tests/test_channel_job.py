@@ -175,7 +175,7 @@ ABSENT = [
     ("L4.N999999.out#0", "L4.N999999 is not in the model"),
     ("L4.E1.N3.out#0", "layer 4 has no experts"),
     ("L4.N374.out#77", r"there is no channel L4.N374.out#77. There are L4.N374.out#0"),
-    ("L4.N374.out#1000", "name the folder that holds it with --from"),
+    ("L4.N374.out#1000", "name these .token:.*, or the folder that holds it with --from"),
 ]
 
 
@@ -183,6 +183,17 @@ ABSENT = [
 def test_a_channel_that_is_not_there_is_said(name: str, message: str) -> None:
     with pytest.raises(BadInput, match=message):
         channel_job.choose_channels(session_of(recipe({"channel": name})))
+
+
+def test_a_model_is_searched_for_words_and_a_neuron_is_decomposed() -> None:
+    found, passed = channel_job.look_up("demo", words=["dog", "hound", "terrier"], matrices=["out"])
+    assert passed == {"L4.N393.out#1000"}
+    assert found[0].name in passed
+    assert [channel.p_value for channel in found] == sorted(channel.p_value for channel in found)
+    own, none = channel_job.look_up("demo", neuron="L4.N374")
+    assert {channel.matrix for channel in own} == {"gate", "in", "out"}
+    assert NAMED in {channel.name for channel in own}
+    assert not none
 
 
 def test_words_that_no_channel_says_are_a_failure_that_names_the_nearest() -> None:

@@ -374,6 +374,7 @@ def search_channels(
     substring: bool = False,
     neuron: str | None = None,
     matrix: str | None = None,
+    layers: Sequence[int] = (),
     min_support: float | None = None,
     min_kurtosis: float | None = None,
     limit: int | None = 20,
@@ -390,6 +391,7 @@ def search_channels(
         substring: Whether it is enough that a token contains `token`.
         neuron: Address of a neuron, such as "L3.N12".
         matrix: "gate", "in" or "out".
+        layers: The layers. All when empty.
         min_support: Least support, a mean z-score.
         min_kurtosis: Least excess kurtosis.
         limit: Most channels to return; None for no limit.
@@ -401,6 +403,8 @@ def search_channels(
     Raises:
         BadInput: If the set is damaged or the address is not one.
     """
+    import numpy
+
     found = open_channels(folder)
     wanted = None if neuron is None else parse_neuron(neuron)
     columns = ["layer", "expert", "neuron", "matrix", "support", "kurtosis"] + (["tokens"] if token is not None else [])
@@ -409,6 +413,8 @@ def search_channels(
         for group in range(table.num_row_groups):
             rows = table.read_row_group(group, columns=columns)
             mask = _matches(rows, wanted, matrix, min_support, min_kurtosis)
+            if layers:
+                mask &= numpy.isin(rows["layer"].fill_null(-1).to_numpy(), list(layers))
             if token is not None:
                 mask &= _holds_token(rows["tokens"], token, substring)
             places = mask.nonzero()[0]

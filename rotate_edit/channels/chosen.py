@@ -171,7 +171,10 @@ def _named(wish: Wish, name: str, source: Source) -> Chosen:
         where = f"The channel set {source.folder.name} holds"
     else:
         if number >= ASKED:
-            raise BadInput(f"the channel {name} was found by a search; name the folder that holds it with --from.")
+            raise BadInput(
+                f"the channel {name} was found by a search for words; name these (token:...), or the folder that holds "
+                "it with --from."
+            )
         solver = source.settings.solver
         solver = replace(solver, channels=max(solver.channels, number + 1))
         every = decompose_neurons([(neuron, matrix)], source.projections, source.vocabulary.texts, solver)
@@ -196,6 +199,23 @@ def _check_neuron(neuron: Neuron, matrix: str, checkpoint: Checkpoint) -> None:
         )
 
 
+def neuron_channels(neuron: Neuron, matrices: Sequence[str], source: Source) -> list[Channel]:
+    """Decompose one neuron's vectors.
+
+    Args:
+        neuron: The neuron.
+        matrices: Which of its vectors.
+        source: The model, and how channels are looked for.
+
+    Raises:
+        BadInput: There is no such neuron.
+    """
+    for matrix in matrices:
+        _check_neuron(neuron, matrix, source.checkpoint)
+    wanted = [(neuron, matrix) for matrix in matrices]
+    return decompose_neurons(wanted, source.projections, source.vocabulary.texts, source.settings.solver)
+
+
 def _others(every: Sequence[Channel], own: Sequence[Channel]) -> tuple[Channel, ...]:
     """The channels that are none of the chosen ones, each once."""
     found: list[Channel] = []
@@ -213,11 +233,11 @@ def _neuron_of(channel: Channel) -> tuple[Any, int]:
 def _saying(wish: Wish, source: Source, report: Report) -> Chosen:
     """The channels whose strongest tokens are the wish's words, and their neurons' others."""
     assert wish.tokens is not None  # a wish names a channel or gives words
-    layers = range(source.checkpoint.layers) if wish.layers is None else wish.layers
     if source.folder is not None:
+        layers = range(source.checkpoint.layers) if wish.layers is None else wish.layers
         every, own = _in_set(wish, wish.tokens, layers, source)
     else:
-        every, own = _searched(wish, wish.tokens, layers, source, report)
+        every, own = search_model(wish.tokens, wish.matrix, wish.layers, source, report)
     distinct = _others(own, ())
     if not distinct:
         raise Failure(_nothing_says(wish, every, source))
@@ -246,21 +266,33 @@ def _in_set(wish: Wish, tokens: TokenSet, layers: Sequence[int], source: Source)
     return list((every or hits).values()), sorted(own, key=lambda channel: -channel.support)
 
 
-def _searched(
-    wish: Wish, tokens: TokenSet, layers: Sequence[int], source: Source, report: Report
+def search_model(
+    tokens: TokenSet, matrix: str, layers: Sequence[int] | None, source: Source, report: Report = silent
 ) -> tuple[list[Channel], list[Channel]]:
-    """All channels that a search of the model looked at, and those that say the words."""
+    """Search a model for the channels that say some words, as for a concept.
+
+    Args:
+        tokens: The tokens of the words.
+        matrix: The kind of matrices that are searched.
+        layers: The layers that are searched. None for all.
+        source: The model, and how channels are looked for.
+        report: Is told how far the search is.
+
+    Returns:
+        All channels that were looked at, with their p-values; and those of them that say the words with more support
+        than chance gives, the best supported first.
+    """
     settings = replace(source.settings, solver=replace(source.settings.solver, channels=BESIDE))
     (group,) = locate_concept(
         source.checkpoint,
-        sites_of(source.checkpoint, [wish.matrix], layers, asked="channels"),
+        sites_of(source.checkpoint, [matrix], layers, asked="channels"),
         source.projections,
         source.vocabulary,
         [ConceptGroup(tokens, 0, tokens.ids, {}, {})],
         settings,
         report=report,
     )
-    return list(group.channels), list(group.chosen)
+    return list(group.channels), sorted(group.chosen, key=lambda channel: -channel.support)
 
 
 def _nothing_says(wish: Wish, looked_at: Sequence[Channel], source: Source) -> str:

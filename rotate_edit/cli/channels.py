@@ -8,9 +8,8 @@ from typing import Any
 import click
 
 from rotate_edit.cli import options
-from rotate_edit.cli.options import FOLDER
 from rotate_edit.console import plain, print_line, print_table
-from rotate_edit.errors import counted
+from rotate_edit.errors import BadInput, counted
 
 
 @click.command()
@@ -142,20 +141,55 @@ def decompose(
 
 
 @click.command()
-@click.argument("folder", type=FOLDER)
-@click.option("--token", help="Channels with this token among their strongest.")
-@click.option("--substring", is_flag=True, help="The token only has to contain the text.")
+@click.argument("folder")
+@click.option("--token", help="Channels with this token among their strongest. In a model: words, separated by commas.")
+@click.option("--substring", is_flag=True, help="The token only has to contain the text (of a channel set).")
 @click.option("--neuron", help="Channels of one neuron, such as L3.N12.")
 @click.option("--matrix", type=click.Choice(options.MATRIX_KINDS), help="Channels of this matrix.")
+@options.layers
 @click.option("--min-support", type=float, help="Channels with at least this support.")
 @click.option("--min-kurtosis", type=float, help="Channels at least this sharp.")
 @click.option("--limit", default=20, show_default=True, help="At most so many channels.")
 @options.as_json
-def channels(folder: Path, as_json: bool, **conditions: Any) -> None:
-    """Print and search a channel set (a run folder works too)."""
-    from rotate_edit.channels.channel_set import search_channels
+def channels(
+    folder: str, as_json: bool, token: str | None, neuron: str | None, layers: tuple[int, ...], **conditions: Any
+) -> None:
+    """Print and search the channels of FOLDER: a channel set or a run folder, or a model, searched on the spot."""
+    where = options.inside(Path(folder), "channels")
+    if (where / "channels.json").is_file():
+        from rotate_edit.channels.channel_set import search_channels
 
-    print_channels(search_channels(options.inside(folder, "channels"), **conditions), as_json)
+        found = search_channels(where, token=token, neuron=neuron, layers=layers, **conditions)
+    else:
+        found = _channels_of_model(folder, token, neuron, layers, **conditions)
+    print_channels(found, as_json)
+
+
+def _channels_of_model(
+    model: str, token: str | None, neuron: str | None, layers: tuple[int, ...], **conditions: Any
+) -> list[Any]:
+    from rotate_edit.channel_job import look_up
+
+    if (token is None) == (neuron is None):
+        raise BadInput(
+            f"{model} is no channel set; in a model channels are looked for by --token or by --neuron, one of them."
+        )
+    if conditions["substring"]:
+        raise BadInput("--substring searches a channel set, and here a model is searched.")
+    matrices = [conditions["matrix"]] if conditions["matrix"] else []
+    words = [word.strip() for word in (token or "").split(",") if word.strip()]
+    with options.progress_bars() as report:
+        found, passed = look_up(model, words=words, neuron=neuron, matrices=matrices, layers=layers, report=report)
+    least, sharp = conditions["min_support"], conditions["min_kurtosis"]
+    kept = [
+        channel
+        for channel in found
+        if (least is None or channel.support >= least) and (sharp is None or channel.kurtosis >= sharp)
+    ]
+    if words:
+        counts = counted(len(passed), "channel")
+        print_line(f"{counts} with more support than chance gives: {', '.join(sorted(passed)) or 'none'}.", error=True)
+    return kept[: conditions["limit"]]
 
 
 def print_channels(found: Iterable[Any], as_json: bool) -> None:
@@ -165,12 +199,13 @@ def print_channels(found: Iterable[Any], as_json: bool) -> None:
             entry = {key: value for key, value in vars(channel).items() if key != "vector"}
             click.echo(json.dumps({"name": channel.name, **entry}))
         return
-    columns = ["channel", "support", "p", "kurtosis", "cosine", "strongest tokens"]
+    columns = ["channel", "sign", "support", "p", "kurtosis", "cosine", "strongest tokens"]
     rows = []
     for channel in found:
         tested = "–" if channel.p_value is None else f"{channel.p_value:.2g}"
         figures = [f"{channel.support:.1f}", tested, f"{channel.kurtosis:.1f}", f"{channel.cosine:.2f}"]
-        rows.append([channel.name, *figures, " ".join(plain(token.strip()) for token in channel.tokens)])
+        sign = "+" if channel.sign > 0 else "-"
+        rows.append([channel.name, sign, *figures, " ".join(plain(token.strip()) for token in channel.tokens)])
     print_table(counted(len(rows), "channel"), columns, rows)
 
 

@@ -82,17 +82,21 @@ def evaluate(
     scores, cached = _base_scores(harness, tasks, model, tokenizer, weights_hash, cache, report)
     base = MeasuredModel(plan, scores, model, tokenizer, items, concept_ids, amplified_ids)
     parts = (*parts, *(whole_task(base.scores[name]) for name in plan.tasks))
-    known = {metric.name: metric.prepare(base) for metric in all_metrics()}
+    known = {}
+    for done, metric in enumerate(all_metrics()):
+        report("measure base", done, len(all_metrics()))
+        known[metric.name] = metric.prepare(base)
     prompts = _prompts(items, plan)
-    base = _write(base, prompts)
+    base = _write(base, prompts, report, "write with base")
     seconds = {"base": time.monotonic() - started}
     compared, everyone = {}, {"base": base}
     for variant in variants:
         began = time.monotonic()
         with opened(model, variant) as edited:
             scores = scoring.score(harness, edited, tokenizer, report=report, step=f"evaluate {variant.name}")
-            after = _write(MeasuredModel(plan, scores, edited, tokenizer, items), prompts)
-            compared[variant.name] = _compared(base, after, parts, known)
+            after = MeasuredModel(plan, scores, edited, tokenizer, items)
+            after = _write(after, prompts, report, f"write with {variant.name}")
+            compared[variant.name] = _compared(base, after, parts, known, report, f"measure {variant.name}")
         everyone[variant.name] = after
         seconds[variant.name] = time.monotonic() - began
     found = _evaluation(everyone, compared, plan)
@@ -149,13 +153,19 @@ def evaluate_checkpoints(
 
 
 def _compared(
-    base: MeasuredModel, edited: MeasuredModel, parts: Sequence[Part], known: Mapping[str, Any]
+    base: MeasuredModel,
+    edited: MeasuredModel,
+    parts: Sequence[Part],
+    known: Mapping[str, Any],
+    report: Report = silent,
+    step: str = "",
 ) -> dict[str, Any]:
     """One variant against the base: `summary`, `rows` (one a part), `measures` and `words`, all plain JSON."""
     rows, kept = compare_parts(parts, base.scores, edited.scores, base.plan)
     edited = replace(edited, parts=parts, kept=kept)
     summary, found = {}, {}
-    for metric in all_metrics():
+    for done, metric in enumerate(all_metrics()):
+        report(step, done, len(all_metrics()))
         measure = metric.measure(edited, base, known.get(metric.name))
         if measure is not None:
             found[metric.name] = measure.plain()
@@ -237,18 +247,21 @@ def _prompts(items: Items | None, plan: Plan) -> list[Row]:
     return [*own, *[row for row in rows if not row.get("concept")][: plan.generations]]
 
 
-def _write(model: MeasuredModel, prompts: Sequence[Row]) -> MeasuredModel:
+def _write(model: MeasuredModel, prompts: Sequence[Row], report: Report, step: str) -> MeasuredModel:
     """Add what the model writes: greedy continuations of the prompts, and samples for the leak rate."""
     if not prompts:
         return model
+    report(step, 0, 1 + model.plan.samples)
     plan, asked = model.plan, [row["prompt"] for row in prompts]
     greedy = generation.generate(model.model, model.tokenizer, asked, new_tokens=plan.new_tokens)
     samples: tuple[list[str], ...] = ()
+    report(step, 1, 1 + plan.samples)
     if plan.words and plan.samples:
         drawn = generation.generate(
             model.model, model.tokenizer, asked, new_tokens=plan.new_tokens, samples=plan.samples, seed=plan.seed
         )
         samples = tuple(drawn)
+    report(step, 1 + plan.samples, 1 + plan.samples)
     asked_of = {name.casefold() for name in plan.suppressed or plan.concepts}
     named = [str(row.get("concept") or "").casefold() for row in prompts]
     about = tuple(name in asked_of if name in asked_of or not name else None for name in named)

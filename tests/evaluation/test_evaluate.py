@@ -166,7 +166,9 @@ def test_lm_eval_leaves_no_trace(items, model, capfd, tmp_path, monkeypatch):
     assert written.out == ""
     assert "it/s" not in written.err
     assert list(tmp_path.iterdir()) == []
-    assert seen[-1] == ("evaluate base", seen[-1][2], seen[-1][2])
+    asked = [step for step in seen if step[0] == "evaluate base"]
+    assert asked[-1] == ("evaluate base", asked[-1][2], asked[-1][2])
+    assert {step for step, *_ in seen} == {"evaluate base", "measure base", "write with base"}
 
 
 def test_leaks_are_counted_in_seeded_samples(items, model):
