@@ -192,7 +192,7 @@ def edit_only(
         if chosen:
             content = plain({"neurons": neurons, **effects})
             write_atomically(folder / CHANNELS, json.dumps(content, indent=1, allow_nan=False))
-        saved = _save_edit(session, edit, folder, checkpoint=checkpoint, adapter=adapter)
+        saved = _save_edit(session, edit, folder, checkpoint=checkpoint, adapter=adapter, report=report)
         write_cards(folder)
     return Written(edit, missed + saved["warnings"], neurons, effects)
 
@@ -224,7 +224,10 @@ def _concepts_edit(session: Session, report: Report) -> tuple[Edit, tuple[Concep
     report("strengths", 1, 1)
     for name, strength in strengths.items():
         tell_found(report, f"{name}: strength {strength:.4g}")
-    return session.described(unit.at(strengths), groups), groups, missed_goals(solved)
+    report("describe the edit", 0, 1)
+    edit = session.described(unit.at(strengths), groups)
+    report("describe the edit", 1, 1)
+    return edit, groups, missed_goals(solved)
 
 
 def repeat(
@@ -332,8 +335,9 @@ def _save(going: Run) -> None:
     save = going.session.recipe.save
     with _timed(going, "save"):
         going.result["saved"] = _save_edit(
-            going.session, going.edit, going.folder, checkpoint=save.checkpoint, adapter=save.adapter
-        )
+            going.session, going.edit, going.folder, checkpoint=save.checkpoint, adapter=save.adapter,
+            report=going.report,
+        )  # fmt: skip
 
 
 def _evaluate(going: Run) -> None:
@@ -357,20 +361,27 @@ def _write_result(going: Run, recipe: Recipe) -> dict[str, Any]:
 # What the steps write and describe.
 
 
-def _save_edit(session: Session, edit: Edit, folder: Path, *, checkpoint: bool, adapter: bool) -> dict[str, Any]:
+def _save_edit(
+    session: Session, edit: Edit, folder: Path, *, checkpoint: bool, adapter: bool, report: Report
+) -> dict[str, Any]:
     """Write the edit and what is wanted of it; returns what rounding did, what was left out and warnings, as JSON."""
+    report("write edit", 0, 1)
     save_edit(edit, folder / "edit")
+    report("write edit", 1, 1)
     saved: dict[str, Any] = {"rounding": None, "left_out": [], "warnings": []}
     if checkpoint:
+        report("write checkpoint", 0, len(session.checkpoint.headers))
         patch = write_checkpoint(
-            session.checkpoint, edit, folder / "model", edit_folder=folder / "edit", undo=session.recipe.save.undo
-        )
+            session.checkpoint, edit, folder / "model", edit_folder=folder / "edit", undo=session.recipe.save.undo,
+            progress=report,
+        )  # fmt: skip
         saved = {
             "rounding": asdict(patch.rounding()),
             "left_out": list(patch.left_out),
             "warnings": list(patch.warnings),
         }
     if adapter:
+        report("write adapter", 0, 1)
         saved["warnings"] += write_adapter(session.checkpoint, edit, folder / "adapter").warnings
     return saved
 
