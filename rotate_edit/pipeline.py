@@ -215,8 +215,10 @@ def _concepts_edit(session: Session, report: Report) -> tuple[Edit, tuple[Concep
         report("write texts", 1, 1)
     groups = session.locate(report=report)
     session.check_located(groups)
+    session.forget("projections")
     report("build edits", 0, 1)
     unit = session.build([session.method], groups)[session.recipe.method]
+    session.forget("material")
     report("build edits", 1, 1)
     report("strengths", 0, 1)
     solved = session.solve(unit)
@@ -226,6 +228,7 @@ def _concepts_edit(session: Session, report: Report) -> tuple[Edit, tuple[Concep
         tell_found(report, f"{name}: strength {strength:.4g}")
     report("describe the edit", 0, 1)
     edit = session.described(unit.at(strengths), groups)
+    session.forget("projections")
     report("describe the edit", 1, 1)
     return edit, groups, missed_goals(solved)
 
@@ -293,7 +296,9 @@ def _locate(going: Run) -> None:
 def _build(going: Run) -> None:
     session = going.session
     with _timed(going, "build edits"):
+        session.forget("projections")
         going.edits = session.build((session.method, *session.controls), going.groups)
+        session.forget("material")
 
 
 def _solve(going: Run) -> None:
@@ -304,6 +309,7 @@ def _solve(going: Run) -> None:
         going.strengths = {name: found.strength for name, found in solved.items()}
         described = session.described(unit.at(going.strengths), going.groups)
         going.edit = channel_job.with_channels(session, described, going.chosen)
+        session.forget("projections")
     missed = missed_goals(solved)
     going.result["warnings"] += missed
     for sentence in missed:
@@ -323,7 +329,9 @@ def _draw_curves(going: Run) -> None:
             known = session.reference(name, "test")
             if known is not None:
                 own = {method: edit.only(name) for method, edit in going.edits.items()}
-                drawn[name] = curves.draw(session.model, known, own, strengths, going.strengths[name], going.report)
+                drawn[name] = curves.draw(
+                    session.model, known, own, strengths, going.strengths[name], going.report, sparse=session.is_large
+                )
     method = session.recipe.method
     going.result["curves"], going.result["chosen_method"] = drawn, method
     removed = {name: points for name, points in drawn.items() if going.strengths[name] > 0}

@@ -73,7 +73,8 @@ Tell = Callable[[Sequence[str]], None]
 
 # Divisions of a concept into groups that `group_distance: auto` tries; the first keeps it whole.
 GROUP_DISTANCES = (2.0, 0.7, 0.5)
-# Parameters of a model that is sampled in full, and the samples of each prompt that a larger one gets.
+# Parameters of a model that is sampled and whose curves are drawn in full; the samples of each prompt that a larger one
+# gets.
 SMALL_MODEL, FEWER_SAMPLES = 20_000_000, 4
 
 
@@ -199,6 +200,20 @@ class Session:
             self.kept["projections"] = read_projections(self.checkpoint, self.vocabulary, self.device)
         found: Projections = self.kept["projections"]
         return found
+
+    @property
+    def is_large(self) -> bool:
+        """Whether the model has so many parameters that less is measured of it."""
+        return parameters(self.checkpoint) > SMALL_MODEL
+
+    def forget(self, *names: str) -> None:
+        """Let go of what was read or computed, to have its memory back. It is read again when it is asked for.
+
+        Args:
+            names: "projections" (the vocabulary's tables) or "material" (what edit methods read, such as gradients).
+        """
+        for name in names:
+            self.kept.pop(name, None)
 
     def reference(self, concept: str, split: str, *, damage: bool = True) -> Reference | None:
         """The base's answers on one split of the items' texts. None when they hold nothing about the concept.

@@ -22,6 +22,8 @@ def draw(
     strengths: Sequence[float],
     chosen: float,
     report: Report = silent,
+    *,
+    sparse: bool = False,
 ) -> Points:
     """Measure every method's curve.
 
@@ -34,6 +36,9 @@ def draw(
         chosen: The strength of the edit itself, which is the first of the edits. It gives the sign, and one more point.
             The edit's own curve goes this far at least.
         report: Receives the progress.
+        sparse: Measure the damage of a method that suppresses only where it is asked for: at the strengths on either
+            side of a tenth, at `chosen` for the edit itself, and where nothing gets to a tenth at the one that gets
+            nearest. What is left of the concept is read off far fewer tokens.
 
     Returns:
         The curves as plain JSON: by method, one point for each strength that was measured. Damage is in nats.
@@ -45,9 +50,29 @@ def draw(
         points[method] = []
         if edit.does_something:
             furthest = abs(chosen) if number == 0 else 0.0
-            points[method] = [_plain(point) for point in _curve(model, known, edit, wanted, furthest)]
+            asked = _needed(model, known, edit, wanted, furthest) if sparse and chosen > 0 else wanted
+            points[method] = [_plain(point) for point in _curve(model, known, edit, asked, furthest)]
     report("curves", len(edits), len(edits))
     return points
+
+
+def _needed(
+    model: Any, known: measures.Reference, edit: Edit, strengths: Sequence[float], furthest: float
+) -> list[float]:
+    """The strengths at which damage is asked for, ascending, found by what is left of the concept alone."""
+    known = known.starting_at(first_changed_layer(model, edit))
+    whole, left = float(known.concept_mass[0].sum()), {}
+    for strength in strengths:
+        with applied(model, edit.at(strength)):
+            left[strength] = float(measures.mass_by_text(model, known.concept, known.concept_ids)[0].sum()) / whole
+        if left[strength] <= MATCHED_TARGET:
+            break
+    measured = list(left)
+    if left[measured[-1]] <= MATCHED_TARGET:
+        asked = set(measured[-2:])
+    else:
+        asked = {min(left, key=lambda strength: left[strength])}
+    return sorted(asked | ({furthest} if furthest else set()))
 
 
 def _curve(
@@ -94,7 +119,7 @@ def _crossing(curve: list[dict[str, Any]]) -> Any:
         measures.CurvePoint(point["strength"], Measure(**point["mass"]), Measure(**point["collateral_kl"]), None)
         for point in curve
     ]
-    return measures.at_matched_removal(points, target=MATCHED_TARGET) if len(points) > 1 else None
+    return measures.at_matched_removal(points, target=MATCHED_TARGET) if points else None
 
 
 def _plain(point: measures.CurvePoint) -> dict[str, Any]:

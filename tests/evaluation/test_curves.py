@@ -58,6 +58,19 @@ def test_a_curve_ends_where_a_tenth_is_left_and_the_own_one_goes_to_its_strength
     assert curves.matched_table(drawn, "own")["rows"][1]["collateral_kl"] == pytest.approx(crossing.damage, rel=1e-6)
 
 
+def test_a_sparse_curve_finds_the_same_damage_at_a_tenth_from_fewer_points(model, known, edits):
+    strengths = [1.0, 2.0, 4.0, 8.0, 16.0]
+    whole, sparse = (curves.draw(model, known, edits, strengths, 12.0, sparse=sparse) for sparse in (False, True))
+    assert curves.matched_table(sparse, "own") == curves.matched_table(whole, "own")
+    assert [point["strength"] for point in sparse["own"]] == [2.0, 4.0, 12.0]
+    for method in ("own", "other"):
+        assert 2 <= len(sparse[method]) < len(whole[method])
+        assert all(point in whole[method] for point in sparse[method])
+    weak = curves.draw(model, known, edits, [0.1, 0.2], 0.3, sparse=True)
+    assert [point["strength"] for point in weak["own"]] == [0.3]
+    assert curves.matched_table(weak, "own")["rows"][0]["strength"] is None
+
+
 def test_a_chosen_strength_below_nothing_turns_the_curve_round(model, known, edits):
     drawn = curves.draw(model, known, {"own": edits["own"]}, [1.0, 2.0], -2.0)["own"]
     assert [point["strength"] for point in drawn] == [-1.0, -2.0]

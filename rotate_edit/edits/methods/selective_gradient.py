@@ -1,10 +1,12 @@
 """Edits along the gradient of text about a concept, without what that gradient shares with all text."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Annotated
 
+import torch
 from pydantic import Field
+from torch import Tensor
 
 from rotate_edit.edits.edit import MatrixChange
 from rotate_edit.edits.material import GRADIENT_TOKENS, Concept, Material
@@ -86,11 +88,15 @@ class SelectiveGradient(EditMethod):
     def _factored(self, material: Material, concept: Concept) -> tuple[list[MatrixChange], float]:
         gradients = material.gradients(concept, skip_words=self.skip_words)
         flattened = round(self.common * material.checkpoint.hidden_size)
-        specific = {site: without_common(gradient, flattened) for site, gradient in gradients.items()}
-        rows = strongest_rows(list(specific.values()), self.neurons)
+        specific: Iterable[Tensor] = (without_common(gradient, flattened) for gradient in gradients.values())
+        rows: Iterable[Tensor] = (torch.arange(len(gradient)) for gradient in gradients.values())
+        if self.neurons < 1:
+            # All matrices have to be at hand to find the strongest rows; elsewhere one at a time is.
+            specific = list(specific)
+            rows = strongest_rows(specific, self.neurons)
         whole = held = matrices = 0.0
         changes = []
-        for (site, change), chosen in zip(specific.items(), rows, strict=True):
+        for site, change, chosen in zip(gradients, specific, rows, strict=True):
             vectors = read_matrix(material.checkpoint, site.layer, site.matrix, site.expert_or_none)
             matrices += float(vectors.double().square().sum())
             wanted = change[chosen]
