@@ -1,12 +1,20 @@
 """The chosen channels of a recipe: found, edited beside its concepts or alone, and measured."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from rotate_edit.channels.channel_set import Channel
-from rotate_edit.channels.chosen import Chosen, Source, Wish, choose, neuron_channels, search_model
+from rotate_edit.channels.channel_set import ASKED, Channel
+from rotate_edit.channels.chosen import (
+    Chosen,
+    Source,
+    Wish,
+    choose,
+    neuron_channels,
+    plainly_named,
+    search_model,
+)
 from rotate_edit.channels.locate import carries
 from rotate_edit.console import Report, silent
 from rotate_edit.edits.channel_edit import channel_edit, turned_neurons
@@ -41,10 +49,12 @@ def wishes_of(session: Session) -> tuple[Wish, ...]:
 
 
 def _wish(session: Session, entry: ChannelRecipe) -> Wish:
-    if entry.channel is not None:
+    if entry.channel is not None and not entry.tokens:
         return Wish(entry.name, entry.strength, entry.channel)
     texts = list(session.vocabulary.texts)
     tokens = find_tokens(entry.name, list(entry.tokens), session.tokenizer, texts)
+    if entry.channel is not None:
+        return Wish(entry.name, entry.strength, entry.channel, tokens)
     layers = None if entry.layers is None else tuple(range(entry.layers[0], entry.layers[1] + 1))
     return Wish(entry.name, entry.strength, None, tokens, entry.matrix, layers)
 
@@ -77,46 +87,78 @@ def source_of(session: Session) -> Source:
     return Source(session.checkpoint, session.projections, session.vocabulary, settings, folder)
 
 
+@dataclass(frozen=True)
+class Hit:
+    """A channel that was looked up.
+
+    Attributes:
+        channel: The channel, with its vector. Its `p_value` is that of the search.
+        words: The words by whose search it was found, where its neuron's decomposition gives it no number.
+        passed: Whether it has more support than chance gives.
+    """
+
+    channel: Channel
+    words: tuple[str, ...] = ()
+    passed: bool = False
+
+
 def look_up(
-    model: str,
+    session: Session,
     *,
     words: Sequence[str] = (),
     neuron: str | None = None,
     matrices: Sequence[str] = (),
     layers: Sequence[int] = (),
+    limit: int | None = None,
     report: Report = silent,
-) -> tuple[list[Channel], set[str]]:
+) -> list[Hit]:
     """The channels of a model that say some words, or those of one neuron.
 
     Args:
-        model: `demo`, a folder, a Hub id or a GGUF file.
+        session: Of the model.
         words: The words.
         neuron: A neuron such as "L3.N12", in place of words.
         matrices: Kinds of matrices. All that the model has when empty.
         layers: The layers that are searched for words. All when empty.
+        limit: At most so many.
         report: Is told how far the search is.
 
     Returns:
-        The channels that say the words, the least probable in a neuron drawn at random first, and the names of those
-        with more support than chance gives. Or the neuron's channels and no names.
+        The channels that say the words, the least probable in a neuron drawn at random first. Or the neuron's.
 
     Raises:
         BadInput: None of the words is one token, or there is no such neuron.
     """
-    entry: dict[str, Any] = {"tokens": list(words)} if words else {"channel": f"{neuron}.out#0"}
-    session = open_session(parse_recipe({"model": model, "channels": [entry]}, "what the options say"))
     source, kinds = source_of(session), list(matrices or session.checkpoint.matrices)
     if not words:
-        return neuron_channels(parse_neuron(str(neuron)), kinds, source), set()
+        return [Hit(channel) for channel in neuron_channels(parse_neuron(str(neuron)), kinds, source)][:limit]
     tokens = find_tokens(",".join(words), list(words), session.tokenizer, list(session.vocabulary.texts))
-    found: list[Channel] = []
-    passed: set[str] = set()
+    found: list[tuple[Channel, bool]] = []
     # One kind at a time, as an edit that names words does.
     for kind in kinds:
         every, own = search_model(tokens, kind, list(layers) or None, source, report)
-        found += [channel for channel in every if carries(channel, tokens, tokens.ids, source.settings)]
-        passed |= {channel.name for channel in own}
-    return sorted(found, key=lambda channel: 1.0 if channel.p_value is None else channel.p_value), passed
+        passed = {channel.name for channel in own}
+        for channel in every:
+            if channel.p_value is not None and carries(channel, tokens, tokens.ids, source.settings):
+                found.append((channel, channel.name in passed))
+    found = sorted(found, key=lambda entry: 1.0 if entry[0].p_value is None else entry[0].p_value)[:limit]
+    named = plainly_named([channel for channel, _ in found], source)
+    return [
+        Hit(channel, tuple(words) if channel.index >= ASKED else (), passed)
+        for channel, (_, passed) in zip(named, found, strict=True)
+    ]
+
+
+def open_model(model: str, channel_set: str | None = None) -> Session:
+    """A session in which channels are looked up, with no concept of its own.
+
+    Args:
+        model: `demo`, a folder, a Hub id or a GGUF file.
+        channel_set: A channel set of the model, or None.
+    """
+    # A recipe needs something to edit; nothing is made of this entry.
+    content = {"model": model, "channel_set": channel_set, "channels": [{"channel": "L0.N0.out#0"}]}
+    return open_session(parse_recipe(content, "what the options say"))
 
 
 def with_channels(session: Session, edit: Edit, chosen: Sequence[Chosen]) -> Edit:

@@ -122,7 +122,9 @@ class ChannelRecipe(_Section):
 
     channel: str | None = Field(None, description="A channel by its name, such as `L9.N12.gate#0`.")
     tokens: list[str] = Field(
-        [], description="In place of a name: words that the channels' strongest tokens are. They are searched for."
+        [],
+        description="In place of a name: words that the channels' strongest tokens are. They are searched for. Beside "
+        "a name whose number is 1000 or more: the words by whose search that channel was found.",
     )
     matrix: Matrix = Field("out", description="Where channels of `tokens` are looked for.")
     layers: tuple[Annotated[int, Field(ge=0)], Annotated[int, Field(ge=0)]] | None = Field(
@@ -136,6 +138,11 @@ class ChannelRecipe(_Section):
     def name(self) -> str:
         """What it is called: the channel's name, or `token:` and the words."""
         return self.channel if self.channel is not None else f"token:{','.join(self.tokens)}"
+
+    def _was_searched(self) -> bool:
+        from rotate_edit.channels.channel_set import ASKED, parse_channel
+
+        return self.channel is not None and parse_channel(self.channel)[2] >= ASKED
 
     @field_validator("channel")
     @classmethod
@@ -152,7 +159,9 @@ class ChannelRecipe(_Section):
 
     @model_validator(mode="after")
     def _one_way(self) -> "ChannelRecipe":
-        if (self.channel is None) == (not self.tokens):
+        if self.channel is None and not self.tokens:
+            raise ValueError("give `channel` or `tokens`")
+        if self.channel is not None and self.tokens and not self._was_searched():
             raise ValueError("give `channel` or `tokens`, and not both")
         if self.strength == 0:
             raise ValueError(

@@ -151,7 +151,7 @@ def test_effects_are_those_of_the_edited_model_and_none_without_a_change() -> No
 REFUSED = [
     ({"channel": "L4.N374"}, "is not the name of a channel; write it as"),
     ({"channel": NAMED, "tokens": ["dog"]}, "give `channel` or `tokens`, and not both"),
-    ({}, "give `channel` or `tokens`, and not both"),
+    ({}, "give `channel` or `tokens`"),
     ({"channel": NAMED, "strength": 0}, "strength 0 changes nothing"),
     ({"tokens": ["dog"], "layers": [4, 2]}, "the first is above the last"),
 ]
@@ -186,14 +186,22 @@ def test_a_channel_that_is_not_there_is_said(name: str, message: str) -> None:
 
 
 def test_a_model_is_searched_for_words_and_a_neuron_is_decomposed() -> None:
-    found, passed = channel_job.look_up("demo", words=["dog", "hound", "terrier"], matrices=["out"])
-    assert passed == {"L4.N393.out#1000"}
-    assert found[0].name in passed
-    assert [channel.p_value for channel in found] == sorted(channel.p_value for channel in found)
-    own, none = channel_job.look_up("demo", neuron="L4.N374")
-    assert {channel.matrix for channel in own} == {"gate", "in", "out"}
-    assert NAMED in {channel.name for channel in own}
-    assert not none
+    session = session_of(recipe({"channel": NAMED}))
+    found = channel_job.look_up(session, words=["dog", "hound", "terrier"], matrices=["out"], limit=4)
+    assert [hit.channel.name for hit in found if hit.passed] == [found[0].channel.name]
+    assert len(found) == 4
+    values = [hit.channel.p_value for hit in found]
+    assert None not in values
+    assert values == sorted(values, key=lambda value: value or 0)
+    # Every name that is told can be used.
+    for hit in found:
+        assert bool(hit.words) == (hit.channel.index >= 1000)
+        entry = {"channel": hit.channel.name} | ({"tokens": list(hit.words)} if hit.words else {})
+        (chosen,) = channel_job.choose_channels(session_of(recipe(entry)))
+        assert same_channel(chosen.channels[0], hit.channel)
+    own = channel_job.look_up(session, neuron="L4.N374")
+    assert {hit.channel.matrix for hit in own} == {"gate", "in", "out"}
+    assert NAMED in {hit.channel.name for hit in own}
 
 
 def test_words_that_no_channel_says_are_a_failure_that_names_the_nearest() -> None:

@@ -37,6 +37,9 @@ TESTED = "p_value"
 """The column that sets of earlier versions do not have."""
 ROW_GROUP = 1 << 17
 LARGEST_MANIFEST = 50_000_000
+# The number of the channel that a search finds from the first concept's first group; its groups count on, and every
+# further concept begins with the next multiple.
+ASKED = 1000
 
 
 @dataclass(frozen=True)

@@ -12,12 +12,12 @@ from typing import Any
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
-from rotate_edit.channels.channel_set import Channel, open_channels, parse_channel, search_channels
+from rotate_edit.channels.channel_set import ASKED, Channel, open_channels, parse_channel, search_channels
 from rotate_edit.channels.decompose import decompose_neurons
 from rotate_edit.channels.locate import (
-    ASKED,
     ConceptGroup,
     SearchSettings,
+    asked_channels,
     carries,
     locate_concept,
     site_of,
@@ -43,8 +43,8 @@ class Wish:
     Attributes:
         name: What it is called in tables: the channel's name, or "token:" and the words.
         strength: 1 takes the channel out of its neuron, -1 doubles it.
-        channel: The channel's name. None where words are given.
-        tokens: The tokens of the words. None where a channel is named.
+        channel: The channel's name. None where only words are given.
+        tokens: The tokens of the words. None where a channel is named that no search found.
         matrix: The matrix that is searched for the words.
         layers: The layers that are searched. None for all.
     """
@@ -170,20 +170,29 @@ def _named(wish: Wish, name: str, source: Source) -> Chosen:
         every = search_channels(source.folder, neuron=str(neuron), matrix=matrix, limit=None, vectors=True)
         where = f"The channel set {source.folder.name} holds"
     else:
-        if number >= ASKED:
-            raise BadInput(
-                f"the channel {name} was found by a search for words; name these (token:...), or the folder that holds "
-                "it with --from."
-            )
-        solver = source.settings.solver
-        solver = replace(solver, channels=max(solver.channels, number + 1))
-        every = decompose_neurons([(neuron, matrix)], source.projections, source.vocabulary.texts, solver)
+        every = _decomposed(neuron, matrix, number, wish.tokens, source)
         where = "There are"
     own = [channel for channel in every if channel.index == number]
     if not own:
         names = ", ".join(channel.name for channel in every) or "none of this neuron"
         raise BadInput(f"there is no channel {name}. {where} {names}.")
     return Chosen(wish.name, wish.strength, tuple(own), _others(every, own))
+
+
+def _decomposed(neuron: Neuron, matrix: str, number: int, tokens: TokenSet | None, source: Source) -> list[Channel]:
+    """A neuron's channels, so many that the one of that number is among them."""
+    solver = source.settings.solver
+    if number < ASKED:
+        solver = replace(solver, channels=max(solver.channels, number + 1))
+        return decompose_neurons([(neuron, matrix)], source.projections, source.vocabulary.texts, solver)
+    if tokens is None:
+        raise BadInput(
+            f"the channel {neuron}.{matrix}#{number} was found by a search for words; name these (token:...), or the "
+            "folder that holds it with --from."
+        )
+    asked = asked_channels([(neuron, matrix)], tokens.ids, source.projections, source.vocabulary, source.settings)
+    others = neuron_channels(neuron, [matrix], source)
+    return [*(replace(channel, index=number) for channel in asked), *others]
 
 
 def _check_neuron(neuron: Neuron, matrix: str, checkpoint: Checkpoint) -> None:
@@ -214,6 +223,23 @@ def neuron_channels(neuron: Neuron, matrices: Sequence[str], source: Source) -> 
         _check_neuron(neuron, matrix, source.checkpoint)
     wanted = [(neuron, matrix) for matrix in matrices]
     return decompose_neurons(wanted, source.projections, source.vocabulary.texts, source.settings.solver)
+
+
+def plainly_named(found: Sequence[Channel], source: Source) -> list[Channel]:
+    """Channels that a search found, each under the number that its neuron's decomposition gives it, where it has one.
+
+    Args:
+        found: The channels.
+        source: The model, and how channels are looked for.
+    """
+    neurons = [(site_of(channel).neuron(channel.neuron), channel.matrix) for channel in found]
+    plain = decompose_neurons(neurons, source.projections, source.vocabulary.texts, source.settings.solver)
+    named = []
+    for channel in found:
+        own = [other for other in plain if _neuron_of(other) == _neuron_of(channel)]
+        same = next((other for other in own if same_channel(other, channel)), None)
+        named.append(channel if same is None else replace(same, p_value=channel.p_value))
+    return named
 
 
 def _others(every: Sequence[Channel], own: Sequence[Channel]) -> tuple[Channel, ...]:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rotate_edit.channels.channel_set import Channel
+from rotate_edit.channels.channel_set import ASKED, Channel
 from rotate_edit.channels.decompose import decompose_neurons
 from rotate_edit.channels.null import Null, draw_neurons, kept_null, largest_p_value, p_values
 from rotate_edit.channels.scan import TokenMoments, concept_z, token_moments
@@ -22,10 +22,6 @@ from rotate_edit.models.architectures import Neuron
 from rotate_edit.models.checkpoint import Checkpoint, read_matrix
 from rotate_edit.vocabulary.concept import TokenSet, group_tokens
 from rotate_edit.vocabulary.projection import Projections, Vocabulary
-
-# The index of the channel that a search finds from the first concept's first group; its groups count on, and every
-# further concept begins with the next multiple.
-ASKED = 1000
 
 
 @dataclass(frozen=True, order=True)
@@ -378,6 +374,28 @@ def _with_channels(
         channels=every,
         chosen=choose_channels(every, group.tokens, group.ids, settings),
     )
+
+
+def asked_channels(
+    neurons: Sequence[tuple[Neuron, str]],
+    ids: Tensor,
+    projections: Projections,
+    vocabulary: Vocabulary,
+    settings: SearchSettings,
+) -> list[Channel]:
+    """The channel of each neuron that a search from the direction of some tokens ends in, under the number `ASKED`.
+
+    Args:
+        neurons: The neurons and their matrices.
+        ids: The tokens, int64 [n].
+        projections: What vectors are projected on.
+        vocabulary: The tokens' texts, and which of them training touched.
+        settings: How channels are looked for.
+    """
+    usable = (~vocabulary.untrained).to(projections.ignored.device)
+    solver = replace(settings.solver, channels=1, only_tilt=True)
+    found = decompose_neurons(neurons, projections, vocabulary.texts, solver, tilt=_towards(projections, ids, usable))
+    return [replace(channel, index=ASKED) for channel in found]
 
 
 def _tested(

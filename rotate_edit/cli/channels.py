@@ -168,7 +168,7 @@ def channels(
 def _channels_of_model(
     model: str, token: str | None, neuron: str | None, layers: tuple[int, ...], **conditions: Any
 ) -> list[Any]:
-    from rotate_edit.channel_job import look_up
+    from rotate_edit.channel_job import look_up, open_model
 
     if (token is None) == (neuron is None):
         raise BadInput(
@@ -178,18 +178,22 @@ def _channels_of_model(
         raise BadInput("--substring searches a channel set, and here a model is searched.")
     matrices = [conditions["matrix"]] if conditions["matrix"] else []
     words = [word.strip() for word in (token or "").split(",") if word.strip()]
+    session = open_model(model)
     with options.progress_bars() as report:
-        found, passed = look_up(model, words=words, neuron=neuron, matrices=matrices, layers=layers, report=report)
+        found = look_up(
+            session, words=words, neuron=neuron, matrices=matrices, layers=layers, limit=conditions["limit"],
+            report=report,
+        )  # fmt: skip
     least, sharp = conditions["min_support"], conditions["min_kurtosis"]
     kept = [
-        channel
-        for channel in found
-        if (least is None or channel.support >= least) and (sharp is None or channel.kurtosis >= sharp)
+        hit
+        for hit in found
+        if (least is None or hit.channel.support >= least) and (sharp is None or hit.channel.kurtosis >= sharp)
     ]
     if words:
-        counts = counted(len(passed), "channel")
-        print_line(f"{counts} with more support than chance gives: {', '.join(sorted(passed)) or 'none'}.", error=True)
-    return kept[: conditions["limit"]]
+        passed = [hit.channel.name for hit in kept if hit.passed]
+        print_line(f"With more support than chance gives: {', '.join(passed) or 'none'}.", error=True)
+    return [hit.channel for hit in kept]
 
 
 def print_channels(found: Iterable[Any], as_json: bool) -> None:
