@@ -212,8 +212,6 @@ def described(session: Session, chosen: Sequence[Chosen]) -> list[dict[str, Any]
 def measured(session: Session, chosen: Sequence[Chosen], edit: Edit) -> dict[str, Any]:
     """What the edit does to the running model on some text, and whether the channels do what they claim.
 
-    The text is the recipe's own, or what the model writes from nothing.
-
     Args:
         session: The opened recipe.
         chosen: The channels.
@@ -223,7 +221,7 @@ def measured(session: Session, chosen: Sequence[Chosen], edit: Edit) -> dict[str
         Plain JSON: "effects" in the edited model, "divergence" over all positions, and "trials" that take each channel
         out beside three controls (`evaluation.faithfulness`).
     """
-    texts, passages = _text(session)
+    texts, passages = text_of(session)
     effects, divergence = channel_effects(session.model, passages, chosen, edit)
     every = {channel.name: channel for wish in chosen for channel in (*wish.channels, *wish.beside)}
     names = {channel.name for wish in chosen for channel in wish.channels}
@@ -245,7 +243,15 @@ def measured(session: Session, chosen: Sequence[Chosen], edit: Edit) -> dict[str
     return found
 
 
-def _text(session: Session) -> tuple[list[str], Passages]:
+def text_of(session: Session) -> tuple[list[str], Passages]:
+    """The text that channels are measured on: the recipe's own, or what the model writes from nothing.
+
+    Args:
+        session: The opened recipe.
+
+    Returns:
+        The texts, and their tokens.
+    """
     config = session.model.config.get_text_config()
     if session.recipe.evaluate.text is not None:
         texts = read_documents(session.recipe.evaluate.text)

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -55,15 +56,15 @@ class Page:
         self.events.append(str(answer.get("method")))
         return dict(answer)
 
-    def open(self, path: Path, *, width: int, dark: bool) -> None:
-        """Load a file at a window width, in the light or the dark scheme."""
+    def open(self, path: Path | str, *, width: int, dark: bool) -> None:
+        """Load a file or an address at a window width, in the light or the dark scheme."""
         features = [{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}]
         self.call("Emulation.setEmulatedMedia", features=features)
         self.call(
             "Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=width < 700
         )
         self.events.clear()
-        self.call("Page.navigate", url=path.resolve().as_uri())
+        self.call("Page.navigate", url=path if isinstance(path, str) else path.resolve().as_uri())
         while "Page.loadEventFired" not in self.events:
             self._next()
 
@@ -72,6 +73,13 @@ class Page:
         found = self.call("Runtime.evaluate", expression=expression, returnByValue=True)
         assert "exceptionDetails" not in found, found
         return found["result"].get("value")
+
+    def wait_for(self, expression: str, seconds: float = 30.0) -> None:
+        """Wait until a JavaScript expression is true."""
+        end = time.monotonic() + seconds
+        while not self.ask(expression):
+            assert time.monotonic() < end, f"{expression} did not become true"
+            time.sleep(0.1)
 
     def screenshot(self, path: Path) -> None:
         """The whole page as a PNG."""

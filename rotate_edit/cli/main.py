@@ -6,7 +6,7 @@ from pathlib import Path
 import click
 
 from rotate_edit import __version__
-from rotate_edit.cli import channels, chat, edits, evaluation, publish, runs
+from rotate_edit.cli import channels, chat, edits, evaluation, explore, publish, runs
 from rotate_edit.cli.options import FOLDER, Feedback
 from rotate_edit.console import print_line
 from rotate_edit.errors import BadInput, Failure
@@ -64,6 +64,6 @@ def main() -> None:
         sys.exit(130)
 
 
-for group in (runs, channels, edits, evaluation, chat, publish):
+for group in (runs, channels, edits, evaluation, chat, explore, publish):
     for command in group.COMMANDS:
         cli.add_command(command)

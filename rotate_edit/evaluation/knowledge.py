@@ -27,6 +27,8 @@ UNITS = ("character", "token", "total")
 LEAST_MARGIN = 0.05
 SHOTS = 5
 ROWS_AT_ONCE = 64
+# Prompts that are read together differ by at most so many tokens, which are read again with every answer.
+SPREAD = 4
 Floats = NDArray[np.float64]
 
 
@@ -213,7 +215,8 @@ def _groups(encoded: Sequence[Encoded], vocabulary: int) -> Iterator[list[int]]:
             prompt, answers = encoded[place]
             rows += len(answers)
             longest = max(longest, len(prompt) - shortest + max(map(len, answers)))
-            if group and (rows > ROWS_AT_ONCE or rows * longest * vocabulary > CELLS_IN_A_BATCH):
+            far = len(prompt) - shortest > SPREAD
+            if group and (far or rows > ROWS_AT_ONCE or rows * longest * vocabulary > CELLS_IN_A_BATCH):
                 break
             group.append(place)
         ordered = ordered[len(group) :]
