@@ -145,14 +145,14 @@ def _look_up_part(bench: Workbench, cart: Any, looked_up: Any) -> None:
     search = gradio.Button("Search", elem_id="search", variant="primary")
     results = gradio.HTML(elem_id="results")
     with gradio.Row():
+        channel = gradio.Dropdown([], label="Channel", elem_id="channel", scale=3, allow_custom_value=False)
+        add = gradio.Button("Put in the cart", elem_id="add", scale=1)
+    with gradio.Row():
         address = gradio.Textbox(label="Neuron", placeholder="L3.N12", elem_id="address", scale=3)
         show = gradio.Button("Show neuron", elem_id="show", scale=1)
     neuron = gradio.HTML(elem_id="neuron")
     fires = gradio.Button("Texts that fire it", elem_id="fires")
     firing = gradio.HTML(elem_id="firing")
-    with gradio.Row():
-        channel = gradio.Dropdown([], label="Channel", elem_id="channel", scale=3, allow_custom_value=False)
-        add = gradio.Button("Put in the cart", elem_id="add", scale=1)
 
     def searched(text: str, kind: str, progress: Any = PROGRESS) -> tuple[Any, ...]:
         words = [one.strip() for one in text.split(",") if one.strip()]

@@ -61,6 +61,9 @@ def guarded(page: Any, token: str) -> Any:
             answer: Response = RedirectResponse("/", status_code=303)
             answer.set_cookie(COOKIE, token, httponly=True, samesite="strict")
             return answer
+        # Browsers fetch it without cookies, and there is nothing in it.
+        if request.url.path == "/manifest.json":
+            return await call(request)
         if not secrets.compare_digest(request.cookies.get(COOKIE, "").encode(), token.encode()):
             return PlainTextResponse("Open the page by the address that the command printed.", status_code=403)
         answer = await call(request)
