@@ -22,11 +22,11 @@ def explore(model: str, atlas: str | None, edit: Path | None, port: int | None, 
     import webbrowser
     from threading import Timer
 
-    from rotate_edit.explorer import server
+    from rotate_edit.cli.explorer import server
 
     server.without_telemetry()
-    from rotate_edit.explorer.page import build_page
-    from rotate_edit.explorer.workbench import open_workbench
+    from rotate_edit.cli.explorer.page import build_page
+    from rotate_edit.cli.explorer.workbench import open_workbench
 
     chosen = server.free_port(port)
     bench = open_workbench(model, atlas, edit)

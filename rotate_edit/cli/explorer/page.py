@@ -9,10 +9,10 @@ import gradio
 
 from rotate_edit.channel_job import Hit
 from rotate_edit.channels.channel_set import Channel
+from rotate_edit.cli.explorer import workbench
+from rotate_edit.cli.explorer.workbench import Firing, Turned, Workbench
 from rotate_edit.console import Report, plain
 from rotate_edit.errors import BadInput, Failure
-from rotate_edit.explorer import workbench
-from rotate_edit.explorer.workbench import Firing, Turned, Workbench
 
 # Gives a path that does not exist yet, from the end of its name.
 NextPath = Callable[[str], Path]

@@ -8,10 +8,10 @@ from demo_session import session_of
 
 from rotate_edit import pipeline
 from rotate_edit.channels.channel_set import load_channels, save_channels
+from rotate_edit.cli.explorer import workbench
+from rotate_edit.cli.explorer.workbench import Turned, Workbench
 from rotate_edit.edits.apply import applied
 from rotate_edit.errors import BadInput
-from rotate_edit.explorer import workbench
-from rotate_edit.explorer.workbench import Turned, Workbench
 from rotate_edit.models.checkpoint import identity, open_checkpoint
 from rotate_edit.models.generation import generate
 from rotate_edit.recipe import parse_recipe, read_recipe

@@ -17,9 +17,9 @@ from demo_session import session_of
 gradio = pytest.importorskip("gradio")
 
 from rotate_edit.channel_job import Hit  # noqa: E402
-from rotate_edit.explorer import page as explorer  # noqa: E402
-from rotate_edit.explorer import server  # noqa: E402
-from rotate_edit.explorer.workbench import Firing, Workbench, neuron_page  # noqa: E402
+from rotate_edit.cli.explorer import page as explorer  # noqa: E402
+from rotate_edit.cli.explorer import server  # noqa: E402
+from rotate_edit.cli.explorer.workbench import Firing, Workbench, neuron_page  # noqa: E402
 from rotate_edit.pipeline import edit_only  # noqa: E402
 from rotate_edit.recipe import parse_recipe, read_recipe  # noqa: E402
 

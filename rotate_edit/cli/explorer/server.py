@@ -50,7 +50,7 @@ def guarded(page: Any, token: str) -> Any:
     from fastapi.responses import PlainTextResponse, RedirectResponse, Response
     from starlette.middleware.trustedhost import TrustedHostMiddleware
 
-    from rotate_edit.explorer.page import CSS
+    from rotate_edit.cli.explorer.page import CSS
 
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
 
