@@ -19,21 +19,28 @@ from rotate_edit.evaluation.measures import CELLS_KEPT
 from rotate_edit.evaluation.tasks import Items
 from rotate_edit.machine import PROCESS_WITH_TRANSFORMERS, START_WITH_TRANSFORMERS, Cost
 from rotate_edit.models.checkpoint import Checkpoint
-from rotate_edit.models.cost import estimate_live, parameters, size_of, table_memory, to_download
+from rotate_edit.models.cost import SMALL_MODEL, estimate_live, parameters, size_of, table_memory, to_download
 from rotate_edit.models.output_head import CELLS_AT_ONCE
+from rotate_edit.models.prompted_text import NEW_TOKENS
 
 # Products with the vocabulary matrix of a search that asks for one concept: 20 to 26 measured.
 PRODUCTS_ASKING = 26
 # Share of the candidates that stand out: at most so many were measured.
 LOCATED = 0.05
 # Seconds of the demo model's forward passes over the seconds of their products alone: 1.1 to 1.9 measured on one
-# thread, about 3.4 on two, which the small products around the large ones do not fill.
+# thread, about 3.4 on two, which the small products around the large ones do not fill. A model of 135 million
+# parameters fills them better.
 FORWARD_OVERHEAD = 2.5
+LARGE_OVERHEAD = 1.6
 # When a concept's groups are chosen by trying, three divisions of it are tried. Together they search about so many
 # times the candidates.
 SEARCHES, GROUPS = 3, 6
 # Forward passes over a concept's texts to find a strength, three times while divisions are tried and once at the end.
 SOLVING_PASSES = 10
+# Passes over the texts of a split for the metrics, of each model.
+MEASURING_PASSES = 3
+# About how long a prompt for written text is, in tokens.
+PROMPT = 40
 CHARACTERS_OF_A_TOKEN = 4
 LONGEST_WORD = 12
 
@@ -58,6 +65,8 @@ class Job:
         limit: At most this many items of each task. None for all.
         checkpoint: Whether a patched checkpoint is written.
         undo: Whether what an undo needs is written.
+        written_texts: How many texts the model writes about each concept, and about other things.
+        sparse: Whether curves measure damage only where it is asked for.
     """
 
     goals: Mapping[str, Goal]
@@ -75,6 +84,8 @@ class Job:
     limit: int | None
     checkpoint: bool
     undo: bool
+    written_texts: int = 0
+    sparse: bool = False
 
     def methods(self, measured: bool) -> tuple[EditMethod, ...]:
         """The methods that are built: the edit's own, and its controls when measured. None without concepts."""
@@ -164,13 +175,16 @@ def locating_cost(job: Job, checkpoint: Checkpoint, *, device: str = "cpu", meas
 
 def tokens_read(job: Job, items: Items | None, *, measured: bool = True) -> dict[str, int]:
     """About how many tokens the live model reads, by step."""
-    steps = dict.fromkeys(("self-generated text", "groups", "strengths", "curves", "items", "generations"), 0)
+    names = ("self-generated text", "written text", "groups", "strengths", "curves", "items", "generations", "measures")
+    steps = dict.fromkeys(names, 0)
     methods = job.methods(measured)
     if any("self_text" in method.about.reads for method in methods):
         # Every token is written once and read once.
         steps["self-generated text"] = 2 * job.self_text
-    if items is None:
+    if items is None or not job.goals:
         return steps
+    if job.written_texts:
+        steps["written text"] = (len(job.goals) + 1) * job.written_texts * (PROMPT + NEW_TOKENS)
     for name, goal in job.goals.items():
         own, others = (min(job.tokens, _length(texts)) for texts in texts_about(items, [name]))
         if job.tries_groups:
@@ -178,7 +192,10 @@ def tokens_read(job: Job, items: Items | None, *, measured: bool = True) -> dict
         if goal.kind != "strength":
             steps["strengths"] += SOLVING_PASSES * (own if goal.kind == "remaining" else others)
         if measured:
-            steps["curves"] += (len(methods) * job.points + 1) * (own + others)
+            damages = 2 if job.sparse else job.points
+            steps["curves"] += len(methods) * (job.points * own + damages * others) + own + others
+            # Of both models: divergence and mass, the losses outside the concept's words, and the questions once more.
+            steps["measures"] += 2 * MEASURING_PASSES * (own + others)
     if measured:
         asked, _ = divide(items.tasks, job.plan)
         steps["items"] = 2 * sum(_tokens(row) for task in asked for row in task.rows[: job.limit])
@@ -209,7 +226,8 @@ def _searching(job: Job, checkpoint: Checkpoint) -> float:
 
 def _forward(checkpoint: Checkpoint) -> float:
     """Operations of one token's forward pass: two a parameter."""
-    return FORWARD_OVERHEAD * 2 * parameters(checkpoint)
+    count = parameters(checkpoint)
+    return (FORWARD_OVERHEAD if count <= SMALL_MODEL else LARGE_OVERHEAD) * 2 * count
 
 
 def _reference_memory(job: Job, checkpoint: Checkpoint) -> int:

@@ -52,12 +52,12 @@ from rotate_edit.evaluation.strength import Solved, cost_of_removal, solve_stren
 from rotate_edit.evaluation.tasks import Items, open_items
 from rotate_edit.evaluation.text_tasks import items_from_text
 from rotate_edit.evaluation.variants import Variant
-from rotate_edit.evaluation.written_items import written_items
+from rotate_edit.evaluation.written_items import stand_in_items, written_items
 from rotate_edit.files import cache_folder, check_output_outside
 from rotate_edit.machine import Cost, check_cost, pick_device
 from rotate_edit.models.batches import Passages, tokenise
 from rotate_edit.models.checkpoint import Checkpoint, identity, load_model, load_tokenizer, open_checkpoint
-from rotate_edit.models.cost import parameters, size_of
+from rotate_edit.models.cost import SMALL_MODEL, parameters, size_of
 from rotate_edit.recipe import ConceptRecipe, Recipe, parse_recipe, read_recipe
 from rotate_edit.vocabulary.concept import TokenSet, find_tokens
 from rotate_edit.vocabulary.projection import (
@@ -73,9 +73,8 @@ Tell = Callable[[Sequence[str]], None]
 
 # Divisions of a concept into groups that `group_distance: auto` tries; the first keeps it whole.
 GROUP_DISTANCES = (2.0, 0.7, 0.5)
-# Parameters of a model that is sampled and whose curves are drawn in full; the samples of each prompt that a larger one
-# gets.
-SMALL_MODEL, FEWER_SAMPLES = 20_000_000, 4
+# The samples of each prompt that a large model gets.
+FEWER_SAMPLES = 4
 
 
 def untold(sentences: Sequence[str]) -> None:
@@ -280,8 +279,7 @@ class Session:
         return self.divided(self.distances[0], frozenset({"channels"}), report)
 
     def _distances(self) -> tuple[float, ...]:
-        whole = "self_text" in self.method.about.reads or self.items is None
-        return self.distances[:1] if whole else self.distances
+        return self.distances if tries_groups(self.method) and self.items is not None else self.distances[:1]
 
     @property
     def distances(self) -> tuple[float, ...]:
@@ -822,8 +820,13 @@ def estimate(recipe: Recipe, *, measured: bool = True) -> tuple[Cost, str]:
     checkpoint = open_checkpoint(recipe.model, recipe.revision)
     recipe, _ = _suited(recipe, checkpoint)
     device = pick_device(recipe.decompose.device)
-    needs_tokenizer = recipe.evaluate.text is not None
-    items = _open_items(recipe, load_tokenizer(checkpoint) if needs_tokenizer else None)
+    if recipe.concepts and not recipe.evaluate.items and not recipe.evaluate.text and recipe.evaluate.written_texts:
+        words, _, plurals = _words_of(recipe)
+        tokenizer = load_tokenizer(checkpoint)
+        items: Items | None = stand_in_items(tokenizer, words, texts=recipe.evaluate.written_texts, plurals=plurals)
+    else:
+        needs_tokenizer = recipe.evaluate.text is not None
+        items = _open_items(recipe, load_tokenizer(checkpoint) if needs_tokenizer else None)
     return job_cost(job_of(recipe, checkpoint), checkpoint, items, device=device, measured=measured), device
 
 
@@ -859,6 +862,17 @@ def plan_of(recipe: Recipe, checkpoint: Checkpoint) -> Plan:
     )
 
 
+def tries_groups(method: EditMethod) -> bool:
+    """Whether a concept's tokens are divided into groups for a method, where a recipe leaves it open.
+
+    What was located decides, and a method that reads self-generated text fits every place where the concept comes next.
+
+    Args:
+        method: The method.
+    """
+    return "channels" in method.about.reads and "self_text" not in method.about.reads
+
+
 def matrices_of(recipe: Recipe, checkpoint: Checkpoint) -> tuple[str, ...]:
     """The kinds of matrices that a recipe's edit may change: those it names, or those that suit its method."""
     if recipe.locate.matrices is not None:
@@ -879,7 +893,7 @@ def job_of(recipe: Recipe, checkpoint: Checkpoint) -> Job:
         matrices=matrices_of(recipe, checkpoint),
         search=search_settings(recipe, checkpoint),
         words_only=recipe.decompose.words_only,
-        tries_groups=recipe.locate.group_distance == "auto" and "self_text" not in method.about.reads,
+        tries_groups=recipe.locate.group_distance == "auto" and tries_groups(method),
         self_text=recipe.edit.self_text,
         texts=bool(recipe.evaluate.items or recipe.evaluate.text or recipe.evaluate.written_texts),
         tokens=recipe.evaluate.tokens,
@@ -887,6 +901,8 @@ def job_of(recipe: Recipe, checkpoint: Checkpoint) -> Job:
         limit=recipe.evaluate.limit,
         checkpoint=recipe.save.checkpoint,
         undo=recipe.save.undo,
+        written_texts=0 if recipe.evaluate.items or recipe.evaluate.text else recipe.evaluate.written_texts,
+        sparse=parameters(checkpoint) > SMALL_MODEL,
     )
 
 

@@ -16,8 +16,9 @@ from rotate_edit.errors import BadInput
 from rotate_edit.estimate import job_cost
 from rotate_edit.estimate import tokens_read as tokens_of
 from rotate_edit.evaluation.tasks import open_items
+from rotate_edit.evaluation.written_items import stand_in_items
 from rotate_edit.machine import Cost
-from rotate_edit.models.checkpoint import Checkpoint, open_checkpoint
+from rotate_edit.models.checkpoint import Checkpoint, load_tokenizer, open_checkpoint
 from rotate_edit.recipe import Recipe, find_recipe, parse_recipe, read_recipe
 
 ITEMS = open_items("demo")
@@ -40,7 +41,7 @@ def recipe_cost(wanted: Recipe, checkpoint: Checkpoint, items: Any, **settings: 
 def test_steps_are_counted_from_the_settings() -> None:
     steps = tokens_read(recipe(), ITEMS)
     located = {"edit": {"method": "channel-located"}}
-    assert {name for name, count in steps.items() if not count} == {"groups"}
+    assert {name for name, count in steps.items() if not count} == {"groups", "written text"}
     assert steps["self-generated text"] == 2 * 48_000
     assert tokens_read(recipe(strength=2), ITEMS) == steps | {"strengths": 0}
     # A budget and odds are measured on texts without the concept, what remains on texts with it.
@@ -55,8 +56,22 @@ def test_steps_are_counted_from_the_settings() -> None:
     assert steps["curves"] / alone["curves"] == pytest.approx(25 / 7)
     assert alone | {"curves": steps["curves"]} == steps
     unmeasured = tokens_read(recipe(), ITEMS, measured=False)
-    assert unmeasured == steps | dict.fromkeys(("curves", "items", "generations"), 0)
+    assert unmeasured == steps | dict.fromkeys(("curves", "items", "generations", "measures"), 0)
     assert set(tokens_read(recipe(**located), None, measured=False).values()) == {0}
+
+
+def test_text_that_the_model_writes_itself_is_counted_before_it_is_written() -> None:
+    own = {"model": "demo", "concepts": [{"name": "dogs", "words": ["dog", "hound"]}]}
+    tokenizer = load_tokenizer(open_checkpoint("demo"))
+    items = stand_in_items(tokenizer, {"dogs": ["dog", "hound"]}, texts=40)
+    assert items is not None
+    steps = tokens_read(parse_recipe(own), items)
+    assert steps["written text"] == 2 * 40 * (40 + 64)
+    for name in ("strengths", "curves", "items", "generations", "measures"):
+        assert steps[name] > 0
+    fewer = {**own, "evaluate": {"written_texts": 10}}
+    assert tokens_read(parse_recipe(fewer), items)["written text"] == steps["written text"] / 4
+    assert sessions.estimate(parse_recipe(own))[0].operations > sessions.estimate(parse_recipe(fewer))[0].operations
 
 
 def test_costs_follow_the_recipe() -> None:

@@ -54,3 +54,36 @@ def written_items(
         raise BadInput(
             f"{str(error).rstrip('.')}; or give your own text with evaluate.text (a file or a folder)."
         ) from error
+
+
+def stand_in_items(
+    tokenizer: Any, words: Mapping[str, Sequence[str]], *, texts: int, plurals: bool = False
+) -> Items | None:
+    """Items of about the size of those that a model would write, for an estimate of what measuring them takes.
+
+    Args:
+        tokenizer: The model's tokenizer.
+        words: Each concept's words, by concept.
+        texts: How many texts are written about each concept, and as many about other things.
+        plurals: Look for the plurals of the words too.
+
+    Returns:
+        The items. None where no word of a concept can be followed.
+    """
+    about = {
+        name: [_stand_in(own[number % len(own)], number) for number in range(texts)] for name, own in words.items()
+    }
+    others = [_stand_in("evening", number) for number in range(texts)]
+    try:
+        return items_from_documents(about, others, words, {}, tokenizer, source=SOURCE, plurals=plurals)
+    except BadInput:
+        return None
+
+
+def _stand_in(word: str, number: int) -> str:
+    """About 64 tokens that name a word twice."""
+    return (
+        f"In the year {number} everybody in the old town had heard about the {word}. Some of them went to see it with "
+        f"their friends after work, and they stayed until number {number} closed. The newspaper wrote that the {word} "
+        f"had never been so close to the river before, and that more of it would come soon."
+    )

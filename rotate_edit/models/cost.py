@@ -9,6 +9,8 @@ from rotate_edit.models.checkpoint import Checkpoint
 # Number of vocabulary tables in memory while they are read and prepared. 1.6 (tied) and 4.5 (untied) were measured.
 # Removing the token-frequency direction takes two more.
 TABLES, TABLES_UNTIED = 4, 6
+# Of models with more parameters less is measured, since it takes long.
+SMALL_MODEL = 20_000_000
 
 
 @dataclass(frozen=True)
