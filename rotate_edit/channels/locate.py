@@ -454,17 +454,21 @@ def null_of(
 
     def draw() -> Null:
         supports: list[float] = []
+        every: list[float] = []
         for draw in range(settings.draws):
             population = drawn_neurons(checkpoint, settings.solver.seed * settings.draws + draw)
             scores = scan_sites(checkpoint, sites, projections, vocabulary.untrained, group.ids, population)
             candidates = strongest_rows(scores, settings.candidates)
             best: dict[tuple[Site, int], float] = {}
+            carrying: dict[tuple[Site, int], float] = {}
             for channel in _tested(candidates, group, projections, vocabulary, settings, named, population):
+                place = site_of(channel), channel.neuron
+                best[place] = max(channel.support, best.get(place, channel.support))
                 if carries(channel, group.tokens, group.ids, settings):
-                    place = site_of(channel), channel.neuron
-                    best[place] = max(channel.support, best.get(place, channel.support))
-            supports += best.values()
-        return Null(settings.draws * count, tuple(sorted(supports, reverse=True)))
+                    carrying[place] = max(channel.support, carrying.get(place, channel.support))
+            supports += carrying.values()
+            every += best.values()
+        return Null(settings.draws * count, *(tuple(sorted(values, reverse=True)) for values in (supports, every)))
 
     count = sum(len(rows) for rows in strongest_rows(group.scores, settings.candidates).values())
     return kept_null(_null_parts(group, projections, settings), settings.draws * count, draw)

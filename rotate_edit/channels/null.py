@@ -9,8 +9,8 @@ import hashlib
 import json
 import logging
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from torch.nn.functional import normalize
 from rotate_edit.errors import BadInput
 from rotate_edit.files import cache_folder, write_atomically
 
-VERSION = 1
+VERSION = 2
 TAIL = 0.1
 """Share of the null candidates whose supports the tail of the null is fitted to."""
 LARGEST_FILE = 10_000_000
@@ -34,10 +34,12 @@ class Null:
         count: Number of null candidates, those with a channel of the concept and those without.
         supports: Support of the best channel that carries the concept, for each null candidate that has one, largest
             first.
+        every: Support of the best channel of each null candidate, whether it carries the concept or not, largest first.
     """
 
     count: int
     supports: tuple[float, ...]
+    every: tuple[float, ...] = ()
 
 
 def draw_neurons(vectors: Tensor, generator: torch.Generator) -> Tensor:
@@ -67,14 +69,9 @@ def draw_neurons(vectors: Tensor, generator: torch.Generator) -> Tensor:
 def p_values(null: Null, supports: Tensor) -> Tensor:
     """Compute how probable a channel of the concept with at least these supports is in a null candidate.
 
-    Among the null's supports it is the rank, `(1 + #{null >= s}) / (count + 1)`. Beyond the largest tenth the tail is
-    continued as an exponential, which falls slower than the tail of a support (a mean of projections) does. With the k
-    largest null supports above u, and S the sum of their excesses,
-
-        p(s) = (k + 1) / (count + 1) * (1 + (s - u) / S)^-k
-
-    is the probability itself when the tail is exponential: the k excesses and a new one are then exchangeable, and the
-    formula has the uncertainty of the fit in it.
+    Two numbers bound it, and the smaller counts. One is read off the null channels that carry the concept. The other is
+    read off all null channels: to carry the concept with so much support is no likelier than to have so much support.
+    The second is needed in large vocabularies, where chance hardly ever gives a channel that carries the concept.
 
     Args:
         null: The null.
@@ -83,14 +80,30 @@ def p_values(null: Null, supports: Tensor) -> Tensor:
     Returns:
         The p-values, float64 [n].
     """
-    values, found = torch.tensor(null.supports, dtype=torch.float64), supports.double()
-    ranks = (1 + (values >= found[:, None]).sum(dim=1).double()) / (null.count + 1)
-    tail = min(max(1, math.ceil(TAIL * null.count)), len(values) - 1)
+    carrying = _exceeded(null.supports, null.count, supports)
+    return torch.minimum(carrying, _exceeded(null.every, null.count, supports)) if null.every else carrying
+
+
+def _exceeded(values: Sequence[float], count: int, supports: Tensor) -> Tensor:
+    """How probable a value of at least these supports is, float64 [n].
+
+    Among the values it is the rank, `(1 + #{value >= s}) / (count + 1)`. Beyond the largest tenth the tail is continued
+    as an exponential, which falls slower than the tail of a support (a mean of projections) does. With the k largest
+    values above u, and S the sum of their excesses,
+
+        p(s) = (k + 1) / (count + 1) * (1 + (s - u) / S)^-k
+
+    is the probability itself when the tail is exponential: the k excesses and a new one are then exchangeable, and the
+    formula has the uncertainty of the fit in it.
+    """
+    known, found = torch.tensor(values, dtype=torch.float64), supports.double()
+    ranks = (1 + (known >= found[:, None]).sum(dim=1).double()) / (count + 1)
+    tail = min(max(1, math.ceil(TAIL * count)), len(known) - 1)
     if tail < 1:
         return ranks
-    edge = values[tail]
-    excesses = (values[:tail] - edge).sum().clamp_min(torch.finfo(torch.float64).tiny)
-    beyond = (tail + 1) / (null.count + 1) * (1 + (found - edge).clamp_min(0) / excesses) ** -tail
+    edge = known[tail]
+    excesses = (known[:tail] - edge).sum().clamp_min(torch.finfo(torch.float64).tiny)
+    beyond = (tail + 1) / (count + 1) * (1 + (found - edge).clamp_min(0) / excesses) ** -tail
     return torch.where(found > edge, beyond, ranks)
 
 
@@ -129,7 +142,7 @@ def kept_null(parts: dict[str, Any], candidates: int, make: Callable[[], Null]) 
     null = make()
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(file, json.dumps({"count": null.count, "supports": null.supports}))
+        write_atomically(file, json.dumps(asdict(null)))
     except (OSError, BadInput):
         logging.getLogger(__name__).warning("the null that support is compared with cannot be kept in the cache")
     return null
@@ -145,9 +158,12 @@ def _read(file: Any, candidates: int) -> Null | None:
         return None
     if not isinstance(content, dict) or content.get("count") != candidates:
         return None
-    supports = content.get("supports")
-    if not isinstance(supports, list) or len(supports) > candidates:
-        return None
-    if not all(type(one) is float and math.isfinite(one) for one in supports):
-        return None
-    return Null(candidates, tuple(sorted(supports, reverse=True)))
+    lists: list[list[float]] = []
+    for name in ("supports", "every"):
+        values = content.get(name)
+        if not isinstance(values, list) or len(values) > candidates:
+            return None
+        if not all(type(one) is float and math.isfinite(one) for one in values):
+            return None
+        lists.append(values)
+    return Null(candidates, *(tuple(sorted(values, reverse=True)) for values in lists))

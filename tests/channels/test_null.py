@@ -79,6 +79,23 @@ def test_the_tail_is_exact_for_an_exponential_and_cautious_for_a_normal_one() ->
         assert shares["normal"][level] < 1.05 * level, level
 
 
+def test_where_hardly_any_null_channel_carries_the_concept_all_of_them_bound_the_p_value() -> None:
+    generator = torch.Generator().manual_seed(3)
+    every = torch.empty(600, dtype=torch.float64).exponential_(generator=generator) + 1
+    sorted_ = tuple(every.sort(descending=True).values.tolist())
+    rare = Null(600, sorted_[5:6], sorted_)
+    found = torch.tensor([0.5, sorted_[5], 4.0, 12.0], dtype=torch.float64)
+    p, alone = p_values(rare, found), p_values(Null(600, sorted_), found)
+    # Never above either bound, and far beyond what one null channel in 600 could tell.
+    assert bool((p <= p_values(Null(600, sorted_[5:6]), found)).all())
+    assert bool((p <= alone).all())
+    assert float(p[3]) == pytest.approx(float(alone[3]))
+    assert float(p[3]) < 1e-3
+    assert float(p_values(Null(600, sorted_[5:6]), found)[3]) == 1 / 601
+    # An exponential tail that begins at 1: the p-value is of the size of the true chance.
+    assert 0.2 < float(p[3]) / math.exp(-11) < 5
+
+
 @given(st.lists(st.floats(0, 1), max_size=30), st.floats(0.01, 1.0))
 def test_the_limit_is_that_of_benjamini_and_hochberg(values: list[float], rate: float) -> None:
     ordered = sorted(values)
@@ -94,9 +111,9 @@ def test_a_null_is_kept_and_a_damaged_one_made_again(tmp_path: Path, monkeypatch
 
     def make() -> Null:
         made.append(1)
-        return Null(5, (2.5, 2.0))
+        return Null(5, (2.5, 2.0), (3.0, 2.5, 2.0))
 
-    assert kept_null({"a": 1}, 5, make) == kept_null({"a": 1}, 5, make) == Null(5, (2.5, 2.0))
+    assert kept_null({"a": 1}, 5, make) == kept_null({"a": 1}, 5, make) == Null(5, (2.5, 2.0), (3.0, 2.5, 2.0))
     assert len(made) == 1
     kept_null({"a": 2}, 5, make)
     kept_null({"a": 1}, 6, make)
@@ -107,7 +124,7 @@ def test_a_null_is_kept_and_a_damaged_one_made_again(tmp_path: Path, monkeypatch
         before = len(made)
         for one in cache_folder().iterdir():
             one.write_text(content)
-        assert kept_null({"a": 1}, 5, make) == Null(5, (2.5, 2.0))
+        assert kept_null({"a": 1}, 5, make) == Null(5, (2.5, 2.0), (3.0, 2.5, 2.0))
         assert len(made) == before + 1
 
 
