@@ -1,7 +1,9 @@
 """The chosen channels of a recipe: found, edited beside its concepts or alone, and measured."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +22,14 @@ from rotate_edit.console import Report, silent
 from rotate_edit.edits.channel_edit import channel_edit, turned_neurons
 from rotate_edit.edits.edit import Edit
 from rotate_edit.errors import BadInput, Failure
-from rotate_edit.evaluation.channel_effects import channel_effects
-from rotate_edit.evaluation.faithfulness import faithfulness, plain_trials
+from rotate_edit.evaluation.channel_effects import FEWEST, Effect, channel_effects
+from rotate_edit.evaluation.faithfulness import Trial, faithfulness, plain_trials
 from rotate_edit.evaluation.text_tasks import read_documents
 from rotate_edit.files import plain
 from rotate_edit.models.architectures import parse_neuron
 from rotate_edit.models.batches import Passages, tokenise
 from rotate_edit.models.checkpoint import identity, read_matrix
+from rotate_edit.models.prompted_text import NEW_TOKENS, prompted_text, prompts_about
 from rotate_edit.models.self_text import self_text
 from rotate_edit.recipe import ChannelRecipe, parse_recipe
 from rotate_edit.session import Session, open_session
@@ -34,6 +37,8 @@ from rotate_edit.vocabulary.concept import find_tokens
 
 # How many tokens of text channels are measured on, whoever wrote it.
 TOKENS = 2048
+# The strongest tokens of a channel that the model writes about.
+WORDS_OF_A_CHANNEL = 5
 
 
 def wishes_of(session: Session) -> tuple[Wish, ...]:
@@ -218,10 +223,10 @@ def measured(session: Session, chosen: Sequence[Chosen], edit: Edit) -> dict[str
         edit: The edit that turns them.
 
     Returns:
-        Plain JSON: "effects" in the edited model, "divergence" over all positions, and "trials" that take each channel
-        out beside three controls (`evaluation.faithfulness`).
+        Plain JSON: "effects" in the edited model, "divergence" over all positions, "trials" that take each channel out
+        beside three controls (`evaluation.faithfulness`), and "unmeasured", a sentence for what there is no figure of.
     """
-    texts, passages = text_of(session)
+    texts, passages = text_of(session, _words_of(chosen))
     effects, divergence = channel_effects(session.model, passages, chosen, edit)
     every = {channel.name: channel for wish in chosen for channel in (*wish.channels, *wish.beside)}
     names = {channel.name for wish in chosen for channel in wish.channels}
@@ -237,33 +242,71 @@ def measured(session: Session, chosen: Sequence[Chosen], edit: Edit) -> dict[str
             "effects": [asdict(effect) for effect in effects],
             "divergence": divergence,
             "tokens": passages.tokens(),
+            "unmeasured": _unmeasured(names, effects, trials),
             "trials": [trial for trial in plain_trials(trials) if trial["name"] in names],
         }
     )
     return found
 
 
-def text_of(session: Session) -> tuple[list[str], Passages]:
-    """The text that channels are measured on: the recipe's own, or what the model writes from nothing.
+def _unmeasured(names: set[str], effects: Sequence[Effect], trials: Sequence[Trial]) -> list[str]:
+    """One sentence for each kind of figure that some channels have none of."""
+    rare = sorted(names - {effect.name for effect in effects})
+    alone = sorted(names - {trial.name for trial in trials})
+    found = []
+    if rare:
+        found.append(
+            f"Not measured in the model, since their tokens stand at fewer than {FEWEST} places of the text, or they "
+            f"are of experts: {', '.join(rare)}. Give a text with more of them (evaluate.text, or --text)."
+        )
+    if alone:
+        found.append(
+            "Not tested alone, since their neurons have no other channel whose tokens are in the text: "
+            f"{', '.join(alone)}."
+        )
+    return found
+
+
+def text_of(session: Session, words: Sequence[str] = ()) -> tuple[list[str], Passages]:
+    """The text that channels are measured on: the recipe's own, or what the model writes.
+
+    The model writes from nothing. Where words are given, half of the text is about them, since they may not come up
+    otherwise.
 
     Args:
         session: The opened recipe.
+        words: What the model writes about.
 
     Returns:
         The texts, and their tokens.
     """
-    config = session.model.config.get_text_config()
+    config, tokenizer = session.model.config.get_text_config(), session.tokenizer
     if session.recipe.evaluate.text is not None:
         texts = read_documents(session.recipe.evaluate.text)
-        longest = getattr(config, "max_position_embeddings", None)
-        passages = tokenise(
-            session.tokenizer, texts, vocabulary_size=config.vocab_size, longest=longest, token_limit=TOKENS
+    else:
+        passages = self_text(
+            session.model, tokenizer, tokens=TOKENS // 2 if words else TOKENS, seed=session.recipe.seed
         )
-        return texts, passages
-    passages = self_text(session.model, session.tokenizer, tokens=TOKENS, seed=session.recipe.seed)
-    rows = [
-        row[:length]
-        for batch, lengths in zip(passages.batches, passages.lengths)
-        for row, length in zip(batch, lengths)
+        rows = [
+            row[:length]
+            for batch, lengths in zip(passages.batches, passages.lengths)
+            for row, length in zip(batch, lengths)
+        ]
+        texts = [tokenizer.decode(row, skip_special_tokens=True) for row in rows]
+        if not words:
+            return texts, passages
+        prompts = prompts_about(tokenizer, words, math.ceil(TOKENS / 2 / NEW_TOKENS))
+        about = prompted_text(session.model, tokenizer, prompts, seed=session.recipe.seed)
+        # In turn, so that a limit on tokens cuts both off alike.
+        texts = [text for pair in zip_longest(about, texts, fillvalue="") for text in pair if text]
+    longest = getattr(config, "max_position_embeddings", None)
+    limit = None if session.recipe.evaluate.text is None else TOKENS
+    return texts, tokenise(tokenizer, texts, vocabulary_size=config.vocab_size, longest=longest, token_limit=limit)
+
+
+def _words_of(chosen: Sequence[Chosen]) -> list[str]:
+    """The strongest tokens of channels that are words, each once."""
+    texts = [
+        token.strip() for wish in chosen for channel in wish.channels for token in channel.tokens[:WORDS_OF_A_CHANNEL]
     ]
-    return [session.tokenizer.decode(row, skip_special_tokens=True) for row in rows], passages
+    return list(dict.fromkeys(text for text in texts if len(text) > 1 and text.isalpha()))

@@ -67,6 +67,7 @@ def recipe_of(
     channel_set: str | None = None,
     strength: float | None = None,
     matrix: str | None = None,
+    text: str | None = None,
     save: Mapping[str, bool] = {},
 ) -> tuple[Any, str]:
     """The recipe that a command is given, and a name for its output.
@@ -79,6 +80,7 @@ def recipe_of(
         channel_set: Where named channels are. None leaves it to the recipe.
         strength: How far named channels are turned.
         matrix: Where channels of words are looked for.
+        text: What is measured on, in place of the recipe's.
         save: What the recipe's `save` is set to.
 
     Raises:
@@ -96,6 +98,8 @@ def recipe_of(
         read = read_recipe(path)
         if channel_set is not None:
             read = read.model_copy(update={"channel_set": channel_set})
+        if text is not None:
+            read = read.model_copy(update={"evaluate": read.evaluate.model_copy(update={"text": text})})
         return with_save(read, **save), Path(path).stem
     concepts = [name for name in names if not _is_channel(name)]
     if words and len(words) != len(concepts):
@@ -105,6 +109,8 @@ def recipe_of(
         raise BadInput(f"--suppress and --amplify take a model, and {path} is a recipe; leave one of them out.")
     listed = dict(zip(concepts, words or concepts, strict=True))
     content: dict[str, Any] = {"model": path, "channel_set": channel_set, "concepts": [], "channels": []}
+    if text is not None:
+        content["evaluate"] = {"text": text}
     for names_of, turned in ((suppress, 1.0), (amplify, -1.0)):
         for name in names_of:
             if _is_channel(name):

@@ -113,6 +113,7 @@ def locate(recipe: str, as_json: bool) -> None:
 @options.output
 @click.option("--no-checkpoint", is_flag=True, help="Write the edit alone.")
 @click.option("--adapter", is_flag=True, help="Also write the LoRA adapter.")
+@click.option("--text", help="A text file, folder or dataset to measure on (default: the model writes some).")
 @click.option("--no-measure", is_flag=True, help="Do not measure named channels on text.")
 @options.estimate
 @options.full_hash
@@ -129,6 +130,7 @@ def edit(
     output: Path | None,
     no_checkpoint: bool,
     adapter: bool,
+    text: str | None,
     no_measure: bool,
     estimate: bool,
     full_hash: bool,
@@ -143,7 +145,7 @@ def edit(
     from rotate_edit import pipeline, session
 
     read, name = options.recipe_of(
-        recipe, suppress, amplify, words, channel_set=channel_set, strength=strength, matrix=matrix,
+        recipe, suppress, amplify, words, channel_set=channel_set, strength=strength, matrix=matrix, text=text,
         save=_save(full_hash, no_undo),
     )  # fmt: skip
     where = output or options.next_run(f"{name}-edit")
@@ -193,6 +195,8 @@ def _print_effects(measured: dict[str, Any]) -> None:
     if rows:
         columns = ["channel", "mean", "where", "before", "after", "elsewhere", "after", "KL there", "KL elsewhere"]
         print_table(f"in the model, on {measured['tokens']} tokens", columns, rows)
+    for sentence in measured.get("unmeasured", ()):
+        print_line(sentence)
     rows = []
     for trial in measured.get("trials", ()):
         figures = [f"{trial['own'][name]:.2f} ({trial['others'][name]:.2f})" for name in trial["own"]]
