@@ -61,6 +61,11 @@ def _save(full_hash: bool, no_undo: bool) -> dict[str, bool]:
 
 
 def _print_summary(result: dict[str, Any]) -> None:
+    from rotate_edit.reporting.content import outcome
+
+    parts = [[part["name"], part["verdict"], part["sentence"]] for part in outcome(result)]
+    if parts:
+        print_table("what was done to what (95 % intervals in brackets)", ["", "", ""], parts)
     rows = []
     for name, measure in {**result.get("summary", {}), **_measures(result)}.items():
         if measure["value"] is not None:

@@ -95,6 +95,95 @@ def tiles(result: Mapping[str, Any]) -> list[dict[str, Any]]:
     ]
 
 
+def outcome(result: Mapping[str, Any]) -> list[dict[str, str]]:
+    """Say what an edit that suppresses did: to the knowledge, to the words, to reading, and to everything else.
+
+    "Removed" is said of knowledge alone, and only where less than half is left with its whole interval. "Silenced" is
+    said of words alone.
+
+    Args:
+        result: The content of an evaluation.json.
+
+    Returns:
+        For each of the four a `name`, a `verdict` in a few words, and a `sentence` with the figures. Empty where
+        nothing was measured, or every concept was amplified.
+    """
+    plan, measures = result.get("plan") or {}, variant_of(result).get("measures") or {}
+    if not measures or plan.get("only_amplifies"):
+        return []
+    measured = {name: value for name, value in measures.items() if value.get("value") is not None}
+    parts = [_knowledge(measured), _words(measured), _reading(measured), _rest(measured)]
+    names = ("knowledge", "words", "reading", "everything else")
+    return [{"name": name, "verdict": verdict, "sentence": sentence} for name, (verdict, sentence) in zip(names, parts)]
+
+
+NOT_MEASURED = "not measured"
+
+
+def _knowledge(measures: Mapping[str, Any]) -> tuple[str, str]:
+    kept, drop = measures.get("knowledge_kept"), measures.get("knowledge_drop")
+    if kept is None or drop is None:
+        return NOT_MEASURED, "The base knew too few questions about the concept by a margin, or none were asked."
+    if kept["high"] < 0.5:
+        verdict = "removed"
+    elif kept["high"] < 1 or drop["low"] > 0:
+        verdict = "weakened, not removed"
+    else:
+        verdict = "no change shown"
+    return verdict, (
+        f"Of {kept['n']} questions that the base knew, {_percent(kept)} of the accuracy above chance is left. The "
+        f"right answers lost {_nats(drop)} of log-odds."
+    )
+
+
+def _words(measures: Mapping[str, Any]) -> tuple[str, str]:
+    left = measures.get("concept_mass_fraction")
+    if left is None:
+        return NOT_MEASURED, "No text names the concept by a word that is one token."
+    verdict = "silenced" if left["high"] <= 0.2 else "lowered" if left["high"] < 1 else "no change shown"
+    return verdict, f"Where texts have one of its words, {_percent(left)} of the words' probability is left."
+
+
+def _reading(measures: Mapping[str, Any]) -> tuple[str, str]:
+    own, rest = measures.get("comprehension_rise"), measures.get("comprehension_elsewhere")
+    apart = measures.get("comprehension_selectivity")
+    if own is None or rest is None or apart is None:
+        return NOT_MEASURED, "There are no texts with and without the concept."
+    verdict = "harder on its subject" if apart["low"] > 0 else "no harder on its subject than elsewhere"
+    return verdict, (
+        f"The loss on text about it, outside its words, rose by {_nats(own)} a token; on other text by {_nats(rest)}."
+    )
+
+
+def _rest(measures: Mapping[str, Any]) -> tuple[str, str]:
+    damage, kept = measures.get("collateral_kl"), measures.get("general_kept")
+    near = measures.get("neighbours_kept")
+    if damage is None and kept is None:
+        return NOT_MEASURED, "Nothing else was asked."
+    said = []
+    if kept is not None:
+        said.append(f"{_percent(kept)} of other knowledge is left.")
+    if near is not None:
+        said.append(f"{_percent(near)} of what it knew of neighbouring concepts is left.")
+    if damage is not None:
+        said.append(f"Predictions on other text moved by a KL divergence of {_nats(damage)}.")
+    worst = min([1.0, *(found["low"] for found in (kept, near) if found is not None)])
+    return "kept" if worst >= 0.9 else "some was lost, or too little was asked", " ".join(said)
+
+
+def _percent(measure: Mapping[str, Any]) -> str:
+    value, low, high = (_small(100 * measure[key]) for key in ("value", "low", "high"))
+    return f"{value} % ({low} to {high})"
+
+
+def _small(percent: float) -> str:
+    return "under 0.01" if 0 < percent < 0.01 else f"{percent:.3g}"
+
+
+def _nats(measure: Mapping[str, Any]) -> str:
+    return f"{measure['value']:.2g} nats ({measure['low']:.2g} to {measure['high']:.2g})"
+
+
 def method_sentence(result: Mapping[str, Any]) -> str:
     """Say what the run's edit method does, in a sentence or two.
 

@@ -67,6 +67,7 @@ def _content(folder: Path, result: dict[str, Any], recipe: str) -> dict[str, Any
         "headline": report_content.headline(result),
         "method": report_content.method_sentence(result),
         "tiles": report_content.tiles(result),
+        "outcome": report_content.outcome(result),
         "channels": {c["name"]: report_content.channel_rows(result, c) for c in result["concepts"]},
         "layers": {name: report_content.layer_counts(found) for name, found in neurons.items()},
         "marked": lambda text: report_content.pieces(LINE_BREAKS.sub(" ↵ ", str(text)), pattern),
