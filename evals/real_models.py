@@ -17,13 +17,13 @@ from typing import Any
 WORDS = "golf,golfer,putter,fairway,birdie,bogey,caddie"
 MODELS = {"smollm2": "SmolLM2-135M-Instruct", "gemma3": "Gemma-3-270M", "qwen": "Qwen2.5-Coder-0.5B-Instruct"}
 COLUMNS = (
-    ("words' probability left", "concept_mass_fraction", "{:.2%}"),
+    ("words' probability left", "concept_mass_fraction", "{:.1%}"),
     ("knowledge left", "knowledge_kept", "{:.0%}"),
     ("log-odds lost (nats)", "knowledge_drop", "{:.2f}"),
-    ("loss on text about it (nats)", "comprehension_rise", "{:+.3f}"),
-    ("on other text", "comprehension_elsewhere", "{:+.3f}"),
+    ("loss on text about it (nats)", "comprehension_rise", "{:+.2f}"),
+    ("on other text (nats)", "comprehension_elsewhere", "{:+.2f}"),
     ("other knowledge left", "general_kept", "{:.0%}"),
-    ("KL on other text (nats)", "collateral_kl", "{:.4f}"),
+    ("KL on other text (nats)", "collateral_kl", "{:.3f}"),
 )
 
 

@@ -820,14 +820,28 @@ def estimate(recipe: Recipe, *, measured: bool = True) -> tuple[Cost, str]:
     checkpoint = open_checkpoint(recipe.model, recipe.revision)
     recipe, _ = _suited(recipe, checkpoint)
     device = pick_device(recipe.decompose.device)
-    if recipe.concepts and not recipe.evaluate.items and not recipe.evaluate.text and recipe.evaluate.written_texts:
-        words, _, plurals = _words_of(recipe)
-        tokenizer = load_tokenizer(checkpoint)
-        items: Items | None = stand_in_items(tokenizer, words, texts=recipe.evaluate.written_texts, plurals=plurals)
-    else:
-        needs_tokenizer = recipe.evaluate.text is not None
-        items = _open_items(recipe, load_tokenizer(checkpoint) if needs_tokenizer else None)
+    items = _stand_in(recipe, checkpoint) if _writes_text(recipe) else _given_items(recipe, checkpoint)
     return job_cost(job_of(recipe, checkpoint), checkpoint, items, device=device, measured=measured), device
+
+
+def _writes_text(recipe: Recipe) -> bool:
+    wanted = recipe.evaluate
+    return bool(recipe.concepts and wanted.written_texts and not wanted.items and not wanted.text)
+
+
+def _stand_in(recipe: Recipe, checkpoint: Checkpoint) -> Items | None:
+    """Items of about the size of those that the model would write. None without a tokenizer to make them with."""
+    words, _, plurals = _words_of(recipe)
+    try:
+        tokenizer = load_tokenizer(checkpoint)
+    except BadInput:
+        # The estimate tells first what does not fit; the job itself says that the tokenizer is missing.
+        return None
+    return stand_in_items(tokenizer, words, texts=recipe.evaluate.written_texts, plurals=plurals)
+
+
+def _given_items(recipe: Recipe, checkpoint: Checkpoint) -> Items | None:
+    return _open_items(recipe, load_tokenizer(checkpoint) if recipe.evaluate.text is not None else None)
 
 
 def search_settings(recipe: Recipe, checkpoint: Checkpoint) -> SearchSettings:
@@ -901,7 +915,7 @@ def job_of(recipe: Recipe, checkpoint: Checkpoint) -> Job:
         limit=recipe.evaluate.limit,
         checkpoint=recipe.save.checkpoint,
         undo=recipe.save.undo,
-        written_texts=0 if recipe.evaluate.items or recipe.evaluate.text else recipe.evaluate.written_texts,
+        written_texts=recipe.evaluate.written_texts if _writes_text(recipe) else 0,
         sparse=parameters(checkpoint) > SMALL_MODEL,
     )
 
