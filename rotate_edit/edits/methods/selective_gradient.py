@@ -147,12 +147,13 @@ class RemoveConcept(SelectiveGradient):
 
     Attributes:
         rows: The rows' strength for each unit of strength.
-        rows_most: The rows' largest strength.
+        rows_most: The rows' largest strength. 1 takes the direction out. Past it the rows point the other way, where the
+            gradient's change may raise the words again.
         more_tokens: How many tokens near the concept's are edited too.
     """
 
     rows: Annotated[float, Field(ge=0, description="The rows' strength for each unit of the edit's strength.")] = 1.0
-    rows_most: Annotated[float, Field(gt=0, description="The largest strength that the rows get.")] = 3.0
+    rows_most: Annotated[float, Field(gt=0, description="The largest strength that the rows get.")] = 1.0
     more_tokens: Annotated[
         int, Field(ge=0, description="How many tokens near the concept's are edited too, beside those of its words.")
     ] = 0
