@@ -147,8 +147,8 @@ class RemoveConcept(SelectiveGradient):
 
     Attributes:
         rows: The rows' strength for each unit of strength.
-        rows_most: The rows' largest strength. 1 takes the direction out. Past it the rows point the other way, where the
-            gradient's change may raise the words again.
+        rows_most: The rows' largest strength. 1 takes the direction out. Past it the rows point the other way, where
+            the gradient's change may raise the words again.
         more_tokens: How many tokens near the concept's are edited too.
     """
 
