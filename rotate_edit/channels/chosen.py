@@ -118,7 +118,7 @@ def choose(wishes: Sequence[Wish], source: Source, report: Report = silent) -> t
         Failure: No channel says some words.
     """
     if source.folder is not None:
-        _check_set(source.folder, source.checkpoint)
+        check_set(source.folder, source.checkpoint)
     found = tuple(
         _named(wish, wish.channel, source) if wish.channel is not None else _saying(wish, source, report)
         for wish in wishes
@@ -127,7 +127,16 @@ def choose(wishes: Sequence[Wish], source: Source, report: Report = silent) -> t
     return found
 
 
-def _check_set(folder: Path, checkpoint: Checkpoint) -> None:
+def check_set(folder: Path, checkpoint: Checkpoint) -> None:
+    """Refuse a channel set from which no channel of a model can be edited.
+
+    Args:
+        folder: The set.
+        checkpoint: Of the model.
+
+    Raises:
+        BadInput: The set has no vectors, or it was made from another model.
+    """
     stored = open_channels(folder)
     if stored.vectors is None:
         raise BadInput(f"the channel set {folder.name} was written without vectors; decompose again and keep them.")
@@ -165,7 +174,7 @@ def _vector(channel: Channel) -> Tensor:
 def _named(wish: Wish, name: str, source: Source) -> Chosen:
     """The channel of that name, and its neuron's others."""
     neuron, matrix, number = parse_channel(name)
-    _check_neuron(neuron, matrix, source.checkpoint)
+    check_neuron(neuron, [matrix], source.checkpoint)
     if source.folder is not None:
         every = search_channels(source.folder, neuron=str(neuron), matrix=matrix, limit=None, vectors=True)
         where = f"The channel set {source.folder.name} holds"
@@ -195,8 +204,18 @@ def _decomposed(neuron: Neuron, matrix: str, number: int, tokens: TokenSet | Non
     return [*(replace(channel, index=number) for channel in asked), *others]
 
 
-def _check_neuron(neuron: Neuron, matrix: str, checkpoint: Checkpoint) -> None:
-    sites_of(checkpoint, [matrix], [neuron.layer], asked="channels")
+def check_neuron(neuron: Neuron, matrices: Sequence[str], checkpoint: Checkpoint) -> None:
+    """Refuse a neuron that a model does not have.
+
+    Args:
+        neuron: The neuron.
+        matrices: Kinds of matrices in which it is looked for.
+        checkpoint: Of the model.
+
+    Raises:
+        BadInput: There is no such layer, matrix, expert or neuron.
+    """
+    sites_of(checkpoint, matrices, [neuron.layer], asked="channels")
     experts = checkpoint.experts_in(neuron.layer)
     if (experts is None) != (neuron.expert is None) or (experts is not None and (neuron.expert or 0) >= experts):
         wanted = "no experts" if experts is None else f"the experts 0 to {experts - 1}, and a channel names one of them"
@@ -219,8 +238,7 @@ def neuron_channels(neuron: Neuron, matrices: Sequence[str], source: Source) -> 
     Raises:
         BadInput: There is no such neuron.
     """
-    for matrix in matrices:
-        _check_neuron(neuron, matrix, source.checkpoint)
+    check_neuron(neuron, matrices, source.checkpoint)
     wanted = [(neuron, matrix) for matrix in matrices]
     return decompose_neurons(wanted, source.projections, source.vocabulary.texts, source.settings.solver)
 

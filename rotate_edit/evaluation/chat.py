@@ -132,7 +132,8 @@ def answer(
         choice = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
     written = _Written(tokenizer, tell)
     changed = speaker.now
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
+    device = next(model.parameters()).device
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.no_grad():
         if seed is not None:
             torch.manual_seed(seed)
         try:

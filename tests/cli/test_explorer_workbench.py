@@ -91,5 +91,28 @@ def test_an_atlas_is_searched_in_place_of_the_model(bench: Workbench, cart: list
     hits = workbench.find(other, ["terrier"], "out")
     assert [hit.channel.name for hit in hits] == [cart[0].name]
     assert load_channels(tmp_path / "atlas")[0].name == cart[0].name
+    # What a neuron's page shows is in the set, so that a recipe finds it there again.
+    own = workbench.neuron_page(other, "L4.N393")
+    assert [channel.name for found in own.values() for channel in found] == [cart[0].name]
+    save_channels(kept, tmp_path / "bare", base=identity(open_checkpoint("demo")), settings={}, vectors=None)
+    with pytest.raises(BadInput, match="was written without vectors"):
+        workbench.open_workbench("demo", str(tmp_path / "bare"))
     with pytest.raises(BadInput, match="give a word"):
         workbench.find(other, [], "out")
+
+
+def test_a_page_that_was_left_leaves_the_weights_as_they_were(bench: Workbench, cart: list[Turned]) -> None:
+    model, tokenizer = bench.session.model, bench.session.tokenizer
+    base = generate(model, tokenizer, [PROMPT], new_tokens=12)[0][0]
+    grown = workbench.texts(bench, workbench.with_strengths(cart, {cart[0].name: 30.0}), PROMPT, new_tokens=200)
+    while not next(grown)[1]:
+        pass
+    grown.close()
+    assert generate(model, tokenizer, [PROMPT], new_tokens=12)[0][0] == base
+
+
+def test_a_neuron_that_is_not_there_is_said(bench: Workbench) -> None:
+    for address in ("L4.N999999", "L9.N1"):
+        for look in (workbench.neuron_page, workbench.firing_texts):
+            with pytest.raises(BadInput, match=r"is not in the model|is out of range"):
+                look(bench, address)

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from queue import Queue
-from threading import Thread
+from threading import Event, Thread
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ import torch
 from rotate_edit import channel_job, pipeline
 from rotate_edit.channel_job import Hit
 from rotate_edit.channels.channel_set import Channel, search_channels
-from rotate_edit.channels.chosen import Chosen
+from rotate_edit.channels.chosen import Chosen, check_neuron, check_set
 from rotate_edit.console import Report, silent
 from rotate_edit.edits.apply import applied
 from rotate_edit.edits.channel_edit import channel_edit
@@ -108,6 +108,9 @@ def open_workbench(model: str, channel_set: str | None = None, edit: Path | None
         BadInput: Something cannot be opened.
     """
     session = channel_job.open_model(model, channel_set)
+    folder_of_channels = channel_job.source_of(session).folder
+    if folder_of_channels is not None:
+        check_set(folder_of_channels, session.checkpoint)
     folder = None if edit is None else (edit / "edit" if (edit / "edit").is_dir() else edit)
     return Workbench(session, None if folder is None else load_edit(folder))
 
@@ -149,9 +152,15 @@ def neuron_page(bench: Workbench, address: str) -> dict[str, list[Channel]]:
     Raises:
         BadInput: There is no such neuron.
     """
-    hits = channel_job.look_up(bench.session, neuron=address)
-    bench.known.update({hit.channel.name: hit.channel for hit in hits})
-    return {matrix: [hit.channel for hit in hits if hit.channel.matrix == matrix] for matrix in bench.matrices}
+    source = channel_job.source_of(bench.session)
+    check_neuron(parse_neuron(address), bench.matrices, source.checkpoint)
+    if source.folder is None:
+        found = [hit.channel for hit in channel_job.look_up(bench.session, neuron=address)]
+    else:
+        # A recipe takes all of its channels from the set.
+        found = search_channels(source.folder, neuron=address, limit=None, vectors=True)
+    bench.known.update({channel.name: channel for channel in found})
+    return {matrix: [channel for channel in found if channel.matrix == matrix] for matrix in bench.matrices}
 
 
 def firing_texts(bench: Workbench, address: str) -> list[Firing]:
@@ -165,6 +174,7 @@ def firing_texts(bench: Workbench, address: str) -> list[Firing]:
         BadInput: There is no such neuron.
     """
     neuron, session = parse_neuron(address), bench.session
+    check_neuron(neuron, bench.matrices, session.checkpoint)
     if neuron.expert is not None:
         return []
     _, passages = channel_job.text_of(session)
@@ -282,20 +292,31 @@ def _written(bench: Workbench, speaker: Speaker, prompt: str, new_tokens: int) -
     grown: Queue[str | Exception | None] = Queue()
     session = bench.session
 
+    stopped = Event()
+
+    def tell(text: str) -> None:
+        if stopped.is_set():
+            raise KeyboardInterrupt
+        grown.put(text)
+
     def write() -> None:
         try:
-            answer(session.model, session.tokenizer, speaker, prompt, new_tokens=new_tokens, tell=grown.put)
+            answer(session.model, session.tokenizer, speaker, prompt, new_tokens=new_tokens, tell=tell)
             grown.put(None)
         except Exception as error:  # it is raised again where the page waits
             grown.put(error)
 
     thread = Thread(target=write, daemon=True)
     thread.start()
-    while (found := grown.get()) is not None:
-        if isinstance(found, Exception):
-            raise found
-        yield found
-    thread.join()
+    try:
+        while (found := grown.get()) is not None:
+            if isinstance(found, Exception):
+                raise found
+            yield found
+    finally:
+        # A page that was left stops the answer, and no other work begins before the edit is out of the weights again.
+        stopped.set()
+        thread.join()
 
 
 def probabilities(bench: Workbench, cart: Sequence[Turned], prompt: str, word: str) -> tuple[float, float]:
